@@ -1,0 +1,1 @@
+"""What produces tokens behind the gRPC service: one interface, one module per implementation."""

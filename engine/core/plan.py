@@ -1,0 +1,48 @@
+"""What the scheduler hands to the runner each step, and what comes back. Values only; imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aiexport_edge.engine.core.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Compute `num_tokens` of `request` from position `start` (its `num_computed_tokens` when planned).
+
+    Its `pages` already cover positions up to `start + num_tokens`. `samples` says whether the last of them is the
+    request's last token, so that a new id is drawn from its logits.
+    """
+
+    request: Request
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """One model's share of a step: decodes first, then chunks of prefills."""
+
+    model: int
+    chunks: list[Chunk]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step for this model."""
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step over all models of the core; a model with nothing to do is not in it."""
+
+    models: list[ModelPlan]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """New ids by request handle, for every chunk that samples: one id today, several with speculation."""
+
+    ids: dict[int, list[int]]

@@ -1,0 +1,201 @@
+"""Messages between an engine process and its core: one each way a step, msgpack of array-like structs.
+
+Owns the vocabulary on that socket and its framing. Knows no text, no tensors and nothing of gRPC.
+Token ids travel as little-endian uint32 bytes (`pack_ids`, `unpack_ids`): 4 bytes a token and no object per token.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from enum import IntEnum
+
+import msgspec
+
+
+class Priority(IntEnum):
+    """Class of service; a lower number is served first."""
+
+    INTERACTIVE = 0
+    BATCH = 1
+
+
+class FinishReason(IntEnum):
+    """Why the core ended a request. Stop sequences are text: the engine process ends those by `FinishRequest`."""
+
+    END_TURN = 0
+    MAX_TOKENS = 1
+    ABORTED = 2
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True):
+    """How ids are drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1.0 are off; `seed` is any uint64."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+
+
+class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag="add"):
+    """A request for the core. `handle` is the parent's number for it, never used twice in a core's life.
+
+    `output_ids` are ids that an earlier attempt produced: they count as output (budget, draw indices), are not sent
+    back, and are computed like a prompt. `max_tokens` is the whole budget, those included; the parent has made sure
+    that prompt and budget fit the context window. A request on `probation` was in the step that an earlier core died
+    in: until it has produced a token it runs in steps of its own.
+    """
+
+    handle: int
+    model: int
+    prompt_ids: bytes
+    output_ids: bytes
+    max_tokens: int
+    stop_ids: list[int]
+    sampling: Sampling
+    tenant: str
+    weight: float
+    salt: bytes
+    priority: int
+    probation: bool = False
+
+
+class AbortRequest(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
+    """The client has left: free its pages. Answered by a `Finished` with ABORTED unless it had ended."""
+
+    handle: int
+
+
+class FinishRequest(msgspec.Struct, frozen=True, array_like=True, tag="finish"):
+    """The parent has seen the end (a stop sequence): free its pages. Not answered."""
+
+    handle: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag="shutdown"):
+    """End the process now; what runs is lost."""
+
+
+ToCore = AddRequest | AbortRequest | FinishRequest | Shutdown
+
+
+class Started(msgspec.Struct, frozen=True, array_like=True):
+    """First scheduled (once per core life of a request). `cached_tokens` of its prompt came from the prefix cache."""
+
+    handle: int
+    cached_tokens: int
+
+
+class Tokens(msgspec.Struct, frozen=True, array_like=True):
+    """New output ids of one request in this step, in order; one or more."""
+
+    handle: int
+    ids: list[int]
+
+
+class Finished(msgspec.Struct, frozen=True, array_like=True):
+    """The request has ended and its pages are released; after its last `Tokens`, in the same or a later message."""
+
+    handle: int
+    reason: int
+
+
+class CoreStats(msgspec.Struct, frozen=True, array_like=True):
+    """Gauges and counters of the core. Per-model lists are in the order of the core's models."""
+
+    steps: int
+    running: int
+    waiting: int
+    pages_total: int
+    pages_used: int
+    pages_cached: int
+    pages_free: int
+    page_bytes: int
+    preemptions: int
+    model_running: list[int]
+    model_waiting: list[int]
+    model_prompt_tokens: list[int]
+    model_cached_tokens: list[int]
+    model_output_tokens: list[int]
+
+
+class ModelReady(msgspec.Struct, frozen=True, array_like=True):
+    """One model's facts once it is loaded."""
+
+    model: int
+    tokens_per_page: int
+    weight_bytes: int
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
+    """Sent once: every model is loaded and warm."""
+
+    models: list[ModelReady]
+    stats: CoreStats
+
+
+class LoadFailed(msgspec.Struct, frozen=True, array_like=True, tag="load_failed"):
+    """Sent instead of `Ready`: a sentence for the operator that says what to do. The core then exits."""
+
+    message: str
+
+
+class Loading(msgspec.Struct, frozen=True, array_like=True, tag="loading"):
+    """Progress while starting: `done` of `total` bytes of weights of the model read."""
+
+    model: int
+    done: int
+    total: int
+
+
+class StepReport(msgspec.Struct, frozen=True, array_like=True, tag="step"):
+    """What one step brought. `stats` comes at most every 100 ms, and when the core goes idle."""
+
+    started: list[Started]
+    tokens: list[Tokens]
+    finished: list[Finished]
+    stats: CoreStats | None = None
+
+
+FromCore = Ready | LoadFailed | Loading | StepReport
+
+HEADER = struct.Struct("<I")  # length of the msgpack body that follows
+
+
+def pack_ids(ids: list[int]) -> bytes:
+    """Token ids as little-endian uint32 bytes."""
+    return array("I", ids).tobytes()
+
+
+def unpack_ids(data: bytes) -> list[int]:
+    """The inverse of `pack_ids`."""
+    ids = array("I")
+    ids.frombytes(data)
+    return ids.tolist()
+
+
+_encoder = msgspec.msgpack.Encoder()
+_to_core = msgspec.msgpack.Decoder(list[ToCore])
+_from_core = msgspec.msgpack.Decoder(FromCore)
+
+
+def encode_to_core(messages: list[ToCore]) -> bytes:
+    """One frame, header included, with every message of a tick."""
+    body = _encoder.encode(messages)
+    return HEADER.pack(len(body)) + body
+
+
+def decode_to_core(body: bytes) -> list[ToCore]:
+    """The messages of one frame's body."""
+    return _to_core.decode(body)
+
+
+def encode_from_core(message: FromCore) -> bytes:
+    """One frame, header included."""
+    body = _encoder.encode(message)
+    return HEADER.pack(len(body)) + body
+
+
+def decode_from_core(body: bytes) -> FromCore:
+    """The message of one frame's body."""
+    return _from_core.decode(body)

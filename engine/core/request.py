@@ -1,0 +1,62 @@
+"""A request inside the core: its ids, how far it is computed, and the pages it holds.
+
+Owns no policy: the scheduler decides, the page pool hands out pages, commit appends tokens. Imports no torch.
+
+    token_ids            |<---- prompt ---->|<---- output (forced ids first) ---->|
+    num_computed_tokens  |<--- KV in pages --->|<-- still to compute -->|
+
+There are no phases: a request has tokens and computed tokens, and a plan gives it n more. Decode is n = 1, prefill
+n > 1; a prefix hit, a resume and a recompute after preemption are `num_computed_tokens` jumping.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from aiexport_edge.engine.core.protocol import Priority, Sampling
+
+
+class Status(IntEnum):
+    """Where a request stands with the scheduler."""
+
+    WAITING = 0
+    RUNNING = 1
+    PREEMPTED = 2  # waiting again; was running before, its pages are released
+    FINISHED = 3
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Filled by the core loop from `AddRequest`; `status`, `num_computed_tokens`, `pages` belong to the scheduler, `token_ids` grows at commit."""
+
+    handle: int
+    model: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    max_tokens: int
+    stop_ids: frozenset[int]
+    sampling: Sampling
+    tenant: str
+    weight: float
+    salt: bytes
+    priority: Priority
+    arrival: int  # order of arrival, unique
+    probation: bool = False
+
+    status: Status = Status.WAITING
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0  # prompt tokens that the prefix cache gave at first scheduling
+    started: bool = False
+    pages: list[int] = field(default_factory=list)
+    page_hashes: list[bytes] = field(default_factory=list)  # of the full pages of token_ids hashed so far
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens so far."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens so far, forced ids included: the index of the next draw."""
+        return len(self.token_ids) - self.num_prompt_tokens

@@ -1,0 +1,1 @@
+"""Model families: Hugging Face directories in, logits out."""

@@ -1,0 +1,1 @@
+"""The `aiexport-edge` command line."""

@@ -1,0 +1,1 @@
+"""The durable store: workspaces, keys, usage."""
