@@ -28,6 +28,34 @@ class FinishReason(IntEnum):
     ABORTED = 2
 
 
+class CoreModel(msgspec.Struct, frozen=True, array_like=True):
+    """One set of weights to serve: a Hugging Face directory. `revision` is a content hash and goes into prefix hashes.
+
+    `dtype` is "auto" (bfloat16 where the processor multiplies it, else float32), "float32", "bfloat16" or "float16".
+    `context_window` is in tokens, prompt and output together, and already resolved by the parent.
+    """
+
+    name: str
+    path: str
+    dtype: str
+    context_window: int
+    deterministic: bool
+    revision: str
+
+
+class CoreConfig(msgspec.Struct, frozen=True, array_like=True):
+    """The first frame to a core. `page_bytes` and `pool_bytes` 0: chosen by the core; `num_threads` 0: all cores."""
+
+    models: list[CoreModel]
+    device: str
+    page_bytes: int
+    pool_bytes: int
+    max_num_running: int
+    max_step_tokens: int
+    num_threads: int
+    batch_floor_share: float
+
+
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
     """How ids are drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1.0 are off; `seed` is any uint64."""
 
@@ -175,8 +203,20 @@ def unpack_ids(data: bytes) -> list[int]:
 
 
 _encoder = msgspec.msgpack.Encoder()
-_to_core = msgspec.msgpack.Decoder(list[ToCore])
-_from_core = msgspec.msgpack.Decoder(FromCore)
+_to_core: msgspec.msgpack.Decoder[list[ToCore]] = msgspec.msgpack.Decoder(list[ToCore])
+_from_core: msgspec.msgpack.Decoder[FromCore] = msgspec.msgpack.Decoder(FromCore)
+_config = msgspec.msgpack.Decoder(CoreConfig)
+
+
+def encode_config(config: CoreConfig) -> bytes:
+    """The first frame to a core, header included."""
+    body = _encoder.encode(config)
+    return HEADER.pack(len(body)) + body
+
+
+def decode_config(body: bytes) -> CoreConfig:
+    """The body of the first frame to a core."""
+    return _config.decode(body)
 
 
 def encode_to_core(messages: list[ToCore]) -> bytes:
