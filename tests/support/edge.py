@@ -1,0 +1,186 @@
+"""Whole installations as real processes: `aiexport-edge serve` with a state directory and ports of its own, and a streaming client."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+
+from aiexport_edge.proto import engine_pb2, engine_pb2_grpc
+
+KEY = re.compile(r"axp_live_[A-Za-z0-9_-]{43}")
+HAIKU = "apex-haiku-4-20250401"
+SONNET = "apex-sonnet-4-20250501"
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on just now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
+    """Polls until `condition` holds; fails naming `what` when it does not within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {seconds:.0f} s: {what}")
+        time.sleep(0.02)
+
+
+@dataclass
+class Edge:
+    """A running installation. `key` is the demo workspace's; `stdout` and `stderr` hold what it has printed."""
+
+    process: subprocess.Popen[str]
+    port: int
+    admin_port: int
+    state: Path
+    config: Path | None
+    key: str = ""
+    stdout: list[str] = field(default_factory=list)
+    stderr: list[str] = field(default_factory=list)
+
+    @property
+    def base_url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, **kwargs: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.base_url, headers={"X-API-Key": self.key}, timeout=120, **kwargs)
+
+    def async_client(self) -> httpx.AsyncClient:
+        limits = httpx.Limits(max_connections=None)
+        return httpx.AsyncClient(base_url=self.base_url, headers={"X-API-Key": self.key}, timeout=120, limits=limits)
+
+    def cli(self, *args: str) -> Any:
+        """Runs one command against this installation with --json and returns its document."""
+        command = [sys.executable, "-m", "aiexport_edge.shim.cli.main", *args, "--state", str(self.state), "--json"]
+        if self.config:
+            command += ["--config", str(self.config)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def stats(self) -> engine_pb2.StatsResponse:
+        with grpc.insecure_channel(f"unix:{self.state / 'engine.sock'}") as channel:
+            reply: engine_pb2.StatsResponse = engine_pb2_grpc.EngineStub(channel).Stats(
+                engine_pb2.StatsRequest(), timeout=30, wait_for_ready=True
+            )
+            return reply
+
+    def ready(self) -> bool:
+        try:
+            return httpx.get(f"{self.base_url}/readyz", timeout=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def stop(self) -> int:
+        """SIGTERM and the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+
+def start(state: Path, config: Path | None = None, *args: str) -> Edge:
+    """Starts `serve` and waits until it is ready."""
+    port, admin_port = free_port(), free_port()
+    command = [sys.executable, "-m", "aiexport_edge.shim.cli.main", "serve", "--state", str(state)]
+    command += ["--port", str(port), "--admin-port", str(admin_port), *args]
+    if config:
+        command += ["--config", str(config)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=state.parent, env=dict(os.environ)
+    )
+    edge = Edge(process, port, admin_port, state, config)
+
+    def collect(stream: Any, lines: list[str]) -> None:
+        for line in stream:
+            lines.append(line)
+
+    for stream, lines in ((process.stdout, edge.stdout), (process.stderr, edge.stderr)):
+        threading.Thread(target=collect, args=(stream, lines), daemon=True).start()
+
+    def up() -> bool:
+        if process.poll() is not None:
+            pytest.fail(f"serve ended with {process.returncode}: {''.join(edge.stderr[-30:])}")
+        return edge.ready()
+
+    try:
+        wait_until(up, "serve is ready", 90)
+    except BaseException:
+        process.kill()
+        print("".join(edge.stderr[-30:]))
+        raise
+    if config is None:
+        wait_until(lambda: KEY.search("".join(edge.stdout)) is not None, "serve prints the demo key")
+        found = KEY.search("".join(edge.stdout))
+        assert found is not None
+        edge.key = found.group()
+    else:
+        edge.cli("workspaces", "create", "tests", "--plan", "enterprise")
+        edge.key = edge.cli("keys", "create", "--workspace", "tests")["key"]
+    return edge
+
+
+@dataclass
+class Reply:
+    """A streamed reply, folded."""
+
+    text: str = ""
+    stop_reason: str | None = None
+    usage: dict[str, int] = field(default_factory=dict)
+    events: list[str] = field(default_factory=list)
+    error: dict[str, Any] | None = None
+    status: int = 200
+
+
+def fold(reply: Reply, event: dict[str, Any]) -> None:
+    """Adds one SSE event's JSON to a reply."""
+    kind = event["type"]
+    reply.events.append(kind)
+    if kind == "message_start":
+        reply.usage.update(event["message"]["usage"])
+    elif kind == "content_block_delta":
+        reply.text += event["delta"]["text"]
+    elif kind == "message_delta":
+        reply.stop_reason = event["delta"]["stop_reason"]
+        reply.usage.update(event["usage"])
+    elif kind == "error":
+        reply.error = event["error"]
+
+
+async def stream(client: httpx.AsyncClient, body: dict[str, Any], *, leave_after: int = 0) -> Reply:
+    """Streams one message; with `leave_after`, closes the connection after that many deltas."""
+    reply = Reply()
+    deltas = 0
+    async with client.stream("POST", "/v2/messages/stream", json=body) as response:
+        reply.status = response.status_code
+        if response.status_code != 200:
+            reply.error = json.loads(await response.aread())["error"]
+            return reply
+        async for line in response.aiter_lines():
+            if line.startswith("data:"):
+                fold(reply, json.loads(line[5:]))
+                deltas += reply.events[-1] == "content_block_delta"
+                if leave_after and deltas >= leave_after:
+                    return reply
+    return reply
+
+
+def message(text: str, **fields: Any) -> dict[str, Any]:
+    """A messages body with one user turn."""
+    return {"model": HAIKU, "max_tokens": 64, "messages": [{"role": "user", "content": text}], **fields}
