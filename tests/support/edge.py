@@ -1,4 +1,4 @@
-"""Whole installations as real processes: `aiexport-edge serve` with a state directory and ports of its own, and a streaming client."""
+"""Whole installations as real processes: `aiexport-edge serve` on ports of its own, and a streaming client."""
 
 from __future__ import annotations
 
