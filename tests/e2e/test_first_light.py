@@ -104,13 +104,19 @@ def test_official_sdk(edge: Edge) -> None:
     """The `anthropic` package with only base_url and api_key set: create, stream, error classes."""
     client = anthropic.Anthropic(base_url=edge.base_url, api_key=edge.key, max_retries=0)
     made = client.messages.create(
-        model=SONNET, max_tokens=64, temperature=0, messages=[{"role": "user", "content": "What are you?"}]
+        model=SONNET,
+        max_tokens=64,
+        messages=[{"role": "user", "content": "What are you?"}],
+        extra_body={"temperature": 0},
     )
     assert made.type == "message"
     assert made.role == "assistant"
     assert made.content[0].type == "text"
     with client.messages.stream(
-        model=SONNET, max_tokens=64, temperature=0, messages=[{"role": "user", "content": "What are you?"}]
+        model=SONNET,
+        max_tokens=64,
+        messages=[{"role": "user", "content": "What are you?"}],
+        extra_body={"temperature": 0},
     ) as streaming:
         text = "".join(streaming.text_stream)
         final = streaming.get_final_message()
@@ -127,7 +133,8 @@ def test_official_sdk(edge: Edge) -> None:
 
 
 def deep(depth: int) -> bytes:
-    return b'{"model":"' + HAIKU.encode() + b'","messages":' + b"[" * depth + b"]" * depth + b"}"
+    body: bytes = b'{"model":"' + HAIKU.encode() + b'","messages":' + b"[" * depth + b"]" * depth + b"}"
+    return body
 
 
 USER = [{"role": "user", "content": "x"}]
