@@ -1,7 +1,7 @@
 """Writes the Python stubs of `engine.proto` beside it, or checks that the committed ones are what it would write.
 
-    python -m aiexport_edge.proto.generate            write
-    python -m aiexport_edge.proto.generate --check    exit 1 if they differ
+python -m aiexport_edge.proto.generate            write
+python -m aiexport_edge.proto.generate --check    exit 1 if they differ
 """
 
 from __future__ import annotations
@@ -43,12 +43,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as tmp:
         generate(Path(tmp))
         written = Path(tmp) / "aiexport_edge" / "proto"
-        stale = [name for name in STUBS if not (HERE / name).exists() or (HERE / name).read_bytes() != (written / name).read_bytes()]
+        stale = [
+            name
+            for name in STUBS
+            if not (HERE / name).exists() or (HERE / name).read_bytes() != (written / name).read_bytes()
+        ]
         if not check:
             for name in stale:
                 (HERE / name).write_bytes((written / name).read_bytes())
         for name in stale:
-            print(f"{name}: {'differs from engine.proto; run python -m aiexport_edge.proto.generate' if check else 'written'}")
+            print(f"{name}: {'differs; run python -m aiexport_edge.proto.generate' if check else 'written'}")
     return 1 if check and stale else 0
 
 

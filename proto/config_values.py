@@ -1,0 +1,177 @@
+"""What a single value of the configuration file may be: one function a kind, for `config.py` alone.
+
+Each takes what tomllib gives and returns the value a process uses, or raises `ValueError` with a phrase that reads on
+after the key ("must be …"). Knows no key and no file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from aiexport_edge.proto.units import parse_size, split_address
+
+DEMO = "demo"  # the source that stands for the model that comes with the product
+FAMILIES = ("opus", "sonnet", "haiku")
+MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
+
+
+def table(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("must be a table, [in.brackets]")
+    return value
+
+
+def tables(value: object) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
+        raise ValueError("must be one or more tables, each under [[models]]")
+    return value
+
+
+def text(value: object) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"must be a text that is not empty, not {value!r}")
+    return value
+
+
+def boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"must be true or false, not {value!r}")
+    return value
+
+
+def auto_boolean(value: object) -> bool | None:
+    if value == "auto":
+        return None
+    if not isinstance(value, bool):
+        raise ValueError(f'must be true, false or "auto", not {value!r}')
+    return value
+
+
+def integer(low: int, high: int) -> Callable[[object], int]:
+    def parse(value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}, not {value!r}")
+        return value
+
+    return parse
+
+
+def number(value: object, low: float, high: float, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"must be {what}, not {value!r}")
+    return float(value)
+
+
+def price(value: object) -> float:
+    return number(value, 0.0, 1e6, "a price in US dollars per million tokens, 0 or more")
+
+
+def share(value: object) -> float:
+    return number(value, 0.001, 1.0, "a share from 0.001 to 1")
+
+
+def floor_share(value: object) -> float:
+    return number(value, 0.0, 0.5, "a share from 0 to 0.5")
+
+
+def weight(value: object) -> float:
+    return number(value, 0.001, 1000.0, "a weight from 0.001 to 1000")
+
+
+def auto_size(value: object) -> int:
+    return 0 if value == "auto" else parse_size(value)
+
+
+def one_of(choices: tuple[str, ...]) -> Callable[[object], str]:
+    def parse(value: object) -> str:
+        if value not in choices:
+            near = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
+            hint = f'; did you mean "{near[0]}"?' if near else ""
+            raise ValueError(f"must be one of {', '.join(choices)}, not {value!r}{hint}")
+        return str(value)
+
+    return parse
+
+
+def families(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"must be a list of families ({', '.join(FAMILIES)})")
+    parse = one_of(FAMILIES)
+    return tuple(dict.fromkeys(parse(item) for item in value))
+
+
+def device(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value, re.ASCII):
+        raise ValueError(f'must be "auto", "cpu" or "cuda:0" (or another number), not {value!r}')
+    return value
+
+
+def host(value: object) -> str:
+    host = text(value)
+    if not re.fullmatch(r"[A-Za-z0-9._:%-]{1,253}", host, re.ASCII):
+        raise ValueError(f'must be an address or a host name such as "127.0.0.1", not {value!r}')
+    return host
+
+
+def grpc_address(value: object) -> str:
+    address = text(value)
+    if not address.startswith("unix:"):
+        try:
+            split_address(address)
+        except ValueError:
+            raise ValueError(f'must be "HOST:PORT" or "unix:PATH", not {value!r}') from None
+    elif not address.removeprefix("unix:"):
+        raise ValueError('names no socket; write "unix:/path/to/socket"')
+    return address
+
+
+def grpc_addresses(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError('must be a list of addresses such as ["127.0.0.1:50051"]')
+    return tuple(grpc_address(item) for item in value)
+
+
+def path(base: Path) -> Callable[[object], Path | None]:
+    def parse(value: object) -> Path | None:
+        return base / Path(text(value)).expanduser()
+
+    return parse
+
+
+def source(base: Path) -> Callable[[object], str]:
+    def parse(value: object) -> str:
+        name = text(value)
+        return DEMO if name == DEMO else str((base / Path(name).expanduser()).resolve())
+
+    return parse
+
+
+def model_ids(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError('must be a list of ids such as ["apex-haiku-4-20250401"]')
+    for item in value:
+        if not isinstance(item, str) or not MODEL_ID.fullmatch(item):
+            raise ValueError(
+                f"{item!r} is no model id; use letters, digits, '.', '_' and '-', at most 128, no '-' first"
+            )
+        if item.startswith("ft-"):
+            raise ValueError(f'"{item}" starts with "ft-", which is kept for fine-tuned models; choose another id')
+        if value.count(item) > 1:
+            raise ValueError(f'"{item}" is there twice; ids are unique')
+    return tuple(value)
+
+
+def time(value: object) -> datetime:
+    """A TOML date-time, or RFC 3339 text; without an offset it is UTC."""
+    try:
+        time = datetime.fromisoformat(value) if isinstance(value, str) else value
+    except ValueError:
+        time = None
+    if not isinstance(time, datetime):
+        raise ValueError(f"must be a time such as 2025-04-01T00:00:00Z, not {value!r}")
+    return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
