@@ -33,7 +33,7 @@ class PackedLinear:
         self.dtype = dtype
         self.deterministic = deterministic
         self._bias = None if bias is None else bias.to(dtype)
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).to_mkldnn())
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [M, K] in `dtype` -> [M, N]."""

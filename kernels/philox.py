@@ -1,8 +1,8 @@
 """Philox4x32-10: the counter-based generator behind every random draw.
 
 J. K. Salmon, M. A. Moraes, R. O. Dror, D. E. Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC '11, with the
-round constants of Random123. The words are laid out as in Triton's `tl.philox(seed, c0, c1, c2, c3)`: key = (low, high half
-of the 64-bit seed), so a GPU kernel draws the same numbers. Knows nothing of tokens or samplers.
+round constants of Random123. The words are laid out as in Triton's `tl.philox(seed, c0, c1, c2, c3)`: key = (low, high
+half of the 64-bit seed), so a GPU kernel draws the same numbers. Knows nothing of tokens or samplers.
 """
 
 from __future__ import annotations
