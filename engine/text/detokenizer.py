@@ -1,0 +1,38 @@
+"""Token ids to text as they come. Owns the bytes of a character that has not come whole yet.
+
+The concatenation of what `feed` and `flush` return equals the decoding of all ids at once with errors="replace",
+however the ids are dealt out.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Iterable
+
+_new_decoder = codecs.getincrementaldecoder("utf-8")
+
+
+class Detokenizer:
+    """One reply's text. `strip_space`: drop one space at its beginning, which SentencePiece puts before any text."""
+
+    def __init__(self, decode_bytes: Callable[[int], bytes], *, strip_space: bool = False) -> None:
+        self._decode_bytes = decode_bytes
+        self._decoder = _new_decoder(errors="replace")
+        self._strip_space = strip_space
+
+    def feed(self, token_id: int) -> str:
+        """The text that has become certain by this token: whole characters only."""
+        data = self._decode_bytes(token_id)
+        if self._strip_space and data:
+            self._strip_space = False
+            data = data.removeprefix(b" ")
+        return self._decoder.decode(data)
+
+    def flush(self) -> str:
+        """U+FFFD for the bytes of a character that never came whole; then nothing is held any more."""
+        return self._decoder.decode(b"", final=True)
+
+
+def decode(token_ids: Iterable[int], decode_bytes: Callable[[int], bytes]) -> str:
+    """All of it at once."""
+    return b"".join(map(decode_bytes, token_ids)).decode("utf-8", "replace")

@@ -1,0 +1,222 @@
+"""Messages to prompt text by the model's own chat template, so that nothing a client writes becomes a control token.
+
+Owns the jinja environment and the default for models without a template. The template is the operator's, run in
+jinja's immutable sandbox; message texts are the client's.
+
+How the two are kept apart: before rendering, the characters with which a control token's spelling can begin or end
+(`<`, `>`, …) are replaced, in the clients' texts alone, by private-use characters that occur nowhere in them, drawn anew each time.
+In what the template then renders, every control token spelled out is the template's own work; it is renamed to its alias
+(`Tokenizer.alias`), and the replaced characters are put back. One character stands for one character, so a
+template may trim, split, measure and inspect texts as it likes. The one thing it no longer sees is control markup in a
+client's text (`</think>`, `<tool_response>`): that stays text, which is the point.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import CallBlock, Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from aiexport_edge.engine.text.tokenizer import Tokenizer, TokenizerError, read_json
+
+_PRIVATE = range(0xF0000, 0xFFFFD)  # plane 15, private use
+_SEPARATOR = "\n\n"
+
+
+class TemplateError(Exception):
+    """These messages cannot be rendered; the message is a sentence for the client."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. `text` is the client's, blocks joined."""
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+
+
+class ChatTemplate:
+    """The chat template of one model. Thread-safe.
+
+    Without a template (`source` None) a chat is what a base model can go on from: BOS where the model has one, then the texts of
+    all messages with an empty line between, no role names.
+    """
+
+    def __init__(self, source: str | None, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._template: jinja2.Template | None = None
+        self._system_is_refused = False
+        if source is not None:
+            try:
+                self._template = _environment().from_string(source)
+            except jinja2.TemplateError as error:
+                raise TokenizerError(f"the chat template has an error ({error}); mend it or remove it.") from error
+            self._system_is_refused = not self._takes_system()
+
+    @classmethod
+    def load(cls, directory: Path, tokenizer: Tokenizer) -> ChatTemplate:
+        """From `chat_template.jinja`, else `chat_template.json`, else `tokenizer_config.json`. Raises `TokenizerError`."""
+        path = directory / "chat_template.jinja"
+        if path.is_file():
+            return cls(path.read_text(encoding="utf-8"), tokenizer)
+        for name in ("chat_template.json", "tokenizer_config.json"):
+            source = read_json(directory / name).get("chat_template")
+            if isinstance(source, list):  # several, by name
+                source = {entry["name"]: entry["template"] for entry in source}.get("default")
+            if isinstance(source, str):
+                return cls(source, tokenizer)
+        return cls(None, tokenizer)
+
+    @property
+    def exists(self) -> bool:
+        """Whether the model has a template of its own."""
+        return self._template is not None
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of the prompt. A last assistant message is a prefill: the ids end within its turn, so that a reply continues it.
+
+        Raises `TemplateError` where the template refuses the messages.
+        """
+        if self._template is None:
+            return self._tokenizer.encode_text(_SEPARATOR.join(message.text for message in messages if message.text))
+        if self._system_is_refused:
+            messages = _fold_system(messages)
+        return self._tokenizer.encode(self._render(messages))
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        """The prompt, control tokens as aliases."""
+        texts = "".join(message.text for message in messages)
+        borders = sorted(self._tokenizer.border_characters)
+        *stand_ins, mark = _unused_characters(len(borders) + 1, texts)
+        protect = str.maketrans(dict(zip(borders, stand_ins, strict=True)))
+        restore = str.maketrans(dict(zip(stand_ins, borders, strict=True)))
+        turns = [{"role": message.role, "content": message.text.translate(protect)} for message in messages]
+        prefill = messages[-1].role == "assistant"
+        if prefill:
+            # The blank tells whether the template trims: then the prefill is trimmed as well (as `transformers` does).
+            turns[-1]["content"] += mark + " "
+        rendered = self._call(turns, add_generation_prompt=not prefill)
+        if prefill:
+            end = rendered.rfind(mark)
+            if end < 0:
+                raise TemplateError(
+                    "this model's chat template does not take a last message of the assistant; end with a user message."
+                )
+            trims = not rendered.startswith(" ", end + 1)
+            rendered = rendered[:end].replace(mark, "")
+            if trims:
+                rendered = rendered.rstrip()
+        return self._tokenizer.alias(rendered).translate(restore)
+
+    def _call(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        assert self._template is not None
+        try:
+            return self._template.render(
+                messages=turns,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                enable_thinking=False,
+                **self._tokenizer.special_tokens,
+            )
+        except _RefusedError as error:
+            raise TemplateError(f"this model's chat template refuses these messages: {error}") from error
+        except Exception as error:  # a template is a program: any error in it is about these messages
+            raise TemplateError(
+                f"this model's chat template cannot render these messages ({type(error).__name__})."
+            ) from error
+
+    def _takes_system(self) -> bool:
+        """Whether the template has a place for a system message: some raise, some drop it in silence."""
+        probe = "q7Zk"
+        try:
+            rendered = self._call(
+                [{"role": "system", "content": probe}, {"role": "user", "content": "hi"}], add_generation_prompt=True
+            )
+        except TemplateError:
+            return False
+        return probe in rendered
+
+
+def _fold_system(messages: Sequence[Message]) -> list[Message]:
+    """For templates without a place for it: the system text goes before the first user message's."""
+    system = [message.text for message in messages if message.role == "system"]
+    rest = [message for message in messages if message.role != "system"]
+    if not system:
+        return rest
+    for index, message in enumerate(rest):
+        if message.role == "user":
+            rest[index] = Message("user", _SEPARATOR.join([*system, message.text]))
+            return rest
+    raise TemplateError(
+        "this model's chat template has no system role, and there is no user message to put the system text into."
+    )
+
+
+def _unused_characters(count: int, text: str) -> list[str]:
+    """Distinct private-use characters, drawn at random, that `text` does not contain."""
+    used = {character for character in text if ord(character) >= _PRIVATE.start} if not text.isascii() else set()
+    found: list[str] = []
+    while len(found) < count:
+        character = chr(secrets.choice(_PRIVATE))
+        if character not in used:
+            used.add(character)
+            found.append(character)
+    return found
+
+
+class _RefusedError(jinja2.TemplateError):
+    """`raise_exception` of a template."""
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise _RefusedError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.datetime.now().strftime(format)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As `transformers` defines it for templates: no HTML escapes, unlike jinja's own."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class _Generation(Extension):
+    """`{% generation %}` … `{% endgeneration %}`: marks the assistant's part for training; here it is only its content."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja's own interface)
+
+    def parse(self, parser: Parser) -> Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Any) -> str:
+        return str(caller())
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
