@@ -1,7 +1,7 @@
 """How a child process of the product ends with the process that started it, however that one ended.
 
-Owns the environment variable between the two. Knows nothing of what either does. Linux only; elsewhere a child outlives a
-parent that was killed, and ends when it finds its sockets closed.
+Owns the environment variable between the two. Knows nothing of what either does. Linux only; elsewhere a child outlives
+a parent that was killed, and ends when it finds its sockets closed.
 """
 
 from __future__ import annotations

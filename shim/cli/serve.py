@@ -1,0 +1,226 @@
+"""`aiexport-edge serve`: the whole installation on this machine, in one command.
+
+Owns the listening sockets, the order of start and end, and the one-per-state lock. Engine and shim start side by side;
+on SIGTERM the shims finish their streams first, then the engine ends. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import fcntl
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Coroutine, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from aiexport_edge.proto.config import Config, check_sources
+from aiexport_edge.proto.units import join_address, split_address
+from aiexport_edge.shim.cli import processes, welcome
+from aiexport_edge.shim.cli.command import CommandError, load_config, make_state
+from aiexport_edge.shim.cli.listeners import listen
+from aiexport_edge.shim.cli.supervisor import Child, ChildSpec, StartFailed
+
+T = TypeVar("T")
+
+EPILOG = """\
+example:
+  aiexport-edge serve
+  aiexport-edge serve --config aiexport-edge.toml --port 8080
+"""
+
+SOCKET_PATH_LIMIT = 100  # bytes; sun_path of unix(7) holds 108 with its end
+SHIM_MARGIN = 5.0  # seconds past the drain that a shim gets to write its accounts
+ENGINE_PATIENCE = 15.0  # seconds for an engine that nobody uses any more
+
+
+def add_arguments(_name: str, parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    processes.listener_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """`serve`: engine and shims."""
+    config = _with_options(load_config(args), args)
+    processes.require_engine_packages()
+    check_sources(config)
+    make_state(config.state)
+    os.umask(0o077)
+    with ExitStack() as stack:
+        stack.enter_context(_lock(config.state))
+        rest, admin = _listeners(config, stack)
+        address = "unix:" + str(stack.enter_context(_socket_path(config.state)))
+        engine = ChildSpec("engine", processes.engine_command(config, address))
+        return asyncio.run(_Installation(config, rest, admin, engine, (address,)).run())
+
+
+def run_shims(args: argparse.Namespace) -> int:
+    """`shim`: shims alone, for engines that run elsewhere."""
+    config = _with_options(load_config(args), args)
+    make_state(config.state)
+    os.umask(0o077)
+    engines = tuple(args.engine or config.engine_addresses)
+    with ExitStack() as stack:
+        rest, admin = _listeners(config, stack)
+        return asyncio.run(_Installation(config, rest, admin, None, engines).run())
+
+
+def _with_options(config: Config, args: argparse.Namespace) -> Config:
+    """The configuration with what the command line says on top."""
+    shim = config.shim
+    shim = dataclasses.replace(
+        shim,
+        host=args.host or shim.host,
+        port=args.port or shim.port,
+        workers=getattr(args, "workers", None) or shim.workers,
+    )
+    admin = config.admin
+    if args.admin_port:
+        host, _ = split_address(config.admin.listen or "127.0.0.1:1")
+        admin = dataclasses.replace(admin, listen=join_address(host, args.admin_port))
+    config = dataclasses.replace(config, shim=shim, admin=admin)
+    if shim.port == 65535 and not admin.listen:
+        raise CommandError("port 65535 leaves no port + 1 for the admin listener; name one with --admin-port")
+    return config
+
+
+@contextmanager
+def _lock(state: Path) -> Iterator[None]:
+    """Held while this process serves. Raises `CommandError` with the other's pid where another does."""
+    path = state / "serve.lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.pread(descriptor, 20, 0).decode(errors="replace").strip() or "unknown"
+            raise CommandError(
+                f"another serve (pid {pid}) runs on {state}; stop it, or give this one a --state of its own"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _listeners(config: Config, stack: ExitStack) -> tuple[socket.socket, socket.socket]:
+    rest = stack.enter_context(listen(config.shim.host, config.shim.port, "--port"))
+    admin_host, admin_port = split_address(config.admin_listen)
+    return rest, stack.enter_context(listen(admin_host, admin_port, "--admin-port"))
+
+
+@contextmanager
+def _socket_path(state: Path) -> Iterator[Path]:
+    """Where the engine listens: in the state directory, or in a new one where that path is too long for a socket."""
+    path = state / "engine.sock"
+    if len(os.fsencode(path)) <= SOCKET_PATH_LIMIT:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="aiexport-edge-") as short:
+        yield Path(short) / "engine.sock"
+
+
+class _Installation:
+    """The running parts, from the first fork to the last exit."""
+
+    def __init__(
+        self,
+        config: Config,
+        rest: socket.socket,
+        admin: socket.socket,
+        engine: ChildSpec | None,
+        engines: tuple[str, ...],
+    ) -> None:
+        self._config = config
+        self._rest = rest
+        self._admin = admin
+        self._engine_spec = engine
+        command = processes.shim_command(config, rest, admin, engines)
+        fds = (rest.fileno(), admin.fileno())
+        self._shim_specs = [ChildSpec(f"shim {i + 1}", command, fds) for i in range(config.shim.workers)]
+        self._engine: list[Child] = []  # none, or one
+        self._shims: list[Child] = []
+        self._stop = asyncio.Event()
+
+    async def run(self) -> int:
+        """Until a signal: 0. Raises `CommandError` where a part gives up before the installation was ever ready."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self._on_signal)
+        serving = asyncio.ensure_future(self._serve())
+        stopping = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait([serving, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if not self._stop.is_set():
+                await serving  # never returns: it raises what went wrong
+            return 0
+        except StartFailed as error:
+            raise CommandError(str(error)) from None
+        finally:
+            serving.cancel()
+            stopping.cancel()
+            await asyncio.wait([serving, stopping])
+            await self._drain()
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set():  # asked twice: at once
+            for child in self._shims + self._engine:
+                child.kill()
+        self._stop.set()
+
+    async def _serve(self) -> None:
+        """Starts everything, says when it is ready, then watches until a child is given up."""
+        self._log(f"starting {self._parts()}")
+        if self._engine_spec is not None:
+            self._engine = [Child(self._engine_spec, self._log)]
+        # The store is made ready while the engine loads, and before several shims would all do it.
+        greeting = await self._unless_given_up(
+            asyncio.to_thread(welcome.prepare, self._config, demo=bool(self._engine))
+        )
+        self._shims = [Child(spec, self._log) for spec in self._shim_specs]
+        await self._unless_given_up(welcome.until_ready(self._rest))
+        for child in self._shims + self._engine:
+            child.proven = True
+        await asyncio.to_thread(welcome.show, greeting, self._config, self._rest)
+        await self._unless_given_up(asyncio.Event().wait())
+
+    async def _unless_given_up(self, work: Coroutine[None, None, T]) -> T:
+        """The result of `work`; raises `StartFailed` as soon as a child is given up."""
+        task = asyncio.ensure_future(work)
+        ended: list[asyncio.Future[Any]] = [child.ended for child in self._shims + self._engine]
+        try:
+            await asyncio.wait([task, *ended], return_when=asyncio.FIRST_COMPLETED)
+            for child in ended:
+                if child.done():
+                    await child
+            return await task
+        finally:
+            task.cancel()
+
+    async def _drain(self) -> None:
+        """Nothing new, then the streams' ends, then the engine's."""
+        self._log("stopping: open streams may finish")
+        self._rest.close()
+        self._admin.close()
+        patience = self._config.shim.drain.total_seconds() + SHIM_MARGIN
+        await asyncio.gather(*(shim.stop(patience) for shim in self._shims))
+        for engine in self._engine:
+            await engine.stop(ENGINE_PATIENCE)
+
+    def _parts(self) -> str:
+        workers = len(self._shim_specs)
+        shims = f"{workers} shim worker{'s' if workers > 1 else ''}"
+        if self._engine_spec is None:
+            return shims
+        return f"the engine ({', '.join(spec.name for spec in self._config.weights)}) and {shims}"
+
+    def _log(self, line: str) -> None:
+        print(f"aiexport-edge: {line}", file=sys.stderr, flush=True)
