@@ -1,0 +1,126 @@
+"""The bytes behind the page pool: how many pages there are, and each model's view of them.
+
+Owns one block of memory, cut into pages of equal bytes that any model can use. Who holds which page is `pages.py`'s;
+here a page is only an offset. A model fits `page_bytes // kv_bytes_per_token` of its tokens into a page:
+
+    page    | layer 0: k [kv head, token, dim], v [kv head, token, dim] | layer 1: … | … | unused rest |
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aiexport_edge.engine.models.config import ModelError
+
+ALIGNMENT = 64  # bytes: a page begins on a cache line
+AUTO_TOKENS_PER_PAGE = 16  # of the model with the most bytes per token
+AUTO_MOST_BYTES = 4 << 30
+AUTO_SHARE_OF_MEMORY = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class ModelNeed:
+    """What one model asks of the pool."""
+
+    name: str
+    kv_bytes_per_token: int
+    context_window: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolShape:
+    """Page 0 is never handed out: padding rows write there."""
+
+    page_bytes: int
+    num_pages: int
+    tokens_per_page: tuple[int, ...]
+
+
+def pool_shape(
+    needs: Sequence[ModelNeed], *, page_bytes: int, pool_bytes: int, max_num_running: int, available_bytes: int
+) -> PoolShape:
+    """Choose what is 0 (auto) of `page_bytes` and `pool_bytes`.
+
+    A page is rounded up to 64 bytes; auto holds 16 tokens of the model with the most bytes per token. An auto pool
+    takes what `max_num_running` full contexts need, at most 4 GiB and a quarter of `available_bytes`, and at least one
+    full context and two pages. Raises ModelError where a size that was given is too small.
+    """
+    largest = max(needs, key=lambda need: need.kv_bytes_per_token)
+    page_bytes = _round_up(page_bytes or AUTO_TOKENS_PER_PAGE * largest.kv_bytes_per_token)
+    if page_bytes < largest.kv_bytes_per_token:
+        raise ModelError(
+            f"page_bytes is {page_bytes}, but one token of model {largest.name} takes {largest.kv_bytes_per_token}"
+        )
+    tokens_per_page = tuple(page_bytes // need.kv_bytes_per_token for need in needs)
+    full_contexts = [-(-need.context_window // tokens) for need, tokens in zip(needs, tokens_per_page, strict=True)]
+    fewest = max(full_contexts) + 2
+    if pool_bytes:
+        num_pages = pool_bytes // page_bytes
+        source = f"pool_bytes {pool_bytes}"
+    else:
+        limit = min(int(available_bytes * AUTO_SHARE_OF_MEMORY), AUTO_MOST_BYTES)
+        num_pages = max(fewest, min(limit // page_bytes, max(full_contexts) * max_num_running + 1))
+        source = f"the memory that is free ({available_bytes} bytes)"
+    if num_pages < fewest or (not pool_bytes and num_pages * page_bytes > available_bytes):
+        raise ModelError(
+            f"{source} does not hold one full context: {fewest * page_bytes} bytes are needed; "
+            "set a smaller context_window"
+        )
+    return PoolShape(page_bytes, num_pages, tokens_per_page)
+
+
+def _round_up(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+class KVMemory:
+    """The pool's memory, zeroed; on a CPU the system backs a page only when it is first written."""
+
+    def __init__(self, shape: PoolShape, device: torch.device) -> None:
+        self.shape = shape
+        num_bytes = shape.num_pages * shape.page_bytes
+        if device.type == "cpu":
+            # numpy zeroes by asking the system for zero pages (calloc); torch.zeros would write all of them now.
+            block = torch.from_numpy(np.zeros(num_bytes + ALIGNMENT, dtype=np.uint8))
+            first = -block.data_ptr() % ALIGNMENT
+            self.bytes = block[first : first + num_bytes]
+        else:
+            self.bytes = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+
+    def layers(
+        self, model: int, *, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Views (k, v) per layer, each [num_pages, num_kv_heads, tokens_per_page, head_dim]; the last is contiguous."""
+        tokens = self.shape.tokens_per_page[model]
+        sizes = (self.shape.num_pages, num_layers, 2, num_kv_heads, tokens, head_dim)
+        strides = [self.shape.page_bytes // dtype.itemsize, 0, 0, 0, 0, 1]
+        for axis in range(4, 0, -1):
+            strides[axis] = strides[axis + 1] * sizes[axis + 1]
+        pages = torch.as_strided(self.bytes.view(dtype), sizes, strides)
+        return [(pages[:, layer, 0], pages[:, layer, 1]) for layer in range(num_layers)]
+
+
+def available_memory() -> int:
+    """Bytes that this process can still take on the host: the system's, and its control group's where it has one."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
+    for limit, usage in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        group = Path("/sys/fs/cgroup")
+        if (group / limit).exists() and (group / usage).exists():
+            text = (group / limit).read_text().strip()
+            if text != "max":
+                limits.append(int(text) - int((group / usage).read_text()))
+    return max(0, min(limits))

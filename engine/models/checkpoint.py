@@ -1,0 +1,114 @@
+"""Safetensors files of a Hugging Face directory: which tensors there are, and reading them one at a time.
+
+Owns finding the files (one, or shards by an index) and their memory maps. Never unpickles. Knows no architecture.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from aiexport_edge.engine.models.config import ModelError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor as its file's header describes it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name: F32, BF16, …
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, for the dtypes that are read."""
+        count = DTYPES[self.dtype].itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class Checkpoint:
+    """Open, memory-mapped weights. `entries` is known without touching their bytes."""
+
+    def __init__(self, directory: Path, handles: dict[Path, Any]) -> None:
+        self.directory = directory
+        self._handles = handles
+        self.entries: dict[str, Entry] = {}
+        for file, handle in handles.items():
+            for name in handle.keys():  # noqa: SIM118 (not a mapping)
+                part = handle.get_slice(name)
+                self.entries[name] = Entry(file, tuple(part.get_shape()), part.get_dtype())
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of the mapped file: copy what is to outlive this checkpoint."""
+        entry = self.entries[name]
+        try:
+            tensor: Tensor = self._handles[entry.file].get_tensor(name)
+        except SafetensorError as error:
+            raise ModelError(f"{entry.file}: {name} cannot be read: {error}") from error
+        return tensor
+
+
+@contextmanager
+def open_checkpoint(directory: Path) -> Iterator[Checkpoint]:
+    """Map the directory's weights until the end of the block. Raises ModelError naming the file that is at fault."""
+    names_by_file = _files(directory)
+    with ExitStack() as stack:
+        handles = {}
+        for file in names_by_file:
+            try:
+                handles[file] = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+            except FileNotFoundError:
+                raise ModelError(f"{file} does not exist, but {directory / INDEX} names it") from None
+            except (OSError, SafetensorError) as error:
+                raise ModelError(f"{file} is not a readable safetensors file: {error}") from error
+        checkpoint = Checkpoint(directory, handles)
+        for file, names in names_by_file.items():
+            for name in names:
+                entry = checkpoint.entries.get(name)
+                if entry is None or entry.file != file:
+                    raise ModelError(f"{file} does not hold {name}, but {directory / INDEX} says so")
+        yield checkpoint
+
+
+def _files(directory: Path) -> dict[Path, list[str]]:
+    """The files to open, each with the names that the index promises in it (none for a single file)."""
+    if (directory / INDEX).exists():
+        return _read_index(directory)
+    if (directory / SINGLE).exists():
+        return {directory / SINGLE: []}
+    if not directory.is_dir():
+        raise ModelError(f"{directory} is not a directory")
+    pickled = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in directory.glob(suffix))
+    if pickled:
+        raise ModelError(
+            f"{directory} holds pickled weights only ({pickled[0]}), which are never read: unpickling runs code; "
+            "convert them to safetensors (transformers: from_pretrained, then save_pretrained)"
+        )
+    raise ModelError(f"{directory} holds neither {SINGLE} nor {INDEX}")
+
+
+def _read_index(directory: Path) -> dict[Path, list[str]]:
+    index = directory / INDEX
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        files: dict[Path, list[str]] = {}
+        for name, file in weight_map.items():
+            if Path(file).name != file:
+                raise ModelError(f"{index}: {file!r} is not the name of a file beside it")
+            files.setdefault(directory / file, []).append(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is not an index of safetensors files: {error!r}") from error
+    return files

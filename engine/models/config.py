@@ -1,0 +1,340 @@
+"""What a Hugging Face directory says about its model: `config.json` and `generation_config.json`, read strictly.
+
+Owns the reading and its errors. Imports no torch, so that the engine process can learn the context window and the
+stop ids without it. Knows nothing of the weights' bytes (`loader.py`) nor of the directory's tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aiexport_edge.engine.models.registry import ARCHITECTURE_OF_MODEL_TYPE, FAMILIES, Family
+
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+class ModelError(Exception):
+    """A model directory that cannot be served: one sentence for the operator that names the file and the cause."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary position embedding: base, and how its frequencies are scaled for longer contexts.
+
+    `kind` is one of ROPE_KINDS. Fields that a kind does not use hold their neutral value. "dynamic" changes nothing up
+    to `max_position_embeddings`, and beyond it would change keys that are already cached: the context ends there.
+    """
+
+    kind: str
+    theta: float
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 1.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn
+    attention_factor: float | None = None  # yarn; None: from factor and the two mscales
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A model's shape. Sizes in elements, lengths in tokens.
+
+    `context_window` is the longest sequence that the model is made for, prompt and output together.
+    `sliding_windows` has one entry per layer: a token sees that many tokens, itself included; 0 means all.
+    `dtype` is the checkpoint's as the file claims, None where it does not say.
+    `stop_ids` end a turn: generation_config.json's `eos_token_id`, else config.json's.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: Rope
+    context_window: int
+    sliding_windows: tuple[int, ...]
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tie_word_embeddings: bool
+    dtype: str | None
+    stop_ids: tuple[int, ...]
+
+    @classmethod
+    def load(cls, directory: Path | str) -> ModelConfig:
+        """Read `directory`. Raises ModelError naming the file and the key that is missing or not supported."""
+        directory = Path(directory)
+        file = directory / "config.json"
+        raw = _read_json(file)
+        nested = raw.get("text_config")
+        values = {**raw, **nested} if isinstance(nested, dict) else raw
+        architecture, family = _family(raw, values, file)
+        return _model_config(
+            _Values({**family.defaults, **values}, file), architecture, family, _stop_ids(directory, values, file)
+        )
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes that one token's keys and values of all layers take, `itemsize` bytes an element."""
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * itemsize
+
+
+class _Values:
+    """A JSON object with typed access; every complaint names the file and the key."""
+
+    def __init__(self, values: Mapping[str, Any], file: Path, prefix: str = "") -> None:
+        self.values = values
+        self.file = file
+        self.prefix = prefix
+
+    def error(self, key: str, complaint: str) -> ModelError:
+        return ModelError(f"{self.file}: {self.prefix}{key} {complaint}")
+
+    def integer(self, key: str, *, default: int | None = None, minimum: int = 1) -> int:
+        value = self.values.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise self.error(key, "is missing")
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise self.error(key, f"is {value!r}; an integer of at least {minimum} is needed")
+        return value
+
+    def number(self, key: str, *, default: float | None = None) -> float:
+        value = self.optional_number(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise self.error(key, "is missing")
+        return value
+
+    def optional_number(self, key: str) -> float | None:
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise self.error(key, f"is {value!r}; a positive number is needed")
+        return float(value)
+
+    def flag(self, key: str, *, default: bool = False) -> bool:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.error(key, f"is {value!r}; true or false is needed")
+        return value
+
+    def choice(self, key: str, supported: tuple[str, ...], *, default: str) -> str:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if value not in supported:
+            raise self.error(key, f"is {value!r}; supported are {', '.join(supported)}")
+        return str(value)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise ModelError(f"{file} does not exist; a Hugging Face model directory has one") from None
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{file} is not a JSON object")
+    return value
+
+
+def _family(raw: Mapping[str, Any], values: Mapping[str, Any], file: Path) -> tuple[str, Family]:
+    supported = ", ".join(FAMILIES)
+    names = raw.get("architectures") or values.get("architectures")
+    if names is None:
+        model_type = values.get("model_type")
+        names = [ARCHITECTURE_OF_MODEL_TYPE.get(str(model_type), model_type)]
+    if not isinstance(names, list):
+        raise ModelError(f"{file}: architectures is {names!r}; a list with one of {supported} is needed")
+    for name in names:
+        if name in FAMILIES:
+            return name, FAMILIES[name]
+    raise ModelError(f"{file}: architecture {', '.join(map(str, names))} is not supported; supported are {supported}")
+
+
+def _stop_ids(directory: Path, values: Mapping[str, Any], file: Path) -> tuple[int, ...]:
+    generation = directory / "generation_config.json"
+    ids = None
+    if generation.exists():
+        ids = _read_json(generation).get("eos_token_id")
+        if ids is not None:
+            file = generation
+    if ids is None:
+        ids = values.get("eos_token_id")
+    if ids is None:
+        return ()
+    listed = ids if isinstance(ids, list) else [ids]
+    if not all(isinstance(token_id, int) and not isinstance(token_id, bool) and token_id >= 0 for token_id in listed):
+        raise ModelError(f"{file}: eos_token_id is {ids!r}; a token id or a list of them is needed")
+    return tuple(dict.fromkeys(listed))
+
+
+def _model_config(values: _Values, architecture: str, family: Family, stop_ids: tuple[int, ...]) -> ModelConfig:
+    if values.values.get("quantization_config") is not None:
+        raise values.error("quantization_config", "is set; quantized checkpoints are not supported, use the 16-bit one")
+    values.choice("hidden_act", ("silu",), default="silu")
+    hidden_size = values.integer("hidden_size")
+    num_layers = values.integer("num_hidden_layers")
+    num_q_heads = values.integer("num_attention_heads")
+    if "num_key_value_heads" not in values.values:
+        raise values.error("num_key_value_heads", "is missing")
+    num_kv_heads = values.integer("num_key_value_heads", default=num_q_heads)
+    if num_q_heads % num_kv_heads:
+        raise values.error(
+            "num_attention_heads", f"is {num_q_heads}, not a multiple of num_key_value_heads {num_kv_heads}"
+        )
+    if family.qk_norm:  # here head_dim is independent of the others, and leaving it out was never the custom
+        head_dim = values.integer("head_dim")
+    else:
+        head_dim = values.integer("head_dim", default=hidden_size // num_q_heads)
+    if head_dim % 2:
+        raise values.error("head_dim", f"is {head_dim}; rotary embeddings need an even one")
+    max_position_embeddings = values.integer("max_position_embeddings")
+    rope = _rope(values, max_position_embeddings)
+    context_window = max_position_embeddings
+    if rope.kind == "yarn":  # directories may give the length before or after the extension
+        context_window = max(context_window, int(rope.factor * rope.original_max_position_embeddings))
+    tie_word_embeddings = values.flag("tie_word_embeddings")
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=values.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=values.integer("intermediate_size"),
+        num_layers=num_layers,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=values.number("rms_norm_eps"),
+        rope=rope,
+        context_window=context_window,
+        sliding_windows=_sliding_windows(values, family, num_layers),
+        qkv_bias=_bias(values, family.qkv_bias),
+        o_bias=_bias(values, family.o_bias),
+        mlp_bias=_bias(values, family.mlp_bias),
+        qk_norm=family.qk_norm,
+        tie_word_embeddings=tie_word_embeddings,
+        dtype=_dtype(values),
+        stop_ids=stop_ids,
+    )
+
+
+def _bias(values: _Values, bias: bool | str) -> bool:
+    return values.flag(bias) if isinstance(bias, str) else bias
+
+
+def _dtype(values: _Values) -> str | None:
+    key = "dtype" if values.values.get("dtype") is not None else "torch_dtype"  # the second until transformers 4.56
+    dtype = values.values.get(key)
+    if isinstance(dtype, str):
+        dtype = dtype.removeprefix("torch.")
+    if dtype is None or dtype in DTYPES:
+        return dtype
+    raise values.error(key, f"is {dtype!r}; supported are {', '.join(DTYPES)}")
+
+
+def _sliding_windows(values: _Values, family: Family, num_layers: int) -> tuple[int, ...]:
+    full = (0,) * num_layers
+    if family.windowed == "no":
+        return full
+    layer_types = values.values.get("layer_types")
+    if layer_types is not None and (
+        not isinstance(layer_types, list)
+        or len(layer_types) != num_layers
+        or not set(layer_types) <= {"full_attention", "sliding_attention"}
+    ):
+        raise values.error("layer_types", f"is not a list of {num_layers} of full_attention, sliding_attention")
+    if family.windowed == "all":
+        window = 0 if values.values["sliding_window"] is None else values.integer("sliding_window")
+        other = "full_attention" if window else "sliding_attention"
+        if layer_types is not None and other in layer_types:
+            raise values.error("layer_types", f"has {other}; this architecture attends alike in all layers")
+        return (window,) * num_layers
+    if not values.flag("use_sliding_window"):
+        if layer_types is not None and "sliding_attention" in layer_types:
+            raise values.error("layer_types", "has sliding_attention, but use_sliding_window is not true")
+        return full
+    if values.values["sliding_window"] is None:
+        return full
+    window = values.integer("sliding_window")
+    if layer_types is not None:
+        return tuple(window if layer_type == "sliding_attention" else 0 for layer_type in layer_types)
+    first = values.integer("max_window_layers", minimum=0)
+    return tuple(window if layer >= first else 0 for layer in range(num_layers))
+
+
+def _rope(values: _Values, max_position_embeddings: int) -> Rope:
+    """Both layouts: `rope_theta` with `rope_scaling` (transformers 4), and `rope_parameters` holding all (5)."""
+    key = "rope_parameters" if values.values.get("rope_parameters") is not None else "rope_scaling"
+    parameters = values.values.get(key)
+    if parameters is None:
+        parameters = {}
+    if not isinstance(parameters, dict):
+        raise values.error(key, f"is {parameters!r}; an object is needed")
+    if any(isinstance(value, dict) for value in parameters.values()):
+        raise values.error(key, "differs by layer type, which is not supported")
+    inner = _Values(parameters, values.file, prefix=f"{key}.")
+    kind_key = "rope_type" if parameters.get("rope_type") is not None else "type"
+    kind = inner.choice(kind_key, ROPE_KINDS, default="default")
+    theta = inner.number("rope_theta", default=values.number("rope_theta", default=10000.0))
+    for owner in (inner, values):
+        if owner.number("partial_rotary_factor", default=1.0) != 1.0:
+            raise owner.error("partial_rotary_factor", "is not 1; rotating a part of each head is not supported")
+    if parameters.get("mrope_section") is not None:
+        raise inner.error("mrope_section", "is set; positions of several axes are not supported")
+    if kind == "default":
+        return Rope(kind=kind, theta=theta)
+    if kind in ("linear", "dynamic"):
+        return Rope(kind=kind, theta=theta, factor=inner.number("factor"))
+    # A length beside the scaling object, as some directories have it, goes before the one inside.
+    original = values.integer(
+        "original_max_position_embeddings",
+        default=inner.integer("original_max_position_embeddings", default=max_position_embeddings),
+    )
+    if kind == "llama3":
+        low, high = inner.number("low_freq_factor"), inner.number("high_freq_factor")
+        if low >= high:
+            raise inner.error("high_freq_factor", f"is {high}; more than low_freq_factor {low} is needed")
+        return Rope(
+            kind=kind,
+            theta=theta,
+            factor=inner.number("factor"),
+            original_max_position_embeddings=original,
+            low_freq_factor=low,
+            high_freq_factor=high,
+        )
+    return Rope(
+        kind=kind,
+        theta=theta,
+        factor=inner.number("factor", default=max_position_embeddings / original),
+        original_max_position_embeddings=original,
+        beta_fast=inner.number("beta_fast", default=32.0),
+        beta_slow=inner.number("beta_slow", default=1.0),
+        truncate=inner.flag("truncate", default=True),
+        attention_factor=inner.optional_number("attention_factor"),
+        mscale=inner.optional_number("mscale"),
+        mscale_all_dim=inner.optional_number("mscale_all_dim"),
+    )

@@ -1,0 +1,151 @@
+"""The one decoder: Llama, Mistral, Qwen2 and Qwen3 differ in its configuration, not in its code.
+
+Owns the order of operations; every operation is a kernel, and whatever depends on the device is theirs. Knows no
+requests and no page accounting: a `Batch` says where each token's keys and values are written and read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from aiexport_edge.engine.models.config import ModelConfig
+from aiexport_edge.kernels.gather import gather_rows
+from aiexport_edge.kernels.linear import PackedLinear
+from aiexport_edge.kernels.paged_attention import paged_attention
+from aiexport_edge.kernels.qk_norm_rope import qk_norm_rope
+from aiexport_edge.kernels.rms_norm import add_rms_norm, rms_norm
+from aiexport_edge.kernels.swiglu import swiglu
+
+KVCache = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """T tokens of B sequences, one sequence after the other; built whole in one place (`engine/core/batch.py`).
+
+    Either `input_ids` int64 [T] or `inputs_embeds` [T, hidden] in the model's dtype is given, the other is None.
+    positions int64 [3, T]: time, height, width; text has the same in all three. slots int64 [T]: where a token's
+    keys and values go, page * tokens_per_page + offset, -1 for nowhere. block_tables int32 [B, max_pages],
+    query_start_loc int32 [B+1], seq_lens int32 [B] as `paged_attention` wants them. rows int64 [S]: the tokens whose
+    logits are asked for, ascending; None means all T.
+    """
+
+    input_ids: Tensor | None
+    inputs_embeds: Tensor | None
+    positions: Tensor
+    slots: Tensor
+    block_tables: Tensor
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    rows: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The weights of one layer; norms [hidden] or [head_dim], products packed. `sliding_window` 0 sees everything."""
+
+    input_norm: Tensor
+    qkv: PackedLinear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: PackedLinear
+    post_attention_norm: Tensor
+    gate_up: PackedLinear
+    down: PackedLinear
+    sliding_window: int
+
+
+class Decoder:
+    """Token ids to logits, over paged keys and values."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        embedding: Tensor,
+        layers: Sequence[Layer],
+        norm: Tensor,
+        head: PackedLinear,
+        cos_sin: Tensor,
+    ) -> None:
+        self.config = config
+        self.embedding = embedding
+        self.layers = tuple(layers)
+        self.norm = norm
+        self.head = head
+        self.cos_sin = cos_sin
+        self.scale = config.head_dim**-0.5
+
+    def forward(self, batch: Batch, kv_caches: Sequence[KVCache]) -> Tensor:
+        """Run `batch`, writing keys and values into `kv_caches` (one pair per layer, see `paged_attention`).
+
+        Returns the hidden states [S, hidden] of `batch.rows` in the model's dtype, ready for `logits`. In the last
+        layer all that comes after the keys and values is computed for those rows only.
+        """
+        hidden, residual = self._embed(batch), None
+        for layer, kv_cache in zip(self.layers[:-1], kv_caches, strict=False):
+            hidden, residual = self._norm(hidden, residual, layer.input_norm)
+            q = self._project(layer, hidden, batch, kv_cache)
+            hidden = layer.o(self._attend(layer, q, batch, kv_cache))
+            hidden, residual = self._mlp(layer, hidden, residual)
+        layer, kv_cache = self.layers[-1], kv_caches[-1]
+        hidden, residual = self._norm(hidden, residual, layer.input_norm)
+        q = self._project(layer, hidden, batch, kv_cache)
+        if batch.rows is not None and batch.rows.shape[0] == 0:
+            return hidden[:0]
+        attended = self._attend(layer, q, batch, kv_cache)
+        if batch.rows is not None:
+            attended, residual = gather_rows(attended, batch.rows), gather_rows(residual, batch.rows)
+        hidden, residual = self._mlp(layer, layer.o(attended), residual)
+        return self._norm(hidden, residual, self.norm)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [S, vocabulary] of hidden states [S, hidden] that `forward` returned."""
+        return self.head(hidden).float()
+
+    def _embed(self, batch: Batch) -> Tensor:
+        if batch.inputs_embeds is not None:
+            return batch.inputs_embeds
+        assert batch.input_ids is not None
+        return gather_rows(self.embedding, batch.input_ids)
+
+    def _norm(self, hidden: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Add to the residual stream (which begins here where there is none) and norm it: (normed, residual)."""
+        if residual is None:
+            return rms_norm(hidden, weight, self.config.rms_norm_eps), hidden
+        return add_rms_norm(hidden, residual, weight, self.config.rms_norm_eps)
+
+    def _project(self, layer: Layer, hidden: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+        """Write the tokens' keys and values; return their queries [T, num_q_heads, head_dim]."""
+        return qk_norm_rope(
+            layer.qkv(hidden),
+            self.cos_sin,
+            batch.positions,
+            batch.slots,
+            *kv_cache,
+            num_q_heads=self.config.num_q_heads,
+            num_kv_heads=self.config.num_kv_heads,
+            q_weight=layer.q_norm,
+            k_weight=layer.k_norm,
+            eps=self.config.rms_norm_eps,
+        )
+
+    def _attend(self, layer: Layer, q: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+        """Attention before its output product: [T, num_q_heads * head_dim]."""
+        attended = paged_attention(
+            q,
+            *kv_cache,
+            batch.block_tables,
+            batch.query_start_loc,
+            batch.seq_lens,
+            scale=self.scale,
+            sliding_window=layer.sliding_window,
+        )
+        return attended.view(attended.shape[0], -1)
+
+    def _mlp(self, layer: Layer, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, residual = add_rms_norm(hidden, residual, layer.post_attention_norm, self.config.rms_norm_eps)
+        return layer.down(swiglu(layer.gate_up(hidden))), residual

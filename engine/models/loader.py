@@ -1,0 +1,267 @@
+"""From a Hugging Face directory to a decoder: every parameter read once, fused, converted, packed and let go of.
+
+Owns the names: which tensors of the checkpoint make which weight. All are checked by the files' headers before a byte
+is read: what is missing, left over, or of another shape raises ModelError with its name. Peak memory is the packed
+model plus one parameter. Knows nothing of pages or requests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from aiexport_edge.engine.models.checkpoint import DTYPES, Checkpoint, open_checkpoint
+from aiexport_edge.engine.models.config import ModelConfig, ModelError
+from aiexport_edge.engine.models.decoder import Decoder, Layer
+from aiexport_edge.engine.models.rope import cos_sin_table
+from aiexport_edge.kernels.linear import PackedLinear, supports_bf16
+
+# Products that share their input are one: the checkpoint's rows, stacked in this order.
+FUSIONS = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+HARMLESS = "rotary_emb.inv_freq"  # a table that old transformers saved; it follows from the configuration
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run. `weight_bytes` counts its parameters once, in the dtype they are served in."""
+
+    name: str
+    config: ModelConfig
+    decoder: Decoder
+    dtype: torch.dtype
+    context_window: int
+    weight_bytes: int
+
+
+def load_model(
+    directory: Path | str,
+    *,
+    name: str = "",
+    dtype: str = "auto",
+    context_window: int = 0,
+    deterministic: bool = False,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """Read `directory`. `context_window` 0 is the model's own; `progress` is told bytes done and in all.
+
+    Raises ModelError with a sentence for the operator.
+    """
+    directory = Path(directory)
+    device = device or torch.device("cpu")
+    config = ModelConfig.load(directory)
+    if context_window > config.context_window:
+        raise ModelError(
+            f"{directory}: a context window of {context_window} tokens is more than the model's {config.context_window}"
+        )
+    with open_checkpoint(directory) as checkpoint:
+        weights = _Weights(checkpoint, config, dtype=dtype, device=device, progress=progress)
+        decoder = _build(weights, context_window or config.context_window, deterministic)
+    return LoadedModel(
+        name=name,
+        config=config,
+        decoder=decoder,
+        dtype=weights.dtype,
+        context_window=context_window or config.context_window,
+        weight_bytes=weights.num_parameters * weights.dtype.itemsize,
+    )
+
+
+def serving_dtype(requested: str, checkpoint: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to serve in. "auto" keeps the checkpoint's precision as far as the device multiplies it.
+
+    On a CPU 16-bit weights become bfloat16 where the processor has its products, else float32. Raises ModelError for a
+    requested dtype that the device lacks.
+    """
+    if device.type != "cpu":
+        return checkpoint if requested == "auto" else DTYPES_BY_NAME[requested]
+    if requested == "auto":
+        return torch.bfloat16 if checkpoint != torch.float32 and supports_bf16() else torch.float32
+    if requested == "float16":
+        raise ModelError("dtype float16 is not served on a CPU; use auto, bfloat16 or float32")
+    if requested == "bfloat16" and not supports_bf16():
+        raise ModelError("this processor has no bfloat16 products; use dtype auto or float32")
+    return DTYPES_BY_NAME[requested]
+
+
+DTYPES_BY_NAME = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that the checkpoint must hold, by its Hugging Face name."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_rows, kv_rows = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    products = {
+        "self_attn.q_proj": (q_rows, hidden, config.qkv_bias),
+        "self_attn.k_proj": (kv_rows, hidden, config.qkv_bias),
+        "self_attn.v_proj": (kv_rows, hidden, config.qkv_bias),
+        "self_attn.o_proj": (hidden, q_rows, config.o_bias),
+        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
+        "mlp.up_proj": (inner, hidden, config.mlp_bias),
+        "mlp.down_proj": (hidden, inner, config.mlp_bias),
+    }
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    if config.qk_norm:
+        norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        for product, (rows, columns, bias) in products.items():
+            shapes[f"{prefix}{product}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"{prefix}{product}.bias"] = (rows,)
+        for norm, size in norms.items():
+            shapes[f"{prefix}{norm}.weight"] = (size,)
+    shapes[FINAL_NORM] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = (config.vocab_size, hidden)
+    return shapes
+
+
+def _check(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, str]:
+    """Hold the headers against `expected_shapes`. Returns the checkpoint's name of every expected tensor."""
+    expected = expected_shapes(config)
+    present = {name for name in checkpoint.entries if not name.endswith(HARMLESS)}
+    names = {name: name for name in expected}
+    if config.tie_word_embeddings:
+        if EMBEDDING not in present and HEAD in present:
+            names[EMBEDDING] = HEAD  # one tensor of two names: some writers keep the other one
+        present.discard(HEAD if names[EMBEDDING] == EMBEDDING else "")
+    missing = [name for name, source in names.items() if source not in present]
+    left_over = sorted(present - set(names.values()))
+    problems = []
+    if missing:
+        problems.append(f"{_listed(missing)} missing{_half_merged(missing, present)}")
+    if left_over:
+        problems.append(f"{_listed(left_over)} not part of {config.architecture} as config.json describes it")
+    if problems:
+        raise ModelError(f"{checkpoint.directory}: {'; '.join(problems)}")
+    for name, source in names.items():
+        entry = checkpoint.entries[source]
+        if entry.shape != expected[name]:
+            raise ModelError(
+                f"{entry.file}: {source} has shape {list(entry.shape)}, config.json asks for {list(expected[name])}"
+            )
+        if entry.dtype not in DTYPES:
+            raise ModelError(f"{entry.file}: {source} is {entry.dtype}; supported are {', '.join(DTYPES)}")
+    return names
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:8])
+    if len(names) > 8:
+        shown += f" and {len(names) - 8} more"
+    return f"{shown} {'is' if len(names) == 1 else 'are'}"
+
+
+def _half_merged(missing: list[str], present: set[str]) -> str:
+    """Say so where a fused group has some of its parts: a torn checkpoint rather than another architecture."""
+    for name in missing:
+        for fused, parts in FUSIONS.items():
+            for part in parts:
+                if f".{part}." in name:
+                    found = [other for other in parts if name.replace(part, other) in present]
+                    if found:
+                        return f" (of {name.replace(part, fused)} only {', '.join(found)} found)"
+    return ""
+
+
+class _Weights:
+    """Hands out the decoder's weights: read, stacked, converted, on the device, in memory of their own."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        *,
+        dtype: str,
+        device: torch.device,
+        progress: Progress | None,
+    ) -> None:
+        self.config = config
+        self.device = device
+        self._checkpoint = checkpoint
+        self._names = _check(checkpoint, config)
+        entries = [checkpoint.entries[name] for name in self._names.values()]
+        embedding = checkpoint.entries[self._names[EMBEDDING]]
+        self.dtype = serving_dtype(dtype, DTYPES[embedding.dtype], device)
+        self.num_parameters = sum(math.prod(entry.shape) for entry in entries)
+        self._bytes_done = 0
+        self._bytes_total = sum(entry.nbytes for entry in entries)
+        self._progress = progress
+        self._report()
+
+    def parameter(self, *names: str) -> Tensor:
+        """The tensors `names` stacked along their first axis."""
+        sources = [self._names[name] for name in names]
+        entries = [self._checkpoint.entries[source] for source in sources]
+        rows = sum(entry.shape[0] for entry in entries)
+        target = torch.empty(rows, *entries[0].shape[1:], dtype=self.dtype, device=self.device)
+        first = 0
+        for source, entry in zip(sources, entries, strict=True):
+            target[first : first + entry.shape[0]].copy_(self._checkpoint.tensor(source))
+            first += entry.shape[0]
+            self._bytes_done += entry.nbytes
+        self._report()
+        return target
+
+    def linear(self, prefix: str, product: str, *, bias: bool, deterministic: bool) -> PackedLinear:
+        """The layer `prefix`'s product, fused from its parts where FUSIONS says so."""
+        parts = [f"{prefix}.{part}" for part in FUSIONS.get(product, (product,))]
+        weight = self.parameter(*(f"{part}.weight" for part in parts))
+        bias_rows = self.parameter(*(f"{part}.bias" for part in parts)) if bias else None
+        return PackedLinear(weight, bias_rows, dtype=self.dtype, deterministic=deterministic)
+
+    def _report(self) -> None:
+        if self._progress is not None:
+            self._progress(self._bytes_done, self._bytes_total)
+
+
+def _build(weights: _Weights, max_positions: int, deterministic: bool) -> Decoder:
+    config = weights.config
+    embedding = weights.parameter(EMBEDDING)
+    layers = [_layer(weights, index, deterministic) for index in range(config.num_layers)]
+    norm = weights.parameter(FINAL_NORM)
+    head = embedding if config.tie_word_embeddings else weights.parameter(HEAD)
+    return Decoder(
+        config,
+        embedding=embedding,
+        layers=layers,
+        norm=norm,
+        head=PackedLinear(head, None, dtype=weights.dtype, deterministic=deterministic),
+        cos_sin=cos_sin_table(config.rope, config.head_dim, max_positions, weights.device),
+    )
+
+
+def _layer(weights: _Weights, index: int, deterministic: bool) -> Layer:
+    config = weights.config
+    prefix = f"model.layers.{index}"
+
+    def norm(name: str) -> Tensor:
+        return weights.parameter(f"{prefix}.{name}.weight")
+
+    def linear(product: str, bias: bool) -> PackedLinear:
+        return weights.linear(prefix, product, bias=bias, deterministic=deterministic)
+
+    return Layer(
+        input_norm=norm("input_layernorm"),
+        qkv=linear("self_attn.qkv_proj", config.qkv_bias),
+        q_norm=norm("self_attn.q_norm") if config.qk_norm else None,
+        k_norm=norm("self_attn.k_norm") if config.qk_norm else None,
+        o=linear("self_attn.o_proj", config.o_bias),
+        post_attention_norm=norm("post_attention_layernorm"),
+        gate_up=linear("mlp.gate_up_proj", config.mlp_bias),
+        down=linear("mlp.down_proj", config.mlp_bias),
+        sliding_window=config.sliding_windows[index],
+    )

@@ -1,0 +1,73 @@
+"""The architectures that the decoder runs, and what the code of each fixes without its config.json saying so.
+
+Owns the differences between families as data: a new family with the same math is a row here. Knows no tensors.
+Values follow transformers' configuration and modeling files of each family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One architecture.
+
+    A bias is fixed (True, False) or named by the configuration key that decides it. `windowed` says whether layers
+    may attend to a sliding window: "no", "all" (every layer, where `sliding_window` is set) or "some" (`layer_types`,
+    else the layers from `max_window_layers` on where `use_sliding_window` is set). `defaults` are the values that
+    transformers assumes for keys that older directories of this family leave out; any other missing key is an error.
+    """
+
+    qkv_bias: bool | str
+    o_bias: bool | str
+    mlp_bias: bool | str
+    qk_norm: bool
+    windowed: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+FAMILIES: Mapping[str, Family] = {
+    "LlamaForCausalLM": Family(
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        mlp_bias="mlp_bias",
+        qk_norm=False,
+        windowed="no",
+        defaults={"num_key_value_heads": None},
+    ),
+    "MistralForCausalLM": Family(
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        windowed="all",
+        defaults={"sliding_window": 4096},
+    ),
+    "Qwen2ForCausalLM": Family(
+        qkv_bias=True,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        windowed="some",
+        defaults={"sliding_window": 4096, "max_window_layers": 28},
+    ),
+    "Qwen3ForCausalLM": Family(
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        mlp_bias=False,
+        qk_norm=True,
+        windowed="some",
+        defaults={"sliding_window": 4096, "max_window_layers": 28},
+    ),
+}
+
+# For directories whose config.json names only the model type.
+ARCHITECTURE_OF_MODEL_TYPE: Mapping[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
