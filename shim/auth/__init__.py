@@ -1,0 +1,1 @@
+"""Who is asking: keys, credentials in headers, and what they allow."""

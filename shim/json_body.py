@@ -1,0 +1,89 @@
+"""A request body as JSON: what declares itself as JSON, how it is parsed, and what no parser may be asked to build.
+
+Survives any bytes: each ends as a Python value or as `InvalidRequest`. RFC 8259, strictly: no NaN, no comments, no
+byte order mark, nothing after the document; duplicate keys are allowed and the last one wins; lone surrogates are
+allowed here (`fields.py` refuses them where text goes on to a model). Knows no field.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import NoReturn, TypeAlias
+
+from aiexport_edge.shim.errors import InvalidRequest, UnsupportedMediaType
+
+JsonValue: TypeAlias = "None | bool | int | float | str | list[JsonValue] | dict[str, JsonValue]"
+
+MAX_VALUES = 1_000_000  # a body of 32 MiB can spell 11 million empty objects, which is 700 MB once parsed
+MAX_INTEGER_DIGITS = 400  # longer ones are out of any field's range, and `int` is quadratic
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # possessive: no backtracking over megabytes
+
+
+def require_json(content_type: bytes | None, content_encoding: bytes | None) -> None:
+    """Raises `UnsupportedMediaType` for a declared document other than JSON. No declaration and text/plain are JSON."""
+    if content_encoding is not None and content_encoding.strip().lower() not in (b"", b"identity"):
+        raise UnsupportedMediaType("Compressed request bodies are not supported; send the JSON as it is.")
+    if content_type is None:
+        return
+    media_type = content_type.partition(b";")[0].strip().lower()
+    if media_type in (b"", b"application/json", b"text/plain", b"text/json") or media_type.endswith(b"+json"):
+        return
+    raise UnsupportedMediaType('The request body must be JSON; send it with "Content-Type: application/json".')
+
+
+def parse(body: bytes) -> JsonValue:
+    """The value that `body` spells. Integers of more than `MAX_INTEGER_DIGITS` digits come back as an infinite float.
+
+    Raises `InvalidRequest` for anything else.
+    """
+    if not body.strip(b" \t\r\n"):
+        raise InvalidRequest("The request body is empty; it must be a JSON object.")
+    _check_size(body)
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"The request body is not valid UTF-8 (at byte {error.start}).") from None
+    try:
+        value: JsonValue = _DECODER.decode(_without_mark(text))
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise InvalidRequest(f"The request body is not valid JSON: {error.msg} ({where}).") from None
+    except RecursionError:
+        raise InvalidRequest("The request body is nested too deeply.") from None
+    return value
+
+
+def _without_mark(text: str) -> str:
+    if text.startswith("\ufeff"):
+        raise InvalidRequest("The request body starts with a byte order mark, which JSON does not allow.")
+    return text
+
+
+def _check_size(body: bytes) -> None:
+    """Bounds the number of values before any is built: each but the first follows one of `[ { ,` or `:`."""
+    if _num_marks(body) <= MAX_VALUES:
+        return
+    num_values, start = 0, 0  # commas in a long text are no values: look again, outside strings
+    for match in _STRING.finditer(body):
+        num_values += 1 + _num_marks(body[start : match.start()])
+        start = match.end()
+        if num_values > MAX_VALUES:
+            break
+    if num_values + _num_marks(body[start:] if num_values <= MAX_VALUES else b"") > MAX_VALUES:
+        raise InvalidRequest(f"The request body holds more than {MAX_VALUES:,} JSON values.")
+
+
+def _num_marks(part: bytes) -> int:
+    return part.count(b",") + part.count(b"[") + part.count(b"{") + part.count(b":")
+
+
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) <= MAX_INTEGER_DIGITS else float(digits)
+
+
+def _constant(name: str) -> NoReturn:
+    raise InvalidRequest(f"The request body is not valid JSON: {name} is not a JSON value.")
+
+
+_DECODER = json.JSONDecoder(parse_int=_integer, parse_constant=_constant)

@@ -1,0 +1,138 @@
+"""Opens the database: the SQLAlchemy engine with the settings each connection needs, and its schema brought up to date.
+
+SQLite runs in WAL mode; write transactions begin as such (`BEGIN IMMEDIATE`), so that two processes wait for each other
+instead of failing half-way. Alembic is imported only when a migration has to run. Knows no query of the product.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+
+from aiexport_edge.shim.store.errors import StoreError, WrongSchema
+from aiexport_edge.shim.store.schema import REVISION
+
+BUSY_TIMEOUT_MS = 10_000
+
+
+def open_database(url: str) -> Engine:
+    """The engine for `url`, its schema current. Raises `StoreError`.
+
+    A SQLite file is made with mode 0600, its directory with 0700.
+    """
+    try:
+        parsed = make_url(url)
+        file = None
+        if parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:"):
+            file = Path(str(parsed.database))
+            _make_private(file)
+        engine = create_engine(parsed)
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+        raise StoreError(f"The store's URL can't be used: {error}. Correct [store] url.") from None
+    except OSError as error:
+        raise StoreError(f"The store can't be made: {error.strerror} ({error.filename}).") from None
+    if parsed.get_backend_name() == "sqlite":
+        event.listen(engine, "connect", _set_up_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+    try:
+        if _revision(engine) != REVISION:
+            with _migration_lock(file):
+                _migrate(engine)
+    except DBAPIError as error:
+        engine.dispose()
+        raise StoreError(f"The store can't be opened: {error.orig}.") from None
+    except StoreError:
+        engine.dispose()
+        raise
+    return engine
+
+
+@contextmanager
+def write(engine: Engine) -> Iterator[Connection]:
+    """A transaction that writes; committed at its end."""
+    with engine.connect() as connection:
+        connection = connection.execution_options(aiexport_write=True)
+        with connection.begin():
+            yield connection
+
+
+@contextmanager
+def read(engine: Engine) -> Iterator[Connection]:
+    """A consistent view of the database."""
+    with engine.connect() as connection:
+        yield connection
+
+
+def _make_private(file: Path) -> None:
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        if stat.S_IMODE(os.fstat(descriptor).st_mode) & 0o077:
+            os.fchmod(descriptor, 0o600)
+    finally:
+        os.close(descriptor)
+
+
+def _set_up_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # the driver begins no transaction of its own: `_begin_sqlite` does
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.execute("PRAGMA cache_size = -2000")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    writes = connection.get_execution_options().get("aiexport_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _revision(engine: Engine) -> str | None:
+    with read(engine) as connection:
+        if not inspect(connection).has_table("alembic_version"):
+            return None
+        revision = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+        return None if revision is None else str(revision)
+
+
+@contextmanager
+def _migration_lock(file: Path | None) -> Iterator[None]:
+    """One process migrates a SQLite file at a time; a server database locks its own version table."""
+    if file is None:
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(file.with_name(file.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _migrate(engine: Engine) -> None:
+    from alembic import command
+    from alembic.config import Config
+    from alembic.script import ScriptDirectory
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).with_name("migrations")).replace("%", "%%"))
+    config.attributes["engine"] = engine
+    current = _revision(engine)
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    if current is not None and current not in known:
+        raise WrongSchema(
+            f"The store was made by a newer version of this program (its schema is {current}, the newest known here is "
+            f"{REVISION}). Use that version, or another state directory."
+        )
+    command.upgrade(config, "head")

@@ -1,0 +1,82 @@
+"""What the store hands out and takes in: frozen values, no table in sight. Times are in UTC."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """One customer of the installation: keys, usage and cached prefixes belong to it."""
+
+    id: str
+    name: str
+    plan: str
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key as it can be listed: everything but itself."""
+
+    key_id: str
+    workspace: str
+    scopes: tuple[str, ...]
+    test: bool
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class CreatedKey:
+    """`key` is shown this once and stored nowhere."""
+
+    key_id: str
+    key: str
+    workspace: str
+    scopes: tuple[str, ...]
+    expires_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class RotatedKey:
+    """A new key, and until when the old one goes on."""
+
+    key_id: str
+    key: str
+    old_key_id: str
+    old_expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who a key stands for, as much as a request needs to know."""
+
+    key_id: str
+    key_hash: bytes
+    workspace_id: str
+    workspace: str
+    plan: str
+    cache_salt: bytes
+    scopes: frozenset[str]
+    expires_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """What one request has used so far. `status` is running, completed, aborted or failed."""
+
+    request_id: str
+    message_id: str
+    workspace_id: str
+    key_id: str
+    model: str
+    status: str
+    input_tokens: int  # less the cached ones
+    cache_read_input_tokens: int
+    output_tokens: int
+    created_at: datetime
+    first_token_at: datetime | None = None
+    ended_at: datetime | None = None
