@@ -1,7 +1,7 @@
 """The listening sockets of an installation.
 
 Owns how they are opened, and the sentence for a port that cannot be had. The process that calls this keeps them for as
-long as it serves and lends them to its workers by number, so that a worker can be replaced and no connection is refused.
+long as it serves and lends them to its workers by number, so that one can be replaced and no connection is refused.
 """
 
 from __future__ import annotations

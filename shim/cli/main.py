@@ -1,7 +1,7 @@
 """`aiexport-edge`: finds the command, runs it, and turns what went wrong into a sentence and an exit status.
 
-Owns the list of commands. Each command's module is imported when it is asked for, so that `--version` and `--help` answer
-at once and nothing but `serve`'s children ever loads what it does not need.
+Owns the list of commands. Each command's module is imported when it is asked for, so that `--version` and `--help`
+answer at once and nothing but `serve`'s children ever loads what it does not need.
 
 Exit status: 0 done, 1 failed (the reason on stderr), 2 bad usage, 130 interrupted.
 """

@@ -10,7 +10,7 @@ from aiexport_edge.shim.cli.command import common_options, json_option, load_con
 EPILOG = """\
 example:
   aiexport-edge config check aiexport-edge.toml
-  aiexport-edge config show > aiexport-edge.toml
+  aiexport-edge config show --json
 """
 
 

@@ -1,0 +1,230 @@
+"""`aiexport-edge doctor`: what is wrong with this installation, and what to do about it.
+
+Each check is a function that yields `Check`s; none changes anything on the machine, and none loads torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from aiexport_edge.proto.config import Config, ConfigError, source_directory
+from aiexport_edge.proto.units import split_address
+from aiexport_edge.shim.cli.command import CommandError, json_option, load_config, opened_store, print_json
+from aiexport_edge.shim.cli.listeners import listen
+from aiexport_edge.shim.cli.weights import inspect_weights
+
+EPILOG = """\
+example:
+  aiexport-edge doctor
+  aiexport-edge doctor --config aiexport-edge.toml --json
+"""
+
+OK, WARNING, PROBLEM = "ok", "warning", "problem"
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding. `remedy` is empty where there is nothing to do."""
+
+    name: str
+    status: str
+    detail: str
+    remedy: str = ""
+
+
+def add_arguments(_name: str, parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    json_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    checks = [*_software(), *_processor(), *_accelerator()]
+    try:
+        config = load_config(args)
+    except ConfigError as error:
+        checks.append(Check("configuration", PROBLEM, str(error), "correct the file, then run doctor again"))
+    else:
+        where = str(config.path) if config.path is not None else "none: the defaults hold"
+        checks.append(Check("configuration", OK, where))
+        checks += [*_weights(config), *_state(config), *_store(config), *_ports(config)]
+    well = all(check.status != PROBLEM for check in checks)
+    if args.json:
+        print_json({"ok": well, "checks": checks})
+    else:
+        for check in checks:
+            print(f"{check.status:<8} {check.name}: {check.detail}")
+            if check.remedy:
+                print(f"{'':<8} → {check.remedy}")
+    return 0 if well else 1
+
+
+# ---------------------------------------------------------------------------------------------------- the machine
+
+
+def _software() -> Iterator[Check]:
+    version = platform.python_version()
+    fits = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    yield Check("python", OK if fits else PROBLEM, version, "" if fits else "install Python 3.11, 3.12 or 3.13")
+    try:
+        yield Check("torch", OK, importlib.metadata.version("torch"))
+    except importlib.metadata.PackageNotFoundError:
+        remedy = "to run an engine on this machine: pip install 'aiexport-edge[engine]'"
+        yield Check("torch", WARNING, "not installed: only the shim can run here", remedy)
+
+
+def _processor() -> Iterator[Check]:
+    flags = _cpu_flags()
+    features = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16") if name in flags]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    detail = f"{platform.machine()}, {cores} cores; {', '.join(features) or 'no vector instructions that matter here'}"
+    old = platform.machine() == "x86_64" and bool(flags) and "avx2" not in flags
+    yield Check(
+        "processor", WARNING if old else OK, detail, "use a processor with AVX2: this one is slow" if old else ""
+    )
+    has_bf16 = bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    yield Check("bf16", OK, "yes" if has_bf16 else "no: models run in float32 on this processor")
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    line = next((line for line in lines if line.lower().startswith(("flags", "features"))), ":")
+    return set(line.partition(":")[2].split())
+
+
+def _accelerator() -> Iterator[Check]:
+    """Driver and compiler, only where there is a GPU."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None and not Path("/proc/driver/nvidia/version").exists():
+        yield Check("gpu", OK, "none: the processor computes")
+        return
+    if smi is None:
+        yield Check("gpu", PROBLEM, "there is one, but no nvidia-smi", "install the NVIDIA driver's tools")
+        return
+    query = [smi, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        yield Check("gpu", PROBLEM, f"nvidia-smi does not answer ({error})", "restart the driver, or the machine")
+        return
+    lines = done.stdout.strip().splitlines()
+    if done.returncode != 0 or not lines:
+        detail = (done.stderr or done.stdout).strip() or "nvidia-smi lists none"
+        yield Check("gpu", PROBLEM, detail, "install a driver that fits the card, then restart the machine")
+        return
+    for line in lines:
+        yield Check("gpu", OK, line)
+    compiler = os.environ.get("CC") or next((name for name in ("gcc", "clang", "cc") if shutil.which(name)), "")
+    remedy = "" if compiler else "install gcc (Debian: apt install gcc): Triton builds its launchers with it"
+    yield Check("c compiler", OK if compiler else PROBLEM, compiler or "none", remedy)
+
+
+# ---------------------------------------------------------------------------------------------------- the installation
+
+
+def _weights(config: Config) -> Iterator[Check]:
+    total = 0
+    for spec in config.weights:
+        found = inspect_weights(source_directory(spec.source))
+        total += found.num_bytes
+        if found.problem is None:
+            detail = f"{len(found.files)} files, {found.num_bytes / 2**20:,.0f} MiB"
+            yield Check(f"model {spec.name}", OK, detail)
+        else:
+            sentence, _, remedy = found.problem.rpartition("; ")
+            yield Check(f"model {spec.name}", PROBLEM, sentence, remedy)
+    available = _available_memory()
+    if available is not None:
+        short = total > available
+        detail = f"{available / GIB:.1f} GiB available, {total / GIB:.1f} GiB of weights"
+        yield Check("memory", PROBLEM if short else OK, detail, "free memory or serve a smaller model" if short else "")
+
+
+def _available_memory() -> int | None:
+    """Bytes, from /proc/meminfo; None where there is none."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        return None
+    return None
+
+
+def _state(config: Config) -> Iterator[Check]:
+    state = config.state
+    if state.exists():
+        if not (state.is_dir() and os.access(state, os.R_OK | os.W_OK | os.X_OK)):
+            remedy = "give this user the right (chown), or name another place with --state"
+            yield Check("state", PROBLEM, f"{state} cannot be written", remedy)
+            return
+        if state.stat().st_mode & 0o077:
+            yield Check("state", WARNING, f"{state} can be read by other users", f"chmod 700 {state}")
+        else:
+            yield Check("state", OK, str(state))
+    else:
+        yield Check("state", OK, f"{state} is made at the first start")
+    there = next(path for path in (state, *state.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    low = free < GIB
+    remedy = "free at least 1 GiB, or move the state with --state" if low else ""
+    yield Check("disk", PROBLEM if low else OK, f"{free / GIB:.1f} GiB free at {there}", remedy)
+
+
+def _store(config: Config) -> Iterator[Check]:
+    file = config.store.url.removeprefix("sqlite:///")
+    if file != config.store.url and not Path(file).exists():
+        yield Check("store", OK, f"{file} is made at the first start")
+        return
+    try:
+        with opened_store(config) as store:
+            count = len(store.list_workspaces())
+    except CommandError as error:
+        yield Check("store", PROBLEM, str(error), "correct [store] url, or start the database it names")
+        return
+    yield Check("store", OK, f"{count} workspaces")
+
+
+def _ports(config: Config) -> Iterator[Check]:
+    pid = _serving_pid(config.state)
+    admin = split_address(config.admin_listen)
+    for name, (host, port) in (("port", (config.shim.host, config.shim.port)), ("admin port", admin)):
+        if pid is not None:
+            yield Check(name, OK, f"{port}: serve runs here (pid {pid})")
+            continue
+        try:
+            listen(host, port, f"--{name.replace(' ', '-')}").close()
+        except CommandError as error:
+            sentence, _, remedy = str(error).rpartition("; ")
+            yield Check(name, PROBLEM, sentence, remedy)
+        else:
+            yield Check(name, OK, f"{port} on {host} is free")
+
+
+def _serving_pid(state: Path) -> str | None:
+    """The pid in serve's lock file, where a `serve` holds it."""
+    try:
+        descriptor = os.open(state / "serve.lock", os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(descriptor, 20, 0).decode(errors="replace").strip()
+    finally:
+        os.close(descriptor)
+    return None
