@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from aiexport_edge.engine.core.request import Request
 
@@ -46,3 +47,26 @@ class StepResult:
     """New ids by request handle, for every chunk that samples: one id today, several with speculation."""
 
     ids: dict[int, list[int]]
+
+
+class StepRunner(Protocol):
+    """What the core loop needs of a runner: the real one is in `runner.py`, tests have a small one of their own.
+
+    `num_pages` counts page 0, which is never handed out; `tokens_per_page` and `weight_bytes` are by model.
+    """
+
+    @property
+    def num_pages(self) -> int: ...
+
+    @property
+    def page_bytes(self) -> int: ...
+
+    @property
+    def tokens_per_page(self) -> list[int]: ...
+
+    @property
+    def weight_bytes(self) -> list[int]: ...
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """Compute every chunk of `plan`, on the calling thread. Raises on bugs only: the process then ends."""
+        ...

@@ -148,11 +148,16 @@ class CoreStats(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ModelReady(msgspec.Struct, frozen=True, array_like=True):
-    """One model's facts once it is loaded."""
+    """One model's facts once it is loaded.
+
+    `capacity_tokens` is what the whole page pool holds for this model: a request whose prompt and budget together are
+    longer can never run, and the parent refuses it.
+    """
 
     model: int
     tokens_per_page: int
     weight_bytes: int
+    capacity_tokens: int = 0
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):

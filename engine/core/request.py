@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from aiexport_edge.engine.core.protocol import Priority, Sampling
+from aiexport_edge.engine.core.protocol import AddRequest, Priority, Sampling, unpack_ids
 
 
 class Status(IntEnum):
@@ -28,7 +28,7 @@ class Status(IntEnum):
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """Filled by the core loop from `AddRequest`; `status`, `num_computed_tokens`, `pages` belong to the scheduler, `token_ids` grows at commit."""
+    """Filled from `AddRequest`. Status and pages belong to the scheduler; ids and computed tokens grow at commit."""
 
     handle: int
     model: int
@@ -50,6 +50,8 @@ class Request:
     started: bool = False
     pages: list[int] = field(default_factory=list)
     page_hashes: list[bytes] = field(default_factory=list)  # of the full pages of token_ids hashed so far
+    num_published_pages: int = 0  # of `pages`, those that the prefix cache knows or knew already
+    num_charged_tokens: int = 0  # of token_ids, those that the tenant has been charged for: a recompute is free
 
     @property
     def num_tokens(self) -> int:
@@ -60,3 +62,23 @@ class Request:
     def num_output_tokens(self) -> int:
         """Output tokens so far, forced ids included: the index of the next draw."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+
+def make_request(message: AddRequest, *, arrival: int) -> Request:
+    """The request that `message` asks for."""
+    prompt_ids = unpack_ids(message.prompt_ids)
+    return Request(
+        handle=message.handle,
+        model=message.model,
+        token_ids=prompt_ids + unpack_ids(message.output_ids),
+        num_prompt_tokens=len(prompt_ids),
+        max_tokens=message.max_tokens,
+        stop_ids=frozenset(message.stop_ids),
+        sampling=message.sampling,
+        tenant=message.tenant,
+        weight=message.weight,
+        salt=message.salt,
+        priority=Priority(message.priority),
+        arrival=arrival,
+        probation=message.probation,
+    )

@@ -1,0 +1,55 @@
+"""What a step brought, put back into its requests: ids, ends, prefix hashes, charges; and what the parent is told.
+
+Owns the rules for when the core ends a request. Stop sequences are text: the engine process finds those.
+"""
+
+from __future__ import annotations
+
+from aiexport_edge.engine.core.plan import StepPlan, StepResult
+from aiexport_edge.engine.core.protocol import Finished, FinishReason, Started, StepReport, Tokens
+from aiexport_edge.engine.core.request import Request
+from aiexport_edge.engine.core.scheduler import Scheduler
+
+
+def end_of(request: Request) -> FinishReason | None:
+    """Why a request whose output came from an earlier attempt has ended already, or None."""
+    output = request.token_ids[request.num_prompt_tokens :]
+    if not request.stop_ids.isdisjoint(output[: request.max_tokens]):
+        return FinishReason.END_TURN
+    return FinishReason.MAX_TOKENS if len(output) >= request.max_tokens else None
+
+
+def commit(scheduler: Scheduler, plan: StepPlan, result: StepResult) -> StepReport:
+    """Advance every request of `plan` by its chunk and by the ids drawn for it.
+
+    Ids past a stop id or past the budget are dropped: never part of the request, hashed, charged or reported.
+    """
+    report = StepReport([], [], [])
+    for model_plan in plan.models:
+        for chunk in model_plan.chunks:
+            request = chunk.request
+            request.num_computed_tokens = chunk.start + chunk.num_tokens
+            scheduler.publish_pages(request)
+            if not request.started:
+                request.started = True
+                report.started.append(Started(request.handle, request.num_cached_tokens))
+            if chunk.samples:
+                ids, reason = _take_ids(request, result.ids[request.handle])
+                request.token_ids += ids
+                request.probation = False
+                scheduler.charge_output(request, len(ids))
+                report.tokens.append(Tokens(request.handle, ids))
+                if reason is not None:
+                    scheduler.finish(request)
+                    report.finished.append(Finished(request.handle, reason))
+    return report
+
+
+def _take_ids(request: Request, ids: list[int]) -> tuple[list[int], FinishReason | None]:
+    """The ids that belong to the output, and why it ends with them if it does."""
+    assert ids, "a chunk that samples brings an id"
+    left = request.max_tokens - request.num_output_tokens
+    for index, id_ in enumerate(ids[:left]):
+        if id_ in request.stop_ids:
+            return ids[: index + 1], FinishReason.END_TURN
+    return ids[:left], FinishReason.MAX_TOKENS if len(ids) >= left else None

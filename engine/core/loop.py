@@ -1,0 +1,139 @@
+"""The core's loop: receive, plan, run, commit, send; until the parent says so or is gone.
+
+Owns the order of these and the counters that go out with them. Knows no policy (scheduler), no tensors (runner) and no
+text. A bug in any of them ends the process: the parent starts another and resumes what ran.
+"""
+
+from __future__ import annotations
+
+import time
+
+from aiexport_edge.engine.core.channel import Channel, ChannelClosed
+from aiexport_edge.engine.core.commit import commit, end_of
+from aiexport_edge.engine.core.plan import StepRunner
+from aiexport_edge.engine.core.protocol import (
+    AbortRequest,
+    AddRequest,
+    CoreStats,
+    Finished,
+    FinishReason,
+    FinishRequest,
+    Shutdown,
+    StepReport,
+    ToCore,
+    decode_to_core,
+    encode_from_core,
+)
+from aiexport_edge.engine.core.request import Status, make_request
+from aiexport_edge.engine.core.scheduler import Scheduler
+from aiexport_edge.engine.core.suspects import Suspects
+
+_STATS_PERIOD_S = 0.1
+
+
+class StepLoop:
+    """Drives one runner from one channel."""
+
+    def __init__(self, *, channel: Channel, scheduler: Scheduler, runner: StepRunner, suspects: Suspects) -> None:
+        num_models = len(runner.tokens_per_page)
+        self._channel = channel
+        self._scheduler = scheduler
+        self._runner = runner
+        self._suspects = suspects
+        self._finished: list[Finished] = []  # ends that no step brought, for the next report
+        self._num_added = 0
+        self._num_steps = 0
+        self._prompt_tokens = [0] * num_models
+        self._cached_tokens = [0] * num_models
+        self._output_tokens = [0] * num_models
+        self._stats_at = 0.0
+
+    def run(self) -> None:
+        """Until `Shutdown`, or until the parent has closed its end."""
+        try:
+            while self._receive():
+                if self._scheduler.requests:
+                    self._step()
+                elif self._finished:
+                    self._send(StepReport([], [], []))
+        except ChannelClosed:
+            return
+
+    def stats(self) -> CoreStats:
+        """The state of the core now."""
+        scheduler, pool = self._scheduler, self._scheduler.pool
+        running, waiting = [0] * len(self._prompt_tokens), [0] * len(self._prompt_tokens)
+        for request in scheduler.requests.values():
+            (running if request.status is Status.RUNNING else waiting)[request.model] += 1
+        return CoreStats(
+            steps=self._num_steps,
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            pages_total=pool.num_total,
+            pages_used=pool.num_used,
+            pages_cached=pool.num_cached,
+            pages_free=pool.num_free,
+            page_bytes=self._runner.page_bytes,
+            preemptions=scheduler.num_preemptions,
+            model_running=running,
+            model_waiting=waiting,
+            model_prompt_tokens=list(self._prompt_tokens),
+            model_cached_tokens=list(self._cached_tokens),
+            model_output_tokens=list(self._output_tokens),
+        )
+
+    def _receive(self) -> bool:
+        """Take what has arrived, waiting for it when there is nothing to do; False to end."""
+        idle = not self._scheduler.requests
+        for body in self._channel.receive(wait=idle):
+            for message in decode_to_core(body):
+                if isinstance(message, Shutdown):
+                    return False
+                self._take(message)
+        return True
+
+    def _take(self, message: ToCore) -> None:
+        scheduler = self._scheduler
+        if isinstance(message, AddRequest):
+            self._suspects.write([message.handle])  # one that cannot even be added must not kill every core
+            request = make_request(message, arrival=self._num_added)
+            self._num_added += 1
+            reason = end_of(request)
+            if reason is None:
+                scheduler.add(request)
+            else:
+                self._finished.append(Finished(request.handle, reason))
+            self._suspects.clear()
+        elif isinstance(message, AbortRequest | FinishRequest):
+            request_or_none = scheduler.requests.get(message.handle)  # None: it ended while the message was on its way
+            if request_or_none is not None:
+                scheduler.finish(request_or_none)
+                if isinstance(message, AbortRequest):
+                    self._finished.append(Finished(message.handle, FinishReason.ABORTED))
+
+    def _step(self) -> None:
+        plan = self._scheduler.plan()
+        assert plan.models, "there are requests, but none can run"
+        self._suspects.write([chunk.request.handle for model in plan.models for chunk in model.chunks])
+        result = self._runner.step(plan)
+        report = commit(self._scheduler, plan, result)
+        self._suspects.clear()
+        self._num_steps += 1
+        models = {chunk.request.handle: chunk.request for model in plan.models for chunk in model.chunks}
+        for started in report.started:
+            request = models[started.handle]
+            self._prompt_tokens[request.model] += request.num_prompt_tokens
+            self._cached_tokens[request.model] += request.num_cached_tokens
+        for tokens in report.tokens:
+            self._output_tokens[models[tokens.handle].model] += len(tokens.ids)
+        self._send(report)
+
+    def _send(self, report: StepReport) -> None:
+        now = time.monotonic()
+        stats = None
+        if now - self._stats_at >= _STATS_PERIOD_S or not self._scheduler.requests:
+            stats = self.stats()
+            self._stats_at = now
+        finished = self._finished + report.finished
+        self._finished = []
+        self._channel.send(encode_from_core(StepReport(report.started, report.tokens, finished, stats)))

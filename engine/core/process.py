@@ -1,0 +1,123 @@
+"""The core process: `python -m aiexport_edge.engine.core.process --fd N --shared-fd M`.
+
+Owns its start and its end: fd N is a stream socket to the parent, whose first frame is a `CoreConfig`; fd M is the
+shared memory of `suspects.py`. It ends with its parent, whatever way that ends. Exit status: 0 when told to or when the
+parent is gone, 70 for a bug (traceback on stderr), 78 when the models cannot be loaded (after a `LoadFailed`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import signal
+import socket
+import threading
+import traceback
+
+from aiexport_edge.engine.core.channel import Channel, ChannelClosed
+from aiexport_edge.engine.core.loop import StepLoop
+from aiexport_edge.engine.core.pages import PagePool
+from aiexport_edge.engine.core.plan import StepRunner
+from aiexport_edge.engine.core.protocol import (
+    CoreConfig,
+    LoadFailed,
+    Loading,
+    ModelReady,
+    Ready,
+    decode_config,
+    encode_from_core,
+)
+from aiexport_edge.engine.core.scheduler import Scheduler
+from aiexport_edge.engine.core.suspects import Suspects
+
+EXIT_BUG = os.EX_SOFTWARE  # 70
+EXIT_LOAD_FAILED = os.EX_CONFIG  # 78
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve one parent; the exit status."""
+    _end_with_parent()
+    # Before torch is imported: OpenMP threads that spin at barriers are 10× slower where event loops share the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
+    # The longest part of the start, begun while the parent still makes up its configuration.
+    threading.Thread(target=_import_torch, daemon=True).start()
+    parser = argparse.ArgumentParser(prog="aiexport_edge.engine.core.process")
+    parser.add_argument("--fd", type=int, required=True, help="stream socket to the parent")
+    parser.add_argument("--shared-fd", type=int, required=True, help="memory file for the handles in the running step")
+    arguments = parser.parse_args(argv)
+    try:
+        channel = Channel(socket.socket(fileno=arguments.fd))
+        (body,) = channel.receive(wait=True, at_most=1)
+        config = decode_config(body)
+        runner = _load(config, channel)
+        if runner is None:
+            return EXIT_LOAD_FAILED
+        _serve(config, runner, channel, Suspects(arguments.shared_fd))
+    except ChannelClosed:
+        return 0
+    except BaseException:
+        traceback.print_exc()
+        return EXIT_BUG
+    return 0
+
+
+def _end_with_parent() -> None:
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_NAME, b"aiexport-core")
+    # The kernel's word for it, also in the middle of a step. A parent that is gone already shows as a closed socket.
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # A terminal's Ctrl-C and a service manager's stop reach the whole group: the parent decides about its core.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _import_torch() -> None:
+    import torch  # noqa: F401
+
+
+def _load(config: CoreConfig, channel: Channel) -> StepRunner | None:
+    """The runner with every model loaded; None, and the parent told why, when that fails."""
+
+    def progress(model: int, done: int, total: int) -> None:
+        channel.send(encode_from_core(Loading(model, done, total)))
+
+    from aiexport_edge.engine.core.runner import load
+
+    try:
+        return load(config, progress)
+    except ChannelClosed:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        channel.send(encode_from_core(LoadFailed(str(error) or type(error).__name__)))
+        channel.flush()
+        return None
+
+
+def _serve(config: CoreConfig, runner: StepRunner, channel: Channel, suspects: Suspects) -> None:
+    """Say that all is ready, then run until told to end."""
+    scheduler = Scheduler(
+        PagePool(runner.num_pages),
+        revisions=[model.revision for model in config.models],
+        tokens_per_page=runner.tokens_per_page,
+        max_num_running=config.max_num_running,
+        max_step_tokens=config.max_step_tokens,
+        batch_floor_share=config.batch_floor_share,
+    )
+    loop = StepLoop(channel=channel, scheduler=scheduler, runner=runner, suspects=suspects)
+    models = [
+        ModelReady(model, runner.tokens_per_page[model], runner.weight_bytes[model], scheduler.capacity_tokens(model))
+        for model in range(len(config.models))
+    ]
+    channel.send(encode_from_core(Ready(models, loop.stats())))
+    loop.run()
+
+
+if __name__ == "__main__":
+    # Not sys.exit: the models' memory need not be given back piece by piece.
+    os._exit(main())

@@ -1,0 +1,351 @@
+"""Which tokens of which requests are computed next, over all models of a core.
+
+Owns the requests between their arrival and their end, and the page pool. Knows no tensors, no text and no time; it
+decides on numbers of tokens and pages alone, and `commit` tells it what came of a plan.
+
+    add ──▶ waiting ──admit──▶ prefilling ──last chunk──▶ decoding ──finish──▶ gone
+               ▲                   │                         │
+               └───────────────────┴───────── preempt ───────┘
+
+A request is admitted with pages for all the tokens it has, so a prefill once begun never waits for memory: only
+decodes grow. When a decode cannot, the lowest in rank among the running are preempted until the others can: the highest
+always goes on, so some request always comes to its end. Rank is class, then the tenant's counter, then arrival.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from aiexport_edge.engine.core.fairness import INPUT_COST, OUTPUT_COST, FloorShare
+from aiexport_edge.engine.core.pages import PagePool, page_hash, root_hash
+from aiexport_edge.engine.core.plan import Chunk, ModelPlan, StepPlan
+from aiexport_edge.engine.core.protocol import Priority
+from aiexport_edge.engine.core.request import Request, Status
+from aiexport_edge.engine.core.waiting import TenantQueues
+
+_FLOOR_QUANTUM_STEPS = 1  # a turn of the batch class is worth this many full steps of output
+
+
+class Scheduler:
+    """`plan` and `commit` take turns; `add`, `abort` and `finish` come in between.
+
+    `revisions` and `tokens_per_page` are by model. A step has at most `max_step_tokens` tokens and `max_num_running`
+    requests. `batch_floor_share`, in [0, 1), is what the batch class keeps of the service while interactive requests
+    would take everything.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        *,
+        revisions: Sequence[str],
+        tokens_per_page: Sequence[int],
+        max_num_running: int,
+        max_step_tokens: int,
+        batch_floor_share: float,
+    ) -> None:
+        assert len(revisions) == len(tokens_per_page)
+        assert min(tokens_per_page) >= 1
+        assert max_num_running >= 1
+        assert max_step_tokens >= 1
+        self.pool = pool
+        self.requests: dict[int, Request] = {}  # every request that has not ended, by handle
+        self.num_preemptions = 0
+        self._revisions = list(revisions)
+        self._tokens_per_page = list(tokens_per_page)
+        self._max_num_running = max_num_running
+        self._max_step_tokens = max_step_tokens
+        self._queues = {priority: TenantQueues() for priority in Priority}
+        self._running: dict[int, Request] = {}  # what holds pages: prefilling and decoding
+        self._decoding: dict[int, Request] = {}
+        self._prefilling: dict[int, Request] = {}  # those on probation not included
+        self._probation: dict[int, Request] = {}  # until their prompt is computed
+        self._num_batch = 0
+        self._floor = FloorShare(share=batch_floor_share, quantum=OUTPUT_COST * _FLOOR_QUANTUM_STEPS * max_step_tokens)
+        self._shortfalls: dict[int, int] = {}  # pages that were wanted by a head that did not fit, by handle
+        self._was_alone = False  # the last step belonged to a request on probation
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold pages."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have yet to be admitted, or admitted again."""
+        return len(self.requests) - len(self._running)
+
+    def capacity_tokens(self, model: int) -> int:
+        """Tokens that the whole pool holds for a model."""
+        return self.pool.num_total * self._tokens_per_page[model]
+
+    def fits(self, num_tokens: int, model: int) -> bool:
+        """Whether a request of so many tokens, prompt and budget together, can ever run."""
+        return num_tokens <= self.capacity_tokens(model)
+
+    # ------------------------------------------------------------------------------------------ what comes and goes
+
+    def add(self, request: Request) -> None:
+        """Queue a request. The caller has seen to it that it `fits` and has something to compute."""
+        assert request.handle not in self.requests
+        assert request.token_ids, "nothing to compute"
+        assert self.fits(request.num_prompt_tokens + request.max_tokens, request.model), "can never run"
+        self.requests[request.handle] = request
+        self._num_batch += request.priority is Priority.BATCH
+        if request.probation:
+            self._probation[request.handle] = request
+        else:
+            self._queues[request.priority].append(request)
+
+    def finish(self, request: Request) -> None:
+        """End a request, whatever it is doing; its pages are released now."""
+        handle = request.handle
+        del self.requests[handle]
+        if request.status is Status.RUNNING:
+            self._drop_pages(request)
+        if handle in self._decoding:
+            del self._decoding[handle]
+        elif handle in self._probation:
+            del self._probation[handle]
+        else:
+            self._prefilling.pop(handle, None)
+            self._queues[request.priority].remove(request)
+        self._shortfalls.pop(handle, None)
+        request.status = Status.FINISHED
+        if request.priority is Priority.BATCH:
+            self._num_batch -= 1
+            if not self._num_batch:
+                self._floor.clear()
+
+    def publish_pages(self, request: Request) -> None:
+        """Let the pages that have become full and computed be found by their hashes."""
+        full = request.num_computed_tokens // self._tokens_per_page[request.model]
+        for index in range(request.num_published_pages, full):
+            self.pool.publish(request.pages[index], self._page_hash(request, index))
+        request.num_published_pages = max(full, request.num_published_pages)
+
+    def charge_output(self, request: Request, num_ids: int) -> None:
+        """Count output that `commit` has appended."""
+        request.num_charged_tokens = len(request.token_ids)
+        self._charge(request, OUTPUT_COST * num_ids)
+
+    # ---------------------------------------------------------------------------------------------------- the plan
+
+    def plan(self) -> StepPlan:
+        """The next step; empty exactly when there are no requests."""
+        if self._probation and not self._was_alone:
+            plan = self._plan_alone()
+            if plan.models:
+                self._was_alone = True
+                return plan
+        plan = self._plan_together()
+        self._was_alone = False
+        if not plan.models and self._probation:
+            plan = self._plan_alone()
+        return plan
+
+    def _plan_alone(self) -> StepPlan:
+        """A step for one request on probation: if it kills the process, it takes no other with it."""
+        request = min(self._probation.values(), key=lambda r: (r.status is not Status.RUNNING, r.priority, r.arrival))
+        if request.status is not Status.RUNNING and not self._admit(request):
+            return StepPlan([])
+        chunk = self._prefill_chunk(request, self._max_step_tokens)
+        return StepPlan([ModelPlan(request.model, [chunk])])
+
+    def _plan_together(self) -> StepPlan:
+        num_preemptions = self.num_preemptions
+        decodes, budget = self._plan_decodes()
+        prefills: list[Chunk] = []
+        # After a famine nobody is admitted in the same step, and a request on probation that waits for room goes first.
+        admissions = self.num_preemptions == num_preemptions and not any(h in self._shortfalls for h in self._probation)
+        for priority in self._classes():
+            blocked, budget = self._plan_prefills(priority, budget, prefills, admissions)
+            if blocked and (priority is Priority.INTERACTIVE or self._floor.overdue):
+                admissions = False
+            if self.num_preemptions != num_preemptions:
+                admissions = False  # what has just been preempted does not come back in the same step
+        models: dict[int, list[Chunk]] = {}
+        for request in decodes:
+            if request.status is Status.RUNNING:  # not preempted for an admission
+                start = request.num_computed_tokens
+                num_tokens = min(len(request.token_ids) - start, self._max_step_tokens)
+                chunk = Chunk(request, start, num_tokens, start + num_tokens == len(request.token_ids))
+                models.setdefault(request.model, []).append(chunk)
+        for chunk in prefills:
+            models.setdefault(chunk.request.model, []).append(chunk)
+        return StepPlan([ModelPlan(model, chunks) for model, chunks in models.items()])
+
+    def _plan_decodes(self) -> tuple[list[Request], int]:
+        """The decodes of this step, with pages for their tokens, and the tokens left for prefills."""
+        decodes = list(self._decoding.values())
+        num_tokens = sum([len(r.token_ids) - r.num_computed_tokens for r in decodes])
+        if num_tokens > self._max_step_tokens:
+            decodes.sort(key=self._rank)
+            while num_tokens > self._max_step_tokens and len(decodes) > 1:
+                request = decodes.pop()
+                num_tokens -= len(request.token_ids) - request.num_computed_tokens
+        growing = [r for r in decodes if len(r.token_ids) > len(r.pages) * self._tokens_per_page[r.model]]
+        if growing:
+            shortage = sum([self._missing_pages(r) for r in growing])
+            if shortage > self.pool.num_available:
+                victims = sorted(self._running.values(), key=self._rank)
+                while shortage > self.pool.num_available:
+                    victim = victims.pop()
+                    if victim in growing:
+                        shortage -= self._missing_pages(victim)
+                        growing.remove(victim)
+                    self._preempt(victim)
+            for request in growing:
+                request.pages.extend(self.pool.take(self._missing_pages(request)))
+        return decodes, max(0, self._max_step_tokens - num_tokens)
+
+    def _plan_prefills(
+        self, priority: Priority, budget: int, chunks: list[Chunk], admissions: bool
+    ) -> tuple[bool, int]:
+        """Spend the budget on a class: those half done and those to be admitted, the most deserving first.
+
+        Returns whether a request is kept waiting for want of pages or of a place, and the budget left.
+        """
+        queues = self._queues[priority]
+        blocked = False
+        while budget and (request := queues.head()) is not None:
+            if request.status is not Status.RUNNING and not (admissions and self._admit(request)):
+                blocked = True
+                break
+            chunks.append(self._prefill_chunk(request, budget))
+            budget -= chunks[-1].num_tokens
+        if blocked and budget:
+            half_done = [r for r in self._prefilling.values() if r.priority is priority]
+            for request in sorted(half_done, key=self._rank):
+                if budget:
+                    chunks.append(self._prefill_chunk(request, budget))
+                    budget -= chunks[-1].num_tokens
+        return blocked, budget
+
+    def _prefill_chunk(self, request: Request, budget: int) -> Chunk:
+        start = request.num_computed_tokens
+        num_left = len(request.token_ids) - start
+        num_tokens = min(num_left, budget)
+        fresh = start + num_tokens - max(start, request.num_charged_tokens)
+        if fresh > 0:
+            request.num_charged_tokens = start + num_tokens
+            self._charge(request, INPUT_COST * fresh)
+        handle = request.handle
+        if num_tokens == num_left:
+            if handle in self._probation:
+                del self._probation[handle]
+            else:
+                self._prefilling.pop(handle, None)
+                self._queues[request.priority].remove(request)
+            self._decoding[handle] = request
+        elif handle not in self._probation:
+            self._prefilling[handle] = request
+        return Chunk(request, start, num_tokens, num_tokens == num_left)
+
+    # ------------------------------------------------------------------------------------------ admission, preemption
+
+    def _admit(self, request: Request) -> bool:
+        """Give the request a place and pages for all its tokens, if there is room; interactive takes it from batch."""
+        tokens_per_page = self._tokens_per_page[request.model]
+        num_pages = -(-len(request.token_ids) // tokens_per_page)
+        wanted = self._shortfalls.get(request.handle)
+        if wanted is not None and not self._has_room(wanted) and not self._may_preempt_for(request, wanted):
+            return False
+        prefix = self._find_prefix(request)
+        wanted = num_pages - sum([self.pool.is_used(page) for page in prefix])
+        if not self._has_room(wanted) and self._may_preempt_for(request, wanted):
+            batch = sorted((r for r in self._running.values() if r.priority is Priority.BATCH), key=self._rank)
+            while batch and not self._has_room(wanted):
+                self._preempt(batch.pop())
+                wanted = num_pages - sum([self.pool.is_used(page) for page in prefix])
+        if not self._has_room(wanted):
+            self._shortfalls[request.handle] = wanted
+            return False
+        self._shortfalls.pop(request.handle, None)
+        self.pool.share(prefix)
+        request.pages = prefix + self.pool.take(num_pages - len(prefix))
+        request.num_published_pages = len(prefix)
+        request.num_computed_tokens = len(prefix) * tokens_per_page
+        if not request.started:
+            request.num_cached_tokens = min(request.num_computed_tokens, request.num_prompt_tokens)
+        request.status = Status.RUNNING
+        self._running[request.handle] = request
+        return True
+
+    def _has_room(self, num_pages: int) -> bool:
+        """Whether there is a place and so many pages, with one more for each that runs to grow into (within reason)."""
+        num_running = len(self._running)
+        margin = min(num_running, max(1, self.pool.num_total // 8))
+        return num_running < self._max_num_running and num_pages + margin <= self.pool.num_available
+
+    def _may_preempt_for(self, request: Request, num_pages: int) -> bool:
+        """Whether preempting batch requests is allowed for this request, and can be enough."""
+        if request.priority is Priority.BATCH or self._floor.due or not self._num_batch:
+            return False
+        num_held = [len(r.pages) for r in self._running.values() if r.priority is Priority.BATCH]
+        return bool(num_held) and num_pages <= self.pool.num_available + sum(num_held)
+
+    def _preempt(self, request: Request) -> None:
+        self._drop_pages(request)
+        request.status = Status.PREEMPTED
+        self.num_preemptions += 1
+        handle = request.handle
+        if handle in self._decoding:
+            del self._decoding[handle]
+            self._queues[request.priority].put_back(request)
+        elif handle in self._prefilling:
+            del self._prefilling[handle]
+
+    def _drop_pages(self, request: Request) -> None:
+        del self._running[request.handle]
+        self.pool.release(request.pages)
+        request.pages = []
+        request.num_published_pages = 0
+        request.num_computed_tokens = 0
+
+    def _find_prefix(self, request: Request) -> list[int]:
+        """The longest run of cached pages; the last token is always computed, for its logits."""
+        pages: list[int] = []
+        for index in range((len(request.token_ids) - 1) // self._tokens_per_page[request.model]):
+            page = self.pool.find(self._page_hash(request, index))
+            if page is None:
+                break
+            pages.append(page)
+        return pages
+
+    def _page_hash(self, request: Request, index: int) -> bytes:
+        hashes = request.page_hashes
+        size = self._tokens_per_page[request.model]
+        while len(hashes) <= index:
+            parent = hashes[-1] if hashes else self._root_hash(request)
+            start = len(hashes) * size
+            hashes.append(page_hash(parent, request.token_ids[start : start + size]))
+        return hashes[index]
+
+    def _root_hash(self, request: Request) -> bytes:
+        model = request.model
+        size = self._tokens_per_page[model]
+        return root_hash(revision=self._revisions[model], model=model, tokens_per_page=size, salt=request.salt)
+
+    # -------------------------------------------------------------------------------------------------------- order
+
+    def _classes(self) -> tuple[Priority, Priority]:
+        """The classes, the one to be served first before the other."""
+        if self._floor.due:
+            return Priority.BATCH, Priority.INTERACTIVE
+        return Priority.INTERACTIVE, Priority.BATCH
+
+    def _rank(self, request: Request) -> tuple[bool, float, int]:
+        """Sorts the running: the last is preempted first."""
+        first, _ = self._classes()
+        counter = self._queues[request.priority].counter.counter(request.tenant)
+        return request.priority is not first, counter, request.arrival
+
+    def _charge(self, request: Request, cost: float) -> None:
+        batch = request.priority is Priority.BATCH
+        self._queues[request.priority].counter.charge(request.tenant, cost, request.weight)
+        if self._num_batch:
+            self._floor.charge(higher=0.0 if batch else cost, lower=cost if batch else 0.0)
+
+    def _missing_pages(self, request: Request) -> int:
+        return -(-len(request.token_ids) // self._tokens_per_page[request.model]) - len(request.pages)
