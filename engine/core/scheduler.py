@@ -62,6 +62,7 @@ class Scheduler:
         self._probation: dict[int, Request] = {}  # until their prompt is computed
         self._num_batch = 0
         self._floor = FloorShare(share=batch_floor_share, quantum=OUTPUT_COST * _FLOOR_QUANTUM_STEPS * max_step_tokens)
+        self._batch_first = False
         self._shortfalls: dict[int, int] = {}  # pages that were wanted by a head that did not fit, by handle
         self._was_alone = False  # the last step belonged to a request on probation
 
@@ -133,6 +134,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """The next step; empty exactly when there are no requests."""
+        self._batch_first = self._floor.due  # settled for the step, though charges change what is due
         if self._probation and not self._was_alone:
             plan = self._plan_alone()
             if plan.models:
@@ -280,7 +282,7 @@ class Scheduler:
 
     def _may_preempt_for(self, request: Request, num_pages: int) -> bool:
         """Whether preempting batch requests is allowed for this request, and can be enough."""
-        if request.priority is Priority.BATCH or self._floor.due or not self._num_batch:
+        if request.priority is Priority.BATCH or self._batch_first or not self._num_batch:
             return False
         num_held = [len(r.pages) for r in self._running.values() if r.priority is Priority.BATCH]
         return bool(num_held) and num_pages <= self.pool.num_available + sum(num_held)
@@ -331,7 +333,7 @@ class Scheduler:
 
     def _classes(self) -> tuple[Priority, Priority]:
         """The classes, the one to be served first before the other."""
-        if self._floor.due:
+        if self._batch_first:
             return Priority.BATCH, Priority.INTERACTIVE
         return Priority.INTERACTIVE, Priority.BATCH
 
