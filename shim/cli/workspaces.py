@@ -7,8 +7,6 @@ from typing import Any
 
 from aiexport_edge.proto.config import PLANS
 from aiexport_edge.shim.cli.command import (
-    CommandError,
-    argument_type,
     common_options,
     json_option,
     load_config,
@@ -25,8 +23,6 @@ example:
   aiexport-edge workspaces set acme --plan enterprise
   aiexport-edge workspaces list --json
 """
-
-LIMITS = ("requests_per_minute", "tokens_per_day")
 
 
 def add_arguments(_name: str, parser: argparse.ArgumentParser) -> None:
@@ -48,37 +44,19 @@ def add_arguments(_name: str, parser: argparse.ArgumentParser) -> None:
     create = action("create", "make a workspace", "create acme --plan pro", _create)
     create.add_argument("name", metavar="NAME", help="lower-case letters, digits and _, at most 63")
     create.add_argument("--plan", choices=PLANS, required=True)
-    _limits(create)
     action("list", "every workspace", "list --json", _list)
     show = action("show", "one workspace", "show acme", _show)
     show.add_argument("name", metavar="NAME")
     change = action("set", "change a workspace; what runs may finish", "set acme --plan free", _set)
     change.add_argument("name", metavar="NAME")
-    change.add_argument("--plan", choices=PLANS)
-    _limits(change)
+    change.add_argument("--plan", choices=PLANS, required=True)
     delete = action("delete", "delete a workspace and its keys; what runs may finish", "delete acme", _delete)
     delete.add_argument("name", metavar="NAME")
 
 
-def _limits(parser: argparse.ArgumentParser) -> None:
-    count = argument_type(_positive, "number")
-    parser.add_argument("--requests-per-minute", metavar="N", type=count, help="instead of the plan's (recorded)")
-    parser.add_argument("--tokens-per-day", metavar="N", type=count, help="instead of the plan's (recorded)")
-
-
-def _positive(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 0 < int(text) < 1 << 53):
-        raise ValueError(f"must be a whole number above 0, not {text!r}")
-    return int(text)
-
-
-def _given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-
-
 def _create(args: argparse.Namespace) -> int:
     with opened_store(load_config(args)) as store:
-        workspace = plain(store.create_workspace(args.name, args.plan, **_given(args, LIMITS)))
+        workspace = plain(store.create_workspace(args.name, args.plan))
     if args.json:
         print_json(workspace)
     else:
@@ -109,11 +87,8 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _set(args: argparse.Namespace) -> int:
-    changes = _given(args, ("plan", *LIMITS))
-    if not changes:
-        raise CommandError("nothing to change: name --plan, --requests-per-minute or --tokens-per-day")
     with opened_store(load_config(args)) as store:
-        workspace = plain(store.update_workspace(args.name, **changes))
+        workspace = plain(store.update_workspace(args.name, plan=args.plan))
     if args.json:
         print_json(workspace)
     else:
