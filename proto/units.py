@@ -24,7 +24,7 @@ _BYTES = {
     "TiB": 2**40,
 }
 _FACTORS = {unit.lower(): factor for unit, factor in _BYTES.items()}
-_DURATION = re.compile(r"(\d{1,9})([smhd])", re.ASCII)
+_DURATION = re.compile(r"(\d{1,10})([smhd])", re.ASCII)
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,6})?) ?([A-Za-z]*)", re.ASCII)
 
 
