@@ -1,0 +1,135 @@
+"""The engine process: `python -m aiexport_edge.engine [--config FILE] [--state DIR] [--listen ADDR] [--ready-fd N]`.
+
+Owns the order of the first second: the core, whose start takes longest, is spawned before anything else is imported.
+Exit status: 0 after draining, 1 with a sentence on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from aiexport_edge.proto.lifetime import die_with_parent
+
+if TYPE_CHECKING:
+    from aiexport_edge.engine.backends.core_process import CoreProcess
+    from aiexport_edge.engine.server.facts import ModelFacts
+    from aiexport_edge.proto.config import Config
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the process; the exit status."""
+    die_with_parent()
+    parser = argparse.ArgumentParser(prog="python -m aiexport_edge.engine", description="The gRPC engine.")
+    parser.add_argument("--config", type=Path, help="configuration file (default ./aiexport-edge.toml if it is there)")
+    parser.add_argument("--state", type=Path, help="state directory (default: the user's data directory)")
+    parser.add_argument("--listen", help="HOST:PORT or unix:PATH (default: engine.listen of the configuration)")
+    parser.add_argument("--ready-fd", type=int, help="a descriptor that gets one line when the first model serves")
+    arguments = parser.parse_args(argv)
+
+    from aiexport_edge.engine.backends.core_process import CoreProcess
+
+    try:
+        core = CoreProcess()
+    except OSError as error:
+        return _fail(f"the core process cannot be started ({error}).")
+
+    from aiexport_edge.engine.models.config import ModelError
+    from aiexport_edge.proto.config import ConfigError, load
+
+    try:
+        config = load(arguments.config, arguments.state)
+        facts = _facts(config)
+    except (ConfigError, ModelError) as error:
+        asyncio.run(core.end())
+        return _fail(str(error))
+    return _run(config, facts, core, arguments.listen or config.engine.listen, arguments.ready_fd)
+
+
+def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: str, ready_fd: int | None) -> int:
+    """Configures the core, imports the rest, serves."""
+    from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel
+
+    core_config = CoreConfig(
+        models=[
+            CoreModel(
+                name=fact.name,
+                path=str(fact.directory),
+                dtype=weights.dtype,
+                context_window=fact.context_window,
+                deterministic=fact.deterministic,
+                revision=fact.revision,
+            )
+            for fact, weights in zip(facts, config.weights, strict=True)
+        ],
+        device=config.engine.device,
+        page_bytes=config.engine.page_bytes,
+        pool_bytes=config.engine.pool_bytes,
+        max_num_running=config.engine.max_num_running,
+        max_step_tokens=config.engine.max_step_tokens,
+        num_threads=config.engine.num_threads,
+        batch_floor_share=config.engine.batch_floor_share,
+    )
+    core.configure(core_config)
+
+    import uvloop
+
+    from aiexport_edge.engine.backends.native import NativeBackend
+    from aiexport_edge.engine.server import logs
+    from aiexport_edge.engine.server.listener import ListenerConfig, ListenerError
+    from aiexport_edge.engine.server.process import ServerConfig, serve
+
+    logs.set_up(config.telemetry.log_level, config.telemetry.log_format)
+    engine = config.engine
+    server = ServerConfig(
+        listener=ListenerConfig(address, engine.tls_cert, engine.tls_key, engine.token_file),
+        models=facts,
+        queue_size=engine.queue_size,
+        tenant_queue_share=engine.tenant_queue_share,
+        ready_fd=ready_fd,
+    )
+    try:
+        uvloop.run(serve(server, NativeBackend(core_config, first=core)))
+    except ListenerError as error:
+        return _fail(str(error))
+    return 0
+
+
+def _facts(config: Config) -> list[ModelFacts]:
+    """What the directories say. Raises `ModelError` and `ConfigError`."""
+    from aiexport_edge.engine.models.config import ModelConfig
+    from aiexport_edge.engine.models.revision import model_revision
+    from aiexport_edge.engine.server.facts import ModelFacts
+    from aiexport_edge.proto.config import check_sources, source_directory
+
+    check_sources(config)
+    facts = []
+    for weights in config.weights:
+        directory = source_directory(weights.source)
+        model = ModelConfig.load(directory)
+        window = min(weights.context_window or model.context_window, model.context_window)
+        limits = [spec.max_output_tokens or min(8192, window) for spec in config.models if spec.weights == weights.name]
+        facts.append(
+            ModelFacts(
+                name=weights.name,
+                directory=directory,
+                revision=model_revision(directory),
+                context_window=window,
+                max_output_tokens=min(max(limits), window),
+                deterministic=weights.deterministic,
+                stop_ids=model.stop_ids,
+            )
+        )
+    return facts
+
+
+def _fail(sentence: str) -> int:
+    print(f"aiexport-edge engine: {sentence}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""One life of a core: the child process, its socket and the memory in which it notes who is in its step.
+
+Owns spawning, framing and the end of a core. Does not know what the messages mean; who restarts it is `native.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+from aiexport_edge.engine.core.protocol import HEADER, CoreConfig, encode_config
+from aiexport_edge.engine.core.suspects import SUSPECTS_BYTES, Suspects
+from aiexport_edge.proto.lifetime import PARENT_PID
+
+CORE_COMMAND = (sys.executable, "-m", "aiexport_edge.engine.core.process")
+
+
+class CoreProcess:
+    """A spawned core, which imports what it needs while it waits for `configure`. Neither needs an event loop, so that
+    it can be the first thing that an engine process does. Raises OSError where there is no process to be had.
+
+    Made by a thread that lives as long as the process: the kernel ends the child with the thread that forked it.
+    """
+
+    def __init__(self, command: Sequence[str] = CORE_COMMAND) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        shared = os.memfd_create("aiexport-edge-core")
+        try:
+            os.ftruncate(shared, SUSPECTS_BYTES)
+            self._suspects = Suspects(shared)
+            self._popen = subprocess.Popen(
+                [*command, "--fd", str(theirs.fileno()), "--shared-fd", str(shared)],
+                pass_fds=(theirs.fileno(), shared),
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, PARENT_PID: str(os.getpid())},
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(shared)
+        self._socket = ours
+        self._transport: asyncio.WriteTransport | None = None
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    def configure(self, config: CoreConfig) -> None:
+        """Its first frame; once, before `connect`. A core that has died already shows there."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._socket.sendall(encode_config(config))
+
+    async def connect(self, on_frame: Callable[[bytes], None], on_end: Callable[[], None]) -> None:
+        """From here on each frame's body goes to `on_frame`, and the socket's end to `on_end`, on the event loop."""
+        self._socket.setblocking(False)
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_connection(lambda: _Frames(on_frame, on_end), sock=self._socket)
+        self._transport = transport
+
+    def write(self, frame: bytes) -> None:
+        """Sends a frame; never blocks. After the core's end it goes nowhere."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(frame)
+
+    def in_step(self) -> list[int]:
+        """Handles of the requests in the step that runs, or ran when the core died."""
+        return self._suspects.read()
+
+    async def end(self) -> int:
+        """Kills it if it still lives, reaps it, frees what it used. Returns its exit status, as `subprocess` has it."""
+        if self._popen.poll() is None:
+            self._popen.kill()
+        status = await asyncio.to_thread(self._popen.wait)
+        if self._transport is not None:
+            self._transport.close()
+        else:
+            self._socket.close()
+        self._suspects.close()
+        return status
+
+
+class _Frames(asyncio.Protocol):
+    """Cuts the byte stream into frames."""
+
+    def __init__(self, on_frame: Callable[[bytes], None], on_end: Callable[[], None]) -> None:
+        self._on_frame = on_frame
+        self._on_end = on_end
+        self._buffer = bytearray()
+
+    def data_received(self, data: bytes) -> None:
+        buffer = self._buffer
+        buffer += data
+        start = 0
+        while len(buffer) - start >= HEADER.size:
+            (length,) = HEADER.unpack_from(buffer, start)
+            end = start + HEADER.size + length
+            if len(buffer) < end:
+                break
+            self._on_frame(bytes(buffer[start + HEADER.size : end]))
+            start = end
+        del buffer[:start]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._on_end()

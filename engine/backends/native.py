@@ -1,0 +1,287 @@
+"""The native backend: owns the core child process, watches it, restarts it and gives it its requests again.
+
+Knows token ids only. The core holds no state that cannot be made again from here: a request's prompt and the ids that it
+has produced so far. When a core dies, a new one is started and every live request is submitted to it with those ids as its
+forced output, so that it goes on where it was. Requests that were in the step in which the core died are suspects: they run on
+probation (in steps of their own), and one that ends two cores in a row without a token in between is failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from aiexport_edge.engine.backends.base import (
+    BackendRequest,
+    BackendStats,
+    ModelState,
+    ModelStatus,
+    RequestListener,
+)
+from aiexport_edge.engine.backends.core_process import CORE_COMMAND, CoreProcess
+from aiexport_edge.engine.core.protocol import (
+    AbortRequest,
+    AddRequest,
+    CoreConfig,
+    CoreStats,
+    FinishReason,
+    FinishRequest,
+    LoadFailed,
+    Loading,
+    Ready,
+    StepReport,
+    ToCore,
+    decode_from_core,
+    encode_to_core,
+)
+
+log = logging.getLogger(__name__)
+
+MAX_DEATHS = 2
+# A request can bring SIGKILL upon its core by exhausting memory alone; mostly it comes from a person. So it takes more.
+MAX_KILLS = 5
+BACKOFF_S = (0.0, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
+
+
+@dataclass(slots=True, eq=False)
+class _Live:
+    """A request that has not ended. `output` has every id so far, forced ones first."""
+
+    request: BackendRequest
+    listener: RequestListener
+    output: array[int]
+    started: bool = False
+    deaths: int = 0
+    kills: int = 0
+    probation: bool = False
+
+
+class NativeBackend:
+    """See the module. `first` is a core already spawned and configured, taken for the first life."""
+
+    def __init__(
+        self, config: CoreConfig, *, first: CoreProcess | None = None, command: Sequence[str] = CORE_COMMAND
+    ) -> None:
+        self._config = config
+        self._command = command
+        self._next = first
+        self._core: CoreProcess | None = None
+        self._serving = False  # the core has said that it is ready
+        self._was_ready = False  # some core has
+        self._statuses = [ModelStatus(ModelState.LOADING) for _ in config.models]
+        self._status_callbacks: list[Callable[[], None]] = []
+        self._live: dict[int, _Live] = {}
+        self._next_handle = 1
+        self._outgoing: list[ToCore] = []
+        self._core_stats: CoreStats | None = None
+        self._restarts = 0
+        self._failures = 0  # lives in a row that brought nothing
+        self._ended = asyncio.Event()
+        self._load_error = ""
+        self._last_report = 0.0
+        self._task: asyncio.Task[None] | None = None
+
+    # ------------------------------------------------------------------------------------------------ what is asked
+
+    async def start(self) -> None:
+        self._task = asyncio.create_task(self._watch(), name="core")
+
+    async def stop(self) -> None:
+        self._live.clear()
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        for core in (self._core, self._next):
+            if core is not None:
+                await core.end()
+        self._core = self._next = None
+
+    def submit(self, request: BackendRequest, listener: RequestListener) -> int:
+        handle = self._next_handle
+        self._next_handle += 1
+        output = array("I")
+        output.frombytes(request.output_ids)
+        live = self._live[handle] = _Live(request, listener, output)
+        if self._serving:
+            self._send(_add(handle, live))
+        return handle
+
+    def abort(self, handle: int) -> None:
+        if self._live.pop(handle, None) is not None and self._serving:
+            self._send(AbortRequest(handle))
+
+    def finish(self, handle: int) -> None:
+        if self._live.pop(handle, None) is not None and self._serving:
+            self._send(FinishRequest(handle))
+
+    def statuses(self) -> list[ModelStatus]:
+        return self._statuses
+
+    def stats(self) -> BackendStats:
+        return BackendStats(self._core_stats, self._restarts, self._core.pid if self._core is not None else 0)
+
+    def on_status(self, callback: Callable[[], None]) -> None:
+        self._status_callbacks.append(callback)
+
+    # ------------------------------------------------------------------------------------------------ lives of cores
+
+    async def _watch(self) -> None:
+        """One core after the other, until `stop`; a core that cannot load at the first start is not tried again."""
+        while True:
+            self._ended.clear()
+            self._load_error = ""
+            core, self._next = self._next, None
+            try:
+                if core is None:
+                    core = CoreProcess(self._command)
+                    core.configure(self._config)
+                self._core = core
+                await core.connect(self._on_frame, self._ended.set)
+                await self._ended.wait()
+            except OSError as error:  # no process, no descriptors, no memory
+                self._load_error = f"the core process cannot be started ({error})."
+            self._serving = False
+            self._outgoing.clear()
+            if core is not None:
+                suspects = core.in_step()
+                pid, status = core.pid, await core.end()
+                self._core = None
+                age = time.monotonic() - self._last_report if self._last_report else 0.0
+                log.error(
+                    "core %d ended with status %d, %.3f s after its last step; in its step: %d",
+                    pid,
+                    status,
+                    age,
+                    len(suspects),
+                )
+                self._settle(suspects, killed=status == -signal.SIGKILL)
+            self._last_report = 0.0
+            if not self._was_ready:
+                message = self._load_error or "the core process ended while it was starting; its log says why."
+                self._fail(message)
+                return
+            if self._load_error:
+                self._fail(self._load_error)
+            delay = BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)]
+            self._failures += 1
+            self._restarts += 1
+            await asyncio.sleep(delay)
+
+    def _settle(self, suspects: list[int], *, killed: bool) -> None:
+        """After a core's death: counts it against those in its step, and ends what needs no other core."""
+        for handle in suspects:
+            live = self._live.get(handle)
+            if live is None:
+                continue
+            live.probation = True
+            live.kills += killed
+            live.deaths += not killed
+            if live.deaths >= MAX_DEATHS or live.kills >= MAX_KILLS:
+                del self._live[handle]
+                log.error(
+                    "the request with handle %d has ended %d cores and is failed", handle, live.deaths + live.kills
+                )
+                live.listener.failed(
+                    "The engine failed again and again while it worked on this request, so it is given up."
+                )
+        for handle, live in list(self._live.items()):
+            # Its last token had been told, its end had not.
+            if live.output and live.output[-1] in live.request.stop_ids:
+                del self._live[handle]
+                live.listener.finished(FinishReason.END_TURN)
+            elif len(live.output) >= live.request.max_tokens:
+                del self._live[handle]
+                live.listener.finished(FinishReason.MAX_TOKENS)
+
+    def _fail(self, message: str) -> None:
+        self._set_statuses([ModelStatus(ModelState.FAILED, message)] * len(self._config.models))
+
+    def _set_statuses(self, statuses: list[ModelStatus]) -> None:
+        self._statuses = statuses
+        for callback in self._status_callbacks:
+            callback()
+
+    # ------------------------------------------------------------------------------------------------ messages
+
+    def _send(self, message: ToCore) -> None:
+        """Everything of one turn of the event loop goes out as one frame at its end."""
+        if not self._outgoing:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._outgoing.append(message)
+
+    def _flush(self) -> None:
+        if self._outgoing and self._core is not None:
+            self._core.write(encode_to_core(self._outgoing))
+        self._outgoing = []
+
+    def _on_frame(self, body: bytes) -> None:
+        message = decode_from_core(body)
+        match message:
+            case StepReport():
+                self._on_step(message)
+            case Ready():
+                self._on_ready(message)
+            case Loading():
+                log.debug("core: model %d: %d of %d bytes read", message.model, message.done, message.total)
+            case LoadFailed():
+                self._load_error = message.message
+                log.error("core: %s", message.message)
+
+    def _on_ready(self, ready: Ready) -> None:
+        self._serving = self._was_ready = True
+        self._core_stats = ready.stats
+        for handle, live in self._live.items():
+            self._send(_add(handle, live))
+        capacities = {model.model: model.capacity_tokens for model in ready.models}
+        self._set_statuses(
+            [
+                ModelStatus(ModelState.READY, capacity_tokens=capacities.get(index, 0))
+                for index in range(len(self._config.models))
+            ]
+        )
+
+    def _on_step(self, report: StepReport) -> None:
+        self._last_report = time.monotonic()
+        if report.stats is not None:
+            self._core_stats = report.stats
+        for started in report.started:
+            live = self._live.get(started.handle)
+            if live is not None and not live.started:
+                live.started = True
+                live.listener.started(started.cached_tokens)
+        for tokens in report.tokens:
+            self._failures = 0
+            live = self._live.get(tokens.handle)
+            if live is not None:
+                live.deaths = live.kills = 0
+                live.probation = False
+                live.output.extend(tokens.ids)
+                live.listener.tokens(tokens.ids)
+        for finished in report.finished:
+            live = self._live.pop(finished.handle, None)
+            if live is not None:
+                live.listener.finished(FinishReason(finished.reason))
+
+
+def _add(handle: int, live: _Live) -> AddRequest:
+    request = live.request
+    return AddRequest(
+        handle=handle,
+        model=request.model,
+        prompt_ids=request.prompt_ids,
+        output_ids=live.output.tobytes(),
+        max_tokens=request.max_tokens,
+        stop_ids=list(request.stop_ids),
+        sampling=request.sampling,
+        tenant=request.tenant,
+        weight=request.weight,
+        salt=request.salt,
+        priority=request.priority,
+        probation=live.probation,
+    )

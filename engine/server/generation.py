@@ -1,0 +1,335 @@
+"""A request's life in the engine process: refused or accepted, tokens in, text out, ended.
+
+Owns, for each request, its text state (detokenizer, stop sequences) and its counters; for the process, which requests there are, the
+queue's bound and draining. Knows no gRPC calls: what it has to say goes into an outbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from aiexport_edge.engine.backends.base import Backend, BackendRequest
+from aiexport_edge.engine.core.protocol import FinishReason, Sampling, pack_ids
+from aiexport_edge.engine.server.admission import Admission
+from aiexport_edge.engine.server.errors import RequestError
+from aiexport_edge.engine.server.models import Model, ModelText
+from aiexport_edge.engine.server.outbox import Outbox
+from aiexport_edge.engine.server.prompt import (
+    budget,
+    check_model,
+    check_request,
+    continues_text,
+    encode_prompt,
+    num_characters,
+    priority_of,
+)
+from aiexport_edge.engine.text.detokenizer import Detokenizer
+from aiexport_edge.engine.text.stops import StopMatcher
+from aiexport_edge.proto import engine_pb2 as pb
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+INLINE_CHARACTERS = 2000  # shorter prompts are tokenized on the event loop: under a millisecond
+_REASONS = {
+    FinishReason.END_TURN: pb.FINISH_END_TURN,
+    FinishReason.MAX_TOKENS: pb.FINISH_MAX_TOKENS,
+    FinishReason.ABORTED: pb.FINISH_ABORTED,
+}
+
+
+class Generations:
+    """All requests of this process."""
+
+    def __init__(self, models: Sequence[Model], backend: Backend, admission: Admission) -> None:
+        self.models = {model.facts.name: model for model in models}
+        self.backend = backend
+        self.admission = admission
+        self.draining = False
+        self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+        self._live: set[Generation] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def submit(self, request: pb.GenerateRequest, outbox: Outbox, tag: int, on_end: Callable[[], None]) -> Generation:
+        """Takes a request in; everything about it goes into `outbox` under `tag`, and then `on_end` is called."""
+        generation = Generation(self, request, outbox, tag, on_end)
+        self._live.add(generation)
+        self._idle.clear()
+        generation.begin()
+        return generation
+
+    async def count_tokens(self, request: pb.CountTokensRequest) -> int:
+        """Tokens of a prompt, template included. Raises `RequestError`."""
+        _, text = check_model(self.models, request.model)
+        if num_characters(request) <= INLINE_CHARACTERS:
+            return len(encode_prompt(request, text))
+        return len(await self.in_thread(encode_prompt, request, text))
+
+    async def idle(self) -> None:
+        """Returns when no request is left."""
+        await self._idle.wait()
+
+    def close(self) -> None:
+        """Frees the threads."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def in_thread(self, function: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
+
+    def start_task(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def ended(self, generation: Generation) -> None:
+        self._live.discard(generation)
+        if not self._live:
+            self._idle.set()
+
+
+class Generation:
+    """One request; the backend's listener for it."""
+
+    def __init__(
+        self, owner: Generations, request: pb.GenerateRequest, outbox: Outbox, tag: int, on_end: Callable[[], None]
+    ) -> None:
+        self._owner = owner
+        self._request = request
+        self._outbox = outbox
+        self._tag = tag
+        self._on_end = on_end
+        self._tenant = request.tenant.id
+        self._handle: int | None = None
+        self.ended = False
+        self._abort_asked = False
+        self._waiting = False  # holds a place in the queue
+        self._born = time.monotonic()
+        self._started_at = self._first_token_at = 0.0
+        self._num_prompt_tokens = self._cached_tokens = self._output_tokens = 0
+        self._emitted_bytes = 0  # of the reply's text so far
+        self._sent_bytes = request.resume.emitted_bytes  # of it, what the client has already
+
+    # ------------------------------------------------------------------------------------------------ beginning
+
+    def begin(self) -> None:
+        """Answers with Accepted or Refused: at once, or when a thread has tokenized a long prompt."""
+        try:
+            if self._owner.draining:
+                raise RequestError(pb.ERROR_QUEUE_FULL, "The engine is draining: it takes no new requests.")
+            model, text = check_model(self._owner.models, self._request.model)
+            check_request(self._request, model, text)
+            self._owner.admission.enter(self._tenant)
+            self._waiting = True
+            if num_characters(self._request) <= INLINE_CHARACTERS:
+                self._accept(model, text, encode_prompt(self._request, text))
+            else:
+                self._owner.start_task(asyncio.create_task(self._begin_long(model, text)))
+        except RequestError as error:
+            self._refuse(error)
+
+    async def _begin_long(self, model: Model, text: ModelText) -> None:
+        try:
+            prompt_ids = await self._owner.in_thread(encode_prompt, self._request, text)
+            if not self.ended:
+                self._accept(model, text, prompt_ids)
+        except RequestError as error:
+            self._refuse(error)
+
+    def _accept(self, model: Model, text: ModelText, prompt_ids: list[int]) -> None:
+        request = self._request
+        max_tokens = budget(request, model, len(prompt_ids))
+        sampling = request.sampling
+        seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(64)
+        self._num_prompt_tokens = len(prompt_ids)
+        self._stop_ids = frozenset() if sampling.ignore_eos else text.stop_ids
+        strip = text.tokenizer.strips_leading_space and not continues_text(request, text, prompt_ids)
+        self._detokenizer = Detokenizer(text.tokenizer.decode_bytes, strip_space=strip)
+        self._stops = StopMatcher(sampling.stop_sequences) if sampling.stop_sequences else None
+        self._outbox.accepted(
+            self._tag,
+            pb.Accepted(
+                prompt_tokens=len(prompt_ids), max_tokens=max_tokens, seed=seed, model_revision=model.facts.revision
+            ),
+        )
+        if self._abort_asked:
+            self.abort()
+            return
+        forced = list(request.resume.forced_ids)
+        if forced and self._replay(forced, max_tokens):
+            return
+        self._handle = self._owner.backend.submit(
+            BackendRequest(
+                model=model.index,
+                prompt_ids=pack_ids(prompt_ids),
+                output_ids=pack_ids(forced),
+                max_tokens=max_tokens,
+                stop_ids=tuple(self._stop_ids),
+                sampling=Sampling(
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
+                    top_k=sampling.top_k if sampling.HasField("top_k") else 0,
+                    seed=seed,
+                ),
+                tenant=self._tenant,
+                weight=request.tenant.weight or 1.0,
+                salt=request.tenant.cache_salt,
+                priority=priority_of(request),
+            ),
+            self,
+        )
+
+    def _replay(self, forced: list[int], max_tokens: int) -> bool:
+        """Puts the ids of an earlier attempt through text and stops anew; whether the reply ends with them already."""
+        text, taken, stop = self._text_of(forced)
+        self._output_tokens = taken
+        self._deliver(text, ())
+        if stop is not None:
+            self._finish(pb.FINISH_STOP_SEQUENCE, stop)
+        elif forced[-1] in self._stop_ids:
+            self.finished(FinishReason.END_TURN)
+        elif len(forced) >= max_tokens:
+            self.finished(FinishReason.MAX_TOKENS)
+        return self.ended
+
+    # ------------------------------------------------------------------------------------------------ from the backend
+
+    def started(self, cached_tokens: int) -> None:
+        self._started_at = time.monotonic()
+        self._cached_tokens = cached_tokens
+        self._leave_queue()
+        self._outbox.started(self._tag, cached_tokens)
+
+    def tokens(self, ids: Sequence[int]) -> None:
+        if not self._first_token_at:
+            self._first_token_at = time.monotonic()
+        text, taken, stop = self._text_of(ids)
+        self._output_tokens += taken
+        self._deliver(text, ids[:taken])
+        if stop is not None:
+            assert self._handle is not None
+            self._owner.backend.finish(self._handle)
+            self._finish(pb.FINISH_STOP_SEQUENCE, stop)
+
+    def finished(self, reason: FinishReason) -> None:
+        text = self._detokenizer.flush()
+        stop = None
+        if self._stops is not None:
+            text, stop = self._stops.feed(text)
+            if stop is None:
+                text += self._stops.flush()
+        self._deliver(text, ())
+        if stop is not None:
+            self._finish(pb.FINISH_STOP_SEQUENCE, stop)
+        else:
+            self._finish(_REASONS[reason])
+
+    def failed(self, message: str) -> None:
+        self._outbox.failed(self._tag, pb.ErrorDetail(code=pb.ERROR_INTERNAL, message=message))
+        self._end("failed")
+
+    def _text_of(self, ids: Sequence[int]) -> tuple[str, int, str | None]:
+        """Text that becomes certain by `ids`, how many of them the reply takes, and the stop sequence that ends it."""
+        detokenizer, stops = self._detokenizer, self._stops
+        parts: list[str] = []
+        for taken, token_id in enumerate(ids, start=1):
+            if token_id in self._stop_ids:  # an end of turn is no text, whatever its spelling
+                return "".join(parts), taken, None
+            text = detokenizer.feed(token_id)
+            if stops is not None and text:
+                text, stop = stops.feed(text)
+                if stop is not None:
+                    return "".join([*parts, text]), taken, stop
+            parts.append(text)
+        return "".join(parts), len(ids), None
+
+    def _deliver(self, text: str, ids: Sequence[int]) -> None:
+        """One delta; of its text, only what the client has not had from an earlier attempt."""
+        if text:
+            before = self._emitted_bytes
+            num_bytes = len(text) if text.isascii() else len(text.encode())
+            self._emitted_bytes += num_bytes
+            if self._emitted_bytes <= self._sent_bytes:
+                text = ""
+            elif before < self._sent_bytes:
+                text = text.encode()[self._sent_bytes - before :].decode("utf-8", "replace")
+        if text or ids:
+            self._outbox.delta(
+                self._tag,
+                text,
+                ids,
+                output_tokens=self._output_tokens,
+                emitted_bytes=max(self._emitted_bytes, self._sent_bytes),
+            )
+
+    # ------------------------------------------------------------------------------------------------ ends
+
+    def abort(self) -> None:
+        """The client has left or does not want it any more. Answered by Finished ABORTED, unless it had ended."""
+        if self.ended:
+            return
+        if self._handle is not None:
+            self._owner.backend.abort(self._handle)
+        elif not self._num_prompt_tokens:  # not accepted yet: Accepted comes first
+            self._abort_asked = True
+            return
+        self._finish(pb.FINISH_ABORTED)
+
+    def drop(self) -> None:
+        """As `abort`, where nobody listens any more."""
+        if not self.ended:
+            if self._handle is not None:
+                self._owner.backend.abort(self._handle)
+            self._end("dropped")
+
+    def _refuse(self, error: RequestError) -> None:
+        if not self.ended:
+            self._outbox.refused(self._tag, error.detail)
+            self._end(pb.ErrorCode.Name(error.detail.code))
+
+    def _finish(self, reason: pb.FinishReason, stop_sequence: str = "") -> None:
+        self._outbox.finished(
+            self._tag,
+            pb.Finished(
+                reason=reason,
+                stop_sequence=stop_sequence,
+                prompt_tokens=self._num_prompt_tokens,
+                cached_tokens=self._cached_tokens,
+                output_tokens=self._output_tokens,
+            ),
+        )
+        self._end(pb.FinishReason.Name(reason))
+
+    def _end(self, outcome: str) -> None:
+        self.ended = True
+        self._leave_queue()
+        self._owner.ended(self)
+        self._on_end()
+        now = time.monotonic()
+        log.info(
+            "request ended",
+            extra={
+                "fields": {
+                    "request_id": self._request.request_id,
+                    "model": self._request.model,
+                    "outcome": outcome,
+                    "prompt_tokens": self._num_prompt_tokens,
+                    "cached_tokens": self._cached_tokens,
+                    "output_tokens": self._output_tokens,
+                    "queue_s": round((self._started_at or now) - self._born, 4),
+                    "first_token_s": round(self._first_token_at - self._born, 4) if self._first_token_at else None,
+                    "total_s": round(now - self._born, 4),
+                }
+            },
+        )
+
+    def _leave_queue(self) -> None:
+        if self._waiting:
+            self._waiting = False
+            self._owner.admission.leave(self._tenant)

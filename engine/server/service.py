@@ -1,0 +1,136 @@
+"""The RPCs of `proto/engine.proto`, as its comments say. Owns the set of open sessions; each call's work is done elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from aiexport_edge.engine.backends.base import ModelState
+from aiexport_edge.engine.server import errors
+from aiexport_edge.engine.server.generation import Generations
+from aiexport_edge.engine.server.outbox import Outbox
+from aiexport_edge.engine.server.session import Session
+from aiexport_edge.proto import engine_pb2 as pb
+from aiexport_edge.proto.engine_pb2_grpc import EngineServicer
+
+_STATES = {
+    ModelState.LOADING: pb.MODEL_LOADING,
+    ModelState.READY: pb.MODEL_READY,
+    ModelState.FAILED: pb.MODEL_FAILED,
+}
+
+
+class EngineService(EngineServicer):
+    """The gRPC servicer (asyncio)."""
+
+    def __init__(self, generations: Generations) -> None:
+        self._generations = generations
+        self._sessions: set[Session] = set()
+        self._born = time.monotonic()
+
+    def drain(self) -> None:
+        """Takes no new requests from here on, and says so to every session."""
+        self._generations.draining = True
+        for session in self._sessions:
+            session.drain()
+
+    async def Session(
+        self, request_iterator: AsyncIterator[pb.ClientEvent], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        session = Session(self._generations, request_iterator, context)
+        self._sessions.add(session)
+        if self._generations.draining:
+            session.drain()
+        try:
+            await session.run()
+        finally:
+            self._sessions.discard(session)
+
+    async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """A session of one request: a fold over the same outputs."""
+        overflowed = pb.ErrorDetail(code=pb.ERROR_INTERNAL, message="The client does not read what the engine sends.")
+
+        def overflow() -> None:
+            outbox.failed(0, overflowed)
+            generation.drop()
+
+        outbox = Outbox(overflow)
+        generation = self._generations.submit(request, outbox, 0, outbox.close)
+        try:
+            while (outputs := await outbox.take()) is not None:
+                for output in outputs.outputs:
+                    match output.WhichOneof("event"):
+                        case "accepted":
+                            event = pb.GenerateEvent(accepted=output.accepted)
+                        case "started":
+                            event = pb.GenerateEvent(started=output.started)
+                        case "delta":
+                            event = pb.GenerateEvent(delta=output.delta)
+                        case "finished":
+                            event = pb.GenerateEvent(finished=output.finished)
+                        case "refused":
+                            await errors.abort(context, output.refused)
+                        case _:
+                            await errors.abort(context, output.failed)
+                    await context.write(event)
+        finally:
+            generation.drop()
+
+    async def CountTokens(
+        self, request: pb.CountTokensRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.CountTokensResponse:
+        try:
+            return pb.CountTokensResponse(prompt_tokens=await self._generations.count_tokens(request))
+        except errors.RequestError as error:
+            await errors.abort(context, error.detail)
+
+    async def ListModels(
+        self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.ListModelsResponse:
+        response = pb.ListModelsResponse()
+        for model in self._generations.models.values():
+            facts, status = model.facts, model.status
+            response.models.add(
+                name=facts.name,
+                state=_STATES[status.state],
+                revision=facts.revision,
+                context_window=model.context_window,
+                max_output_tokens=model.max_output_tokens,
+                vision=False,
+                deterministic=facts.deterministic,
+                message=status.message,
+            )
+        return response
+
+    async def Stats(self, request: pb.StatsRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.StatsResponse:
+        stats = self._generations.backend.stats()
+        response = pb.StatsResponse(
+            core_restarts=stats.core_restarts,
+            core_pid=stats.core_pid,
+            uptime_s=time.monotonic() - self._born,
+            sessions=len(self._sessions),
+            draining=self._generations.draining,
+        )
+        core = stats.core
+        for index, name in enumerate(self._generations.models):
+            model = response.models.add(name=name)
+            if core is not None:
+                model.running = core.model_running[index]
+                model.waiting = core.model_waiting[index]
+                model.prompt_tokens = core.model_prompt_tokens[index]
+                model.cached_tokens = core.model_cached_tokens[index]
+                model.output_tokens = core.model_output_tokens[index]
+        if core is not None:
+            response.steps = core.steps
+            response.running = core.running
+            response.waiting = core.waiting
+            response.pages_total = core.pages_total
+            response.pages_used = core.pages_used
+            response.pages_cached = core.pages_cached
+            response.pages_free = core.pages_free
+            response.page_bytes = core.page_bytes
+            response.preemptions = core.preemptions
+        return response

@@ -1,0 +1,135 @@
+"""One session: every request of one client process over one stream.
+
+Owns the protocol's rules (Hello first, one answer to each Submit, what ends a session) and the session's requests. Two
+coroutines whatever the number of requests: one reads events, one writes what the outbox has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any, TypeAlias
+
+import grpc
+
+from aiexport_edge.engine.server.generation import Generation, Generations
+from aiexport_edge.engine.server.outbox import MAX_AGE_S, MAX_BYTES, Outbox
+from aiexport_edge.proto import engine_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+Context: TypeAlias = "grpc.aio.ServicerContext[pb.ClientEvent, pb.StepOutputs]"
+
+
+class ProtocolError(Exception):
+    """The client has broken a rule of the session, which ends it."""
+
+
+class Session:
+    """From Hello to the end of the stream. A client that closes its side gets what its requests still bring."""
+
+    def __init__(
+        self,
+        generations: Generations,
+        events: AsyncIterator[pb.ClientEvent],
+        context: Context,
+        *,
+        max_bytes: int = MAX_BYTES,
+        max_age_s: float = MAX_AGE_S,
+    ) -> None:
+        self._generations = generations
+        self._events = events
+        self._context = context
+        self._outbox = Outbox(self._overflow, max_bytes=max_bytes, max_age_s=max_age_s)
+        self._live: dict[int, Generation] = {}
+        self._client = ""
+        self._task: asyncio.Task[Any] | None = None
+        self._too_slow = False
+        self._half_closed = False
+        self._error: BaseException | None = None
+
+    def drain(self) -> None:
+        """Tells the client that the engine drains."""
+        self._outbox.drain()
+
+    async def run(self) -> None:
+        """Serves the stream to its end. Ends its requests however it ends."""
+        self._task = asyncio.current_task()
+        reader = asyncio.create_task(self._read(), name="session reader")
+        try:
+            while (outputs := await self._outbox.take()) is not None:
+                await self._context.write(outputs)
+            if self._error is not None:
+                raise self._error
+        except asyncio.CancelledError:
+            if not self._too_slow:
+                raise
+            log.warning("session dropped: it does not read", extra={"fields": {"client": self._client}})
+            self._drop_requests()
+            await self._context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                "The session does not read what the engine sends; connect again and read on.",
+            )
+        except ProtocolError as error:
+            self._drop_requests()
+            await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        finally:
+            reader.cancel()
+            self._drop_requests()
+
+    async def _read(self) -> None:
+        """Takes the client's events until its side closes; the writer hears of the end through the outbox."""
+        try:
+            greeted = False
+            async for event in self._events:
+                if greeted:
+                    self._handle(event)
+                elif event.WhichOneof("event") == "hello":
+                    self._client = event.hello.client
+                    greeted = True
+                else:
+                    raise ProtocolError("The first event of a session is a Hello.")
+        except (Exception, asyncio.CancelledError) as error:
+            self._error = error
+            self._outbox.close()
+            return
+        self._half_closed = True
+        self._close_if_done()
+
+    def _handle(self, event: pb.ClientEvent) -> None:
+        match event.WhichOneof("event"):
+            case "submit":
+                tag = event.submit.tag
+                if tag in self._live:
+                    raise ProtocolError(f"The tag {tag} is in use by a request that has not ended.")
+                generation = self._generations.submit(event.submit.request, self._outbox, tag, lambda: self._ended(tag))
+                if not generation.ended:
+                    self._live[tag] = generation
+            case "abort":
+                generation_ = self._live.get(event.abort.tag)
+                if generation_ is not None:
+                    generation_.abort()
+            case "hello":
+                raise ProtocolError("A session has one Hello.")
+            case _:
+                raise ProtocolError("An event of a session is a Submit or an Abort.")
+
+    def _ended(self, tag: int) -> None:
+        self._live.pop(tag, None)
+        self._close_if_done()
+
+    def _close_if_done(self) -> None:
+        if self._half_closed and not self._live:
+            self._outbox.close()
+
+    def _overflow(self) -> None:
+        """The client does not read: nothing more is kept for it. The writer may be stuck in a write, so it is cancelled."""
+        self._too_slow = True
+        if self._task is not None:
+            self._task.cancel()
+
+    def _drop_requests(self) -> None:
+        for generation in list(self._live.values()):
+            generation.drop()
+        self._live.clear()
