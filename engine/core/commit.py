@@ -5,6 +5,7 @@ Owns the rules for when the core ends a request. Stop sequences are text: the en
 
 from __future__ import annotations
 
+from aiexport_edge.engine.core.fairness import OUTPUT_COST
 from aiexport_edge.engine.core.plan import StepPlan, StepResult
 from aiexport_edge.engine.core.protocol import Finished, FinishReason, Started, StepReport, Tokens
 from aiexport_edge.engine.core.request import Request
@@ -26,18 +27,24 @@ def commit(scheduler: Scheduler, plan: StepPlan, result: StepResult) -> StepRepo
     """
     report = StepReport([], [], [])
     for model_plan in plan.models:
+        model = model_plan.model
+        tokens_per_page = scheduler.tokens_per_page[model]
         for chunk in model_plan.chunks:
             request = chunk.request
-            request.num_computed_tokens = chunk.start + chunk.num_tokens
-            scheduler.publish_pages(request)
+            request.num_computed_tokens = end = chunk.start + chunk.num_tokens
+            if end // tokens_per_page > request.num_published_pages:
+                scheduler.prefix.publish(request)
             if not request.started:
                 request.started = True
+                scheduler.num_prompt_tokens[model] += request.num_prompt_tokens
+                scheduler.num_cached_tokens[model] += request.num_cached_tokens
                 report.started.append(Started(request.handle, request.num_cached_tokens))
             if chunk.samples:
-                ids, reason = _take_ids(request, result.ids[request.handle])
+                ids, reason = _own_ids(request, result.ids[request.handle])
                 request.token_ids += ids
                 request.probation = False
-                scheduler.charge_output(request, len(ids))
+                scheduler.num_output_tokens[model] += len(ids)
+                scheduler.charge(request, OUTPUT_COST * len(ids))
                 report.tokens.append(Tokens(request.handle, ids))
                 if reason is not None:
                     scheduler.finish(request)
@@ -45,11 +52,12 @@ def commit(scheduler: Scheduler, plan: StepPlan, result: StepResult) -> StepRepo
     return report
 
 
-def _take_ids(request: Request, ids: list[int]) -> tuple[list[int], FinishReason | None]:
+def _own_ids(request: Request, ids: list[int]) -> tuple[list[int], FinishReason | None]:
     """The ids that belong to the output, and why it ends with them if it does."""
     assert ids, "a chunk that samples brings an id"
-    left = request.max_tokens - request.num_output_tokens
-    for index, id_ in enumerate(ids[:left]):
-        if id_ in request.stop_ids:
-            return ids[: index + 1], FinishReason.END_TURN
-    return ids[:left], FinishReason.MAX_TOKENS if len(ids) >= left else None
+    left = request.num_prompt_tokens + request.max_tokens - len(request.token_ids)
+    if not request.stop_ids.isdisjoint(ids):
+        for index, id_ in enumerate(ids[:left]):
+            if id_ in request.stop_ids:
+                return ids[: index + 1], FinishReason.END_TURN
+    return (ids, None) if len(ids) < left else (ids[:left], FinishReason.MAX_TOKENS)

@@ -72,7 +72,8 @@ class VirtualTokenCounter:
 
     def charge(self, tenant: str, cost: float, weight: float) -> None:
         """Count service of `cost` to the tenant, waiting or not."""
-        self._counters[tenant] = self._counters.get(tenant, 0.0) + cost / weight
+        counters = self._counters
+        counters[tenant] = counters.get(tenant, 0.0) + cost / weight
 
     def _floor(self) -> float:
         """The counter below which no tenant may start to wait."""

@@ -35,7 +35,6 @@ class StepLoop:
     """Drives one runner from one channel."""
 
     def __init__(self, *, channel: Channel, scheduler: Scheduler, runner: StepRunner, suspects: Suspects) -> None:
-        num_models = len(runner.tokens_per_page)
         self._channel = channel
         self._scheduler = scheduler
         self._runner = runner
@@ -43,9 +42,6 @@ class StepLoop:
         self._finished: list[Finished] = []  # ends that no step brought, for the next report
         self._num_added = 0
         self._num_steps = 0
-        self._prompt_tokens = [0] * num_models
-        self._cached_tokens = [0] * num_models
-        self._output_tokens = [0] * num_models
         self._stats_at = 0.0
 
     def run(self) -> None:
@@ -54,15 +50,15 @@ class StepLoop:
             while self._receive():
                 if self._scheduler.requests:
                     self._step()
-                elif self._finished:
-                    self._send(StepReport([], [], []))
+                else:
+                    self._report(StepReport([], [], []))
         except ChannelClosed:
             return
 
     def stats(self) -> CoreStats:
         """The state of the core now."""
         scheduler, pool = self._scheduler, self._scheduler.pool
-        running, waiting = [0] * len(self._prompt_tokens), [0] * len(self._prompt_tokens)
+        running, waiting = [0] * len(scheduler.tokens_per_page), [0] * len(scheduler.tokens_per_page)
         for request in scheduler.requests.values():
             (running if request.status is Status.RUNNING else waiting)[request.model] += 1
         return CoreStats(
@@ -77,9 +73,9 @@ class StepLoop:
             preemptions=scheduler.num_preemptions,
             model_running=running,
             model_waiting=waiting,
-            model_prompt_tokens=list(self._prompt_tokens),
-            model_cached_tokens=list(self._cached_tokens),
-            model_output_tokens=list(self._output_tokens),
+            model_prompt_tokens=list(scheduler.num_prompt_tokens),
+            model_cached_tokens=list(scheduler.num_cached_tokens),
+            model_output_tokens=list(scheduler.num_output_tokens),
         )
 
     def _receive(self) -> bool:
@@ -119,16 +115,10 @@ class StepLoop:
         report = commit(self._scheduler, plan, result)
         self._suspects.clear()
         self._num_steps += 1
-        models = {chunk.request.handle: chunk.request for model in plan.models for chunk in model.chunks}
-        for started in report.started:
-            request = models[started.handle]
-            self._prompt_tokens[request.model] += request.num_prompt_tokens
-            self._cached_tokens[request.model] += request.num_cached_tokens
-        for tokens in report.tokens:
-            self._output_tokens[models[tokens.handle].model] += len(tokens.ids)
-        self._send(report)
+        self._report(report)
 
-    def _send(self, report: StepReport) -> None:
+    def _report(self, report: StepReport) -> None:
+        """Send what a step brought and what ended besides; nothing when there is nothing to say."""
         now = time.monotonic()
         stats = None
         if now - self._stats_at >= _STATS_PERIOD_S or not self._scheduler.requests:
@@ -136,4 +126,5 @@ class StepLoop:
             self._stats_at = now
         finished = self._finished + report.finished
         self._finished = []
-        self._channel.send(encode_from_core(StepReport(report.started, report.tokens, finished, stats)))
+        if report.started or report.tokens or finished or stats is not None:
+            self._channel.send(encode_from_core(StepReport(report.started, report.tokens, finished, stats)))

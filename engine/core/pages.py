@@ -14,26 +14,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
-from hashlib import blake2b
-
-from aiexport_edge.engine.core.protocol import pack_ids
-
-_HASH_BYTES = 32
-
-
-def root_hash(*, revision: str, model: int, tokens_per_page: int, salt: bytes) -> bytes:
-    """The parent of a sequence's first page: whose it is, and how its keys and values came about.
-
-    The model's number and page size are in it because one revision can be loaded twice, in different types.
-    """
-    name = revision.encode()
-    head = b"%d %d %d " % (model, tokens_per_page, len(name))
-    return blake2b(head + name + salt, digest_size=_HASH_BYTES).digest()
-
-
-def page_hash(parent: bytes, ids: list[int]) -> bytes:
-    """The hash of a full page that holds `ids` after the pages that `parent` stands for."""
-    return blake2b(parent + pack_ids(ids), digest_size=_HASH_BYTES).digest()
 
 
 class PagePool:

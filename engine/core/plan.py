@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from aiexport_edge.engine.core.request import Request
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True):
     """Compute `num_tokens` of `request` from position `start` (its `num_computed_tokens` when planned).
 
     Its `pages` already cover positions up to `start + num_tokens`. `samples` says whether the last of them is the
     request's last token, so that a new id is drawn from its logits.
+
+    A struct because a step makes hundreds: 0.1 µs each, a frozen dataclass takes 1.0.
     """
 
     request: Request

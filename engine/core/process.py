@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import os
 import signal
 import socket
+import sys
 import threading
 import traceback
 
@@ -30,17 +32,18 @@ from aiexport_edge.engine.core.protocol import (
 )
 from aiexport_edge.engine.core.scheduler import Scheduler
 from aiexport_edge.engine.core.suspects import Suspects
+from aiexport_edge.proto.lifetime import die_with_parent
 
 EXIT_BUG = os.EX_SOFTWARE  # 70
 EXIT_LOAD_FAILED = os.EX_CONFIG  # 78
 
-_PR_SET_PDEATHSIG = 1
-_PR_SET_NAME = 15
+_PR_SET_NAME = 15  # prctl(2)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Serve one parent; the exit status."""
-    _end_with_parent()
+    die_with_parent()  # the kernel's word for it, also in the middle of a step; else the socket's end tells
+    _prepare_process()
     # Before torch is imported: OpenMP threads that spin at barriers are 10× slower where event loops share the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
@@ -66,14 +69,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _end_with_parent() -> None:
-    libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_NAME, b"aiexport-core")
-    # The kernel's word for it, also in the middle of a step. A parent that is gone already shows as a closed socket.
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _prepare_process() -> None:
     # A terminal's Ctrl-C and a service manager's stop reach the whole group: the parent decides about its core.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, b"aiexport-core")
 
 
 def _import_torch() -> None:
@@ -86,9 +87,9 @@ def _load(config: CoreConfig, channel: Channel) -> StepRunner | None:
     def progress(model: int, done: int, total: int) -> None:
         channel.send(encode_from_core(Loading(model, done, total)))
 
-    from aiexport_edge.engine.core.runner import load
-
     try:
+        from aiexport_edge.engine.core.runner import load
+
         return load(config, progress)
     except ChannelClosed:
         raise
@@ -115,6 +116,7 @@ def _serve(config: CoreConfig, runner: StepRunner, channel: Channel, suspects: S
         for model in range(len(config.models))
     ]
     channel.send(encode_from_core(Ready(models, loop.stats())))
+    gc.freeze()  # what is loaded stays: no collection walks over it between steps
     loop.run()
 
 

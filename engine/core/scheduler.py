@@ -14,11 +14,12 @@ always goes on, so some request always comes to its end. Rank is class, then the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from aiexport_edge.engine.core.fairness import INPUT_COST, OUTPUT_COST, FloorShare
-from aiexport_edge.engine.core.pages import PagePool, page_hash, root_hash
+from aiexport_edge.engine.core.pages import PagePool
 from aiexport_edge.engine.core.plan import Chunk, ModelPlan, StepPlan
+from aiexport_edge.engine.core.prefix import PrefixCache
 from aiexport_edge.engine.core.protocol import Priority
 from aiexport_edge.engine.core.request import Request, Status
 from aiexport_edge.engine.core.waiting import TenantQueues
@@ -44,15 +45,17 @@ class Scheduler:
         max_step_tokens: int,
         batch_floor_share: float,
     ) -> None:
-        assert len(revisions) == len(tokens_per_page)
         assert min(tokens_per_page) >= 1
         assert max_num_running >= 1
         assert max_step_tokens >= 1
         self.pool = pool
+        self.prefix = PrefixCache(pool, revisions=revisions, tokens_per_page=tokens_per_page)
         self.requests: dict[int, Request] = {}  # every request that has not ended, by handle
         self.num_preemptions = 0
-        self._revisions = list(revisions)
-        self._tokens_per_page = list(tokens_per_page)
+        self.num_prompt_tokens = [0] * len(revisions)  # by model, of requests that have started; counted by commit
+        self.num_cached_tokens = [0] * len(revisions)
+        self.num_output_tokens = [0] * len(revisions)
+        self.tokens_per_page = list(tokens_per_page)
         self._max_num_running = max_num_running
         self._max_step_tokens = max_step_tokens
         self._queues = {priority: TenantQueues() for priority in Priority}
@@ -62,6 +65,7 @@ class Scheduler:
         self._probation: dict[int, Request] = {}  # until their prompt is computed
         self._num_batch = 0
         self._floor = FloorShare(share=batch_floor_share, quantum=OUTPUT_COST * _FLOOR_QUANTUM_STEPS * max_step_tokens)
+        self._served = dict.fromkeys(Priority, 0.0)  # cost since the last plan
         self._batch_first = False
         self._shortfalls: dict[int, int] = {}  # pages that were wanted by a head that did not fit, by handle
         self._was_alone = False  # the last step belonged to a request on probation
@@ -78,7 +82,7 @@ class Scheduler:
 
     def capacity_tokens(self, model: int) -> int:
         """Tokens that the whole pool holds for a model."""
-        return self.pool.num_total * self._tokens_per_page[model]
+        return self.pool.num_total * self.tokens_per_page[model]
 
     def fits(self, num_tokens: int, model: int) -> bool:
         """Whether a request of so many tokens, prompt and budget together, can ever run."""
@@ -118,23 +122,17 @@ class Scheduler:
             if not self._num_batch:
                 self._floor.clear()
 
-    def publish_pages(self, request: Request) -> None:
-        """Let the pages that have become full and computed be found by their hashes."""
-        full = request.num_computed_tokens // self._tokens_per_page[request.model]
-        for index in range(request.num_published_pages, full):
-            self.pool.publish(request.pages[index], self._page_hash(request, index))
-        request.num_published_pages = max(full, request.num_published_pages)
-
-    def charge_output(self, request: Request, num_ids: int) -> None:
-        """Count output that `commit` has appended."""
-        request.num_charged_tokens = len(request.token_ids)
-        self._charge(request, OUTPUT_COST * num_ids)
+    def charge(self, request: Request, cost: float) -> None:
+        """Count service to the request's tenant and class."""
+        priority = request.priority
+        self._queues[priority].counter.charge(request.tenant, cost, request.weight)
+        self._served[priority] += cost
 
     # ---------------------------------------------------------------------------------------------------- the plan
 
     def plan(self) -> StepPlan:
         """The next step; empty exactly when there are no requests."""
-        self._batch_first = self._floor.due  # settled for the step, though charges change what is due
+        self._settle_shares()
         if self._probation and not self._was_alone:
             plan = self._plan_alone()
             if plan.models:
@@ -166,40 +164,54 @@ class Scheduler:
                 admissions = False
             if self.num_preemptions != num_preemptions:
                 admissions = False  # what has just been preempted does not come back in the same step
-        models: dict[int, list[Chunk]] = {}
-        for request in decodes:
-            if request.status is Status.RUNNING:  # not preempted for an admission
-                start = request.num_computed_tokens
-                num_tokens = min(len(request.token_ids) - start, self._max_step_tokens)
-                chunk = Chunk(request, start, num_tokens, start + num_tokens == len(request.token_ids))
-                models.setdefault(request.model, []).append(chunk)
+        if self.num_preemptions != num_preemptions:
+            decodes = [chunk for chunk in decodes if chunk.request.status is Status.RUNNING]
+        chunks: list[list[Chunk]] = [[] for _ in self.tokens_per_page]
+        for chunk in decodes:
+            chunks[chunk.request.model].append(chunk)
         for chunk in prefills:
-            models.setdefault(chunk.request.model, []).append(chunk)
-        return StepPlan([ModelPlan(model, chunks) for model, chunks in models.items()])
+            chunks[chunk.request.model].append(chunk)
+        return StepPlan([ModelPlan(model, of_model) for model, of_model in enumerate(chunks) if of_model])
 
-    def _plan_decodes(self) -> tuple[list[Request], int]:
+    def _plan_decodes(self) -> tuple[list[Chunk], int]:
         """The decodes of this step, with pages for their tokens, and the tokens left for prefills."""
-        decodes = list(self._decoding.values())
-        num_tokens = sum([len(r.token_ids) - r.num_computed_tokens for r in decodes])
-        if num_tokens > self._max_step_tokens:
-            decodes.sort(key=self._rank)
-            while num_tokens > self._max_step_tokens and len(decodes) > 1:
-                request = decodes.pop()
-                num_tokens -= len(request.token_ids) - request.num_computed_tokens
-        growing = [r for r in decodes if len(r.token_ids) > len(r.pages) * self._tokens_per_page[r.model]]
+        chunks, growing, budget = self._decode_chunks(self._decoding.values())
+        if len(chunks) < len(self._decoding):  # the budget does not do for all
+            chunks, growing, budget = self._decode_chunks(sorted(self._decoding.values(), key=self._rank))
         if growing:
-            shortage = sum([self._missing_pages(r) for r in growing])
-            if shortage > self.pool.num_available:
-                victims = sorted(self._running.values(), key=self._rank)
-                while shortage > self.pool.num_available:
-                    victim = victims.pop()
-                    if victim in growing:
-                        shortage -= self._missing_pages(victim)
-                        growing.remove(victim)
-                    self._preempt(victim)
-            for request in growing:
-                request.pages.extend(self.pool.take(self._missing_pages(request)))
-        return decodes, max(0, self._max_step_tokens - num_tokens)
+            self._grow(growing)
+        return chunks, budget
+
+    def _decode_chunks(self, requests: Iterable[Request]) -> tuple[list[Chunk], list[Request], int]:
+        """Chunks in the order of `requests` as far as a step's budget goes, who lacks pages, the budget left."""
+        tokens_per_page, budget = self.tokens_per_page, self._max_step_tokens
+        chunks: list[Chunk] = []
+        growing: list[Request] = []
+        for request in requests:
+            start = request.num_computed_tokens
+            num_left = len(request.token_ids) - start  # 1, or more after a step that brought several ids
+            num_tokens = num_left if num_left <= budget else budget
+            if not num_tokens:
+                break
+            budget -= num_tokens
+            if start + num_left > len(request.pages) * tokens_per_page[request.model]:
+                growing.append(request)
+            chunks.append(Chunk(request, start, num_tokens, num_tokens == num_left))
+        return chunks, growing, budget
+
+    def _grow(self, growing: list[Request]) -> None:
+        """Give each request pages for all its tokens, preempting the lowest in rank when they do not suffice."""
+        shortage = sum([self._missing_pages(r) for r in growing])
+        if shortage > self.pool.num_available:
+            victims = sorted(self._running.values(), key=self._rank)
+            while shortage > self.pool.num_available:
+                victim = victims.pop()
+                if victim in growing:
+                    shortage -= self._missing_pages(victim)
+                    growing.remove(victim)
+                self._preempt(victim)
+        for request in growing:
+            request.pages.extend(self.pool.take(self._missing_pages(request)))
 
     def _plan_prefills(
         self, priority: Priority, budget: int, chunks: list[Chunk], admissions: bool
@@ -231,7 +243,7 @@ class Scheduler:
         fresh = start + num_tokens - max(start, request.num_charged_tokens)
         if fresh > 0:
             request.num_charged_tokens = start + num_tokens
-            self._charge(request, INPUT_COST * fresh)
+            self.charge(request, INPUT_COST * fresh)
         handle = request.handle
         if num_tokens == num_left:
             if handle in self._probation:
@@ -248,12 +260,12 @@ class Scheduler:
 
     def _admit(self, request: Request) -> bool:
         """Give the request a place and pages for all its tokens, if there is room; interactive takes it from batch."""
-        tokens_per_page = self._tokens_per_page[request.model]
+        tokens_per_page = self.tokens_per_page[request.model]
         num_pages = -(-len(request.token_ids) // tokens_per_page)
         wanted = self._shortfalls.get(request.handle)
         if wanted is not None and not self._has_room(wanted) and not self._may_preempt_for(request, wanted):
             return False
-        prefix = self._find_prefix(request)
+        prefix = self.prefix.find(request)
         wanted = num_pages - sum([self.pool.is_used(page) for page in prefix])
         if not self._has_room(wanted) and self._may_preempt_for(request, wanted):
             batch = sorted((r for r in self._running.values() if r.priority is Priority.BATCH), key=self._rank)
@@ -294,6 +306,7 @@ class Scheduler:
         handle = request.handle
         if handle in self._decoding:
             del self._decoding[handle]
+            request.num_charged_tokens = len(request.token_ids)
             self._queues[request.priority].put_back(request)
         elif handle in self._prefilling:
             del self._prefilling[handle]
@@ -304,30 +317,6 @@ class Scheduler:
         request.pages = []
         request.num_published_pages = 0
         request.num_computed_tokens = 0
-
-    def _find_prefix(self, request: Request) -> list[int]:
-        """The longest run of cached pages; the last token is always computed, for its logits."""
-        pages: list[int] = []
-        for index in range((len(request.token_ids) - 1) // self._tokens_per_page[request.model]):
-            page = self.pool.find(self._page_hash(request, index))
-            if page is None:
-                break
-            pages.append(page)
-        return pages
-
-    def _page_hash(self, request: Request, index: int) -> bytes:
-        hashes = request.page_hashes
-        size = self._tokens_per_page[request.model]
-        while len(hashes) <= index:
-            parent = hashes[-1] if hashes else self._root_hash(request)
-            start = len(hashes) * size
-            hashes.append(page_hash(parent, request.token_ids[start : start + size]))
-        return hashes[index]
-
-    def _root_hash(self, request: Request) -> bytes:
-        model = request.model
-        size = self._tokens_per_page[model]
-        return root_hash(revision=self._revisions[model], model=model, tokens_per_page=size, salt=request.salt)
 
     # -------------------------------------------------------------------------------------------------------- order
 
@@ -343,11 +332,13 @@ class Scheduler:
         counter = self._queues[request.priority].counter.counter(request.tenant)
         return request.priority is not first, counter, request.arrival
 
-    def _charge(self, request: Request, cost: float) -> None:
-        batch = request.priority is Priority.BATCH
-        self._queues[request.priority].counter.charge(request.tenant, cost, request.weight)
+    def _settle_shares(self) -> None:
+        """Decide which class goes first: for a whole step, whatever its charges are."""
+        served = self._served
         if self._num_batch:
-            self._floor.charge(higher=0.0 if batch else cost, lower=cost if batch else 0.0)
+            self._floor.charge(higher=served[Priority.INTERACTIVE], lower=served[Priority.BATCH])
+        self._served = dict.fromkeys(Priority, 0.0)
+        self._batch_first = self._floor.due
 
     def _missing_pages(self, request: Request) -> int:
-        return -(-len(request.token_ids) // self._tokens_per_page[request.model]) - len(request.pages)
+        return -(-len(request.token_ids) // self.tokens_per_page[request.model]) - len(request.pages)
