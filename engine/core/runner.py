@@ -27,13 +27,14 @@ class Runner:
     """Every model of one core, on one device, over one pool of pages.
 
     `num_pages` (page 0 included, which is never to be handed out), `page_bytes`; `tokens_per_page` and `weight_bytes`
-    by model. With `keep_logits`, `last_logits` holds the float32 logits [vocabulary] that each id of the last step was
+    by model; `memory` is what the pages lie in. With `keep_logits`, `last_logits` holds the float32 logits [vocabulary] that each id of the last step was
     drawn from, by request handle: for tests.
     """
 
     def __init__(
         self, config: CoreConfig, models: Sequence[LoadedModel], memory: KVMemory, *, keep_logits: bool = False
     ) -> None:
+        self.memory = memory
         self.num_pages = memory.shape.num_pages
         self.page_bytes = memory.shape.page_bytes
         self.tokens_per_page = list(memory.shape.tokens_per_page)

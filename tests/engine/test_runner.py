@@ -1,0 +1,194 @@
+"""The runner against transformers: the same tokens and logits, however requests are batched, chunked and paged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.driver import Driver, load_runner
+from support.tiny_models import CONFIGS, greedy, make, prompts, save, shared_data
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from aiexport_edge.engine.core.protocol import Sampling
+from aiexport_edge.engine.core.runner import Runner
+from aiexport_edge.kernels.linear import supports_bf16
+
+NUM_TOKENS = 64
+LENGTHS = [1, 5, 16, 37, 90]
+
+Outcome = tuple[list[int], torch.Tensor]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def alone(driver: Driver, texts: list[list[int]]) -> list[Outcome]:
+    requests = [driver.add(text) for text in texts]
+    for request in requests:
+        driver.run([request], NUM_TOKENS)
+    return [driver.outcome(request) for request in requests]
+
+
+def mixed_lengths(driver: Driver, texts: list[list[int]]) -> list[Outcome]:
+    """All in one batch, each arriving a step after the one before: prefills run beside decodes."""
+    requests = [driver.add(text) for text in texts]
+    for arrived in range(1, len(requests)):
+        driver.step(requests[:arrived])
+    driver.run(requests, NUM_TOKENS)
+    return [driver.outcome(request) for request in requests]
+
+
+def chunks_of_seven(driver: Driver, texts: list[list[int]]) -> list[Outcome]:
+    requests = [driver.add(text) for text in texts]
+    driver.run(requests, NUM_TOKENS, chunk=7)
+    return [driver.outcome(request) for request in requests]
+
+
+def prefix_hit(driver: Driver, texts: list[list[int]]) -> list[Outcome]:
+    """Each begins with the pages of an earlier request of the same prompt."""
+    outcomes = []
+    for text in texts:
+        first, second = driver.add(text), driver.add(text)
+        driver.run([first], 2)
+        cached = driver.share(first, second)
+        assert cached > 0 or len(text) <= driver.runner.tokens_per_page[0]
+        driver.run([second], NUM_TOKENS)
+        outcomes.append(driver.outcome(second))
+    return outcomes
+
+
+def preempted(driver: Driver, texts: list[list[int]]) -> list[Outcome]:
+    """All lose their pages after 20 tokens, and are computed again in chunks, in other pages."""
+    requests = [driver.add(text) for text in texts]
+    driver.run(requests, 20)
+    for request in requests:
+        driver.preempt(request)
+    driver.run(requests, NUM_TOKENS, chunk=23)
+    return [driver.outcome(request) for request in requests]
+
+
+SCENARIOS: list[Callable[[Driver, list[list[int]]], list[Outcome]]] = [
+    alone,
+    mixed_lengths,
+    chunks_of_seven,
+    prefix_hit,
+    preempted,
+]
+
+
+def assert_same_as_transformers(runner: Runner, model: PreTrainedModel, texts: list[list[int]]) -> None:
+    expected = [greedy(model, text, NUM_TOKENS) for text in texts]
+    for scenario in SCENARIOS:
+        for (ids, logits), (expected_ids, expected_logits) in zip(
+            scenario(Driver(runner), texts), expected, strict=True
+        ):
+            assert ids == expected_ids, scenario.__name__
+            torch.testing.assert_close(logits, expected_logits, rtol=0, atol=1e-4, msg=scenario.__name__)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_equals_transformers(name: str, tmp_path: Path) -> None:
+    directory = save(name, tmp_path)
+    assert_same_as_transformers(load_runner(directory), make(name), prompts(LENGTHS))
+
+
+def test_stories_equals_transformers() -> None:
+    directory = shared_data() / "models" / "stories260K"
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    texts = [[1], *prompts([9, 40, 150], vocabulary=512)]
+    assert_same_as_transformers(load_runner(directory), model, texts)
+
+
+@pytest.mark.parametrize("page_bytes", [1, 3])
+def test_pages_of_any_number_of_tokens(page_bytes: int, tmp_path: Path) -> None:
+    """Pages of 1 and 3 tokens, where no power of two helps."""
+    directory = save("qwen3", tmp_path)
+    token_bytes = 3 * 2 * 2 * 24 * 4
+    runner = load_runner(directory, page_bytes=page_bytes * token_bytes)
+    assert runner.tokens_per_page == [page_bytes]
+    assert_same_as_transformers(runner, make("qwen3"), prompts([5, 37]))
+
+
+DTYPES = [
+    "float32",
+    pytest.param("bfloat16", marks=pytest.mark.skipif(not supports_bf16(), reason="processor has no bfloat16")),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["llama_biases", "qwen3", "mistral_window", "stories260K"])
+def test_deterministic_logits_are_bitwise_the_same(name: str, dtype: str, tmp_path: Path) -> None:
+    directory = shared_data() / "models" / name if name == "stories260K" else save(name, tmp_path)
+    runner = load_runner(directory, dtype=dtype, deterministic=True, pool_bytes=16 << 20)
+    texts = prompts([*LENGTHS, 65, 33, 2, *range(20, 60)])
+    expected = alone(Driver(runner), texts)
+    for scenario in SCENARIOS[1:]:
+        for (ids, logits), (expected_ids, expected_logits) in zip(
+            scenario(Driver(runner), texts), expected, strict=True
+        ):
+            assert ids == expected_ids, scenario.__name__
+            assert torch.equal(logits, expected_logits), scenario.__name__
+
+
+@pytest.mark.skipif(not supports_bf16(), reason="processor has no bfloat16")
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "qwen3"])
+def test_bfloat16_is_as_close_to_float32_as_transformers(name: str, tmp_path: Path) -> None:
+    directory = save(name, tmp_path, dtype=torch.bfloat16)
+    text = prompts([120])[0]
+    half = make(name, torch.bfloat16)
+    with torch.inference_mode():
+        theirs = half(torch.tensor([text])).logits[0, -1].float()
+        exact = half.float()(torch.tensor([text])).logits[0, -1]
+    driver = Driver(load_runner(directory, dtype="auto"))
+    request = driver.add(text)
+    driver.run([request], 1)
+    ours = driver.outcome(request)[1][0]
+    allowed = 2 * (theirs - exact).square().mean().sqrt()
+    assert (ours - exact).square().mean().sqrt() < allowed
+    assert (ours - theirs).square().mean().sqrt() < 2 * allowed
+
+
+def test_several_models_share_one_pool(tmp_path: Path) -> None:
+    """Models of different bytes per token, in the same steps; a page that one frees serves another."""
+    names = ["qwen3", "llama2", "mistral_window"]
+    runner = load_runner(*(save(name, tmp_path / name) for name in names))
+    assert len(set(runner.tokens_per_page)) > 1
+    texts = prompts([30, 11, 50, 3, 24, 41])
+    driver = Driver(runner)
+    requests = [driver.add(text, model=i % 3) for i, text in enumerate(texts)]
+    driver.run(requests, 10, chunk=9)
+    for request in requests[:3]:
+        driver.preempt(request)
+    driver.run(requests, NUM_TOKENS)
+    for i, request in enumerate(requests):
+        assert driver.outcome(request)[0] == greedy(make(names[i % 3]), texts[i], NUM_TOKENS)[0]
+
+
+def test_a_draw_depends_on_seed_and_index_only(tmp_path: Path) -> None:
+    runner = load_runner(save("qwen3", tmp_path), deterministic=True)
+    texts = prompts([20, 3, 50, 20])
+    samplings = [Sampling(1.0, 1.0, 0, 2**64 - 1), Sampling(0.7, 0.9, 20, 1), Sampling(1.0, 1.0, 5, 3)]
+
+    driver = Driver(runner)
+    apart = [driver.add(text, sampling=sampling) for text, sampling in zip(texts, samplings, strict=False)]
+    for request in apart:
+        driver.run([request], NUM_TOKENS)
+    together = [driver.add(text, sampling=sampling) for text, sampling in zip(texts, samplings, strict=False)]
+    greedy_beside = driver.add(texts[3])
+    driver.run([greedy_beside, *reversed(together)], 30, chunk=11)
+    for request in together:
+        driver.preempt(request)
+    driver.run(together, NUM_TOKENS, chunk=40)
+    for one, other in zip(apart, together, strict=True):
+        assert one.token_ids == other.token_ids
+
+    other_seed = driver.add(texts[0], sampling=Sampling(1.0, 1.0, 0, 5))
+    driver.run([other_seed], NUM_TOKENS)
+    assert other_seed.token_ids != apart[0].token_ids
