@@ -1,0 +1,161 @@
+"""Loading: one file or shards, fused and converted; everything that does not fit is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.driver import Driver, load_runner
+from support.tiny_models import greedy, make, prompts, save
+
+from aiexport_edge.engine.models.config import ModelError
+from aiexport_edge.engine.models.loader import load_model, serving_dtype
+from aiexport_edge.kernels.linear import supports_bf16
+
+Tensors = dict[str, torch.Tensor]
+CPU = torch.device("cpu")
+
+
+def edit(directory: Path, change: Callable[[Tensors], object]) -> None:
+    """Rewrite a single-file checkpoint."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def generate(directory: Path, prompt: list[int]) -> list[int]:
+    driver = Driver(load_runner(directory))
+    request = driver.add(prompt)
+    driver.run([request], 16)
+    return driver.outcome(request)[0]
+
+
+def test_shards_are_one_model(tmp_path: Path) -> None:
+    save("qwen2_window", tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    prompt = prompts([30])[0]
+    assert generate(tmp_path, prompt) == greedy(make("qwen2_window"), prompt, 16)[0]
+
+
+def test_float16_is_served_as_float32_where_asked(tmp_path: Path) -> None:
+    save("llama3", tmp_path, dtype=torch.float16)
+    prompt = prompts([30])[0]
+    assert generate(tmp_path, prompt) == greedy(make("llama3", torch.float16).float(), prompt, 16)[0]
+
+
+def test_serving_dtype() -> None:
+    half = torch.bfloat16 if supports_bf16() else torch.float32
+    assert serving_dtype("auto", torch.float32, CPU) == torch.float32
+    assert serving_dtype("auto", torch.float16, CPU) == half
+    assert serving_dtype("auto", torch.bfloat16, CPU) == half
+    assert serving_dtype("float32", torch.bfloat16, CPU) == torch.float32
+    with pytest.raises(ModelError, match="float16 is not served on a CPU"):
+        serving_dtype("float16", torch.float16, CPU)
+
+
+def test_progress_counts_bytes_to_the_end(tmp_path: Path) -> None:
+    save("llama2", tmp_path)
+    reports: list[tuple[int, int]] = []
+    model = load_model(tmp_path, progress=lambda done, total: reports.append((done, total)))
+    totals = {total for _, total in reports}
+    assert totals == {model.weight_bytes}
+    assert reports[0][0] == 0
+    assert reports[-1][0] == model.weight_bytes
+    assert reports == sorted(reports)
+    assert len(reports) > 15
+
+
+def test_old_rotary_tables_and_a_tied_head_are_harmless(tmp_path: Path) -> None:
+    save("llama3", tmp_path)
+    prompt = prompts([20])[0]
+    expected = generate(tmp_path, prompt)
+    edit(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}))
+    edit(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert generate(tmp_path, prompt) == expected
+    edit(tmp_path, lambda t: t.pop("model.embed_tokens.weight"))  # tied weights under their other name
+    assert generate(tmp_path, prompt) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "model.norm.weight is missing"),
+        (
+            lambda t: t.pop("model.layers.1.self_attn.k_proj.weight"),
+            "model.layers.1.self_attn.k_proj.weight is missing (of model.layers.1.self_attn.qkv_proj.weight only "
+            "self_attn.q_proj, self_attn.v_proj found)",
+        ),
+        (lambda t: t.pop("lm_head.weight"), "lm_head.weight is missing"),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}),
+            "model.layers.0.self_attn.q_proj.bias is not part of LlamaForCausalLM as config.json describes it",
+        ),
+        (
+            lambda t: t.update({f"model.layers.9.extra{i}": torch.zeros(1) for i in range(12)}),
+            "and 4 more are not part of",
+        ),
+        (
+            lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(149, 64)}),
+            "model.layers.2.mlp.up_proj.weight has shape [149, 64], config.json asks for [150, 64]",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.zeros(64, dtype=torch.int8)}),
+            "model.norm.weight is I8; supported are F32, F16, BF16",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(change: Callable[[Tensors], object], complaint: str, tmp_path: Path) -> None:
+    save("llama2", tmp_path)
+    edit(tmp_path, change)
+    with pytest.raises(ModelError) as caught:
+        load_model(tmp_path)
+    assert complaint in str(caught.value)
+
+
+def test_files_that_are_absent_or_broken(tmp_path: Path) -> None:
+    save("llama2", tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    for content in (whole[:-100], b"", b"\xff" * 100):
+        weights.write_bytes(content)
+        with pytest.raises(ModelError, match=r"model\.safetensors is not a readable safetensors file"):
+            load_model(tmp_path)
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"holds neither model\.safetensors nor model\.safetensors\.index\.json"):
+        load_model(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"pickled weights only \(pytorch_model\.bin\)"):
+        load_model(tmp_path)
+    with pytest.raises(ModelError, match="does not exist"):
+        load_model(tmp_path / "nowhere")
+
+
+def test_an_index_that_does_not_match(tmp_path: Path) -> None:
+    save("llama2", tmp_path, max_shard_size="50KB")
+    index = tmp_path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    files = sorted(set(content["weight_map"].values()))
+
+    def refused(weight_map: object) -> str:
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(ModelError) as caught:
+            load_model(tmp_path)
+        return str(caught.value)
+
+    assert "does not hold model.norm.bias" in refused(content["weight_map"] | {"model.norm.bias": files[0]})
+    assert "'../x.safetensors' is not the name of a file" in refused({"model.norm.weight": "../x.safetensors"})
+    assert "is not an index" in refused([])
+    assert "is not an index" in refused({"model.norm.weight": 3})
+    assert "gone.safetensors does not exist" in refused(content["weight_map"] | {"x": "gone.safetensors"})
+
+
+def test_a_context_window_beyond_the_models_is_refused(tmp_path: Path) -> None:
+    save("llama2", tmp_path)
+    assert load_model(tmp_path, context_window=100).context_window == 100
+    assert load_model(tmp_path).context_window == 256
+    with pytest.raises(ModelError, match="257 tokens is more than the model's 256"):
+        load_model(tmp_path, context_window=257)
