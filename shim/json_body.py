@@ -13,7 +13,7 @@ from typing import NoReturn, TypeAlias
 
 from aiexport_edge.shim.errors import InvalidRequest, UnsupportedMediaType
 
-JsonValue: TypeAlias = "None | bool | int | float | str | list[JsonValue] | dict[str, JsonValue]"
+JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, JsonValue] | None"
 
 MAX_VALUES = 1_000_000  # a body of 32 MiB can spell 11 million empty objects, which is 700 MB once parsed
 MAX_INTEGER_DIGITS = 400  # longer ones are out of any field's range, and `int` is quadratic

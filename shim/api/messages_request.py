@@ -102,9 +102,7 @@ def _message(message: Object, *, is_last: bool) -> tuple[Literal["user", "assist
     role_text = role_field.text()
     if role_text == "system":
         raise role_field.wrong('must be "user" or "assistant"; a system prompt goes into the top-level field "system"')
-    role: Literal["user", "assistant"] = (
-        "user" if role_field.choice("user", "assistant") == "user" else "assistant"
-    )
+    role: Literal["user", "assistant"] = "user" if role_field.choice("user", "assistant") == "user" else "assistant"
     content = message.require("content")
     text = content.text() if isinstance(content.raw, str) else _blocks(content)
     if not text and not (role == "assistant" and is_last):
@@ -126,7 +124,7 @@ def _blocks(content: Value) -> str:
                 _image(fields.require("source").object())
                 raise block.wrong("images can't be read: no model of this installation has vision")
             case _:
-                raise kind.wrong("only content blocks of type \"text\" and \"image\" are known here")
+                raise kind.wrong('only content blocks of type "text" and "image" are known here')
     return "".join(texts)
 
 

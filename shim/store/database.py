@@ -55,10 +55,13 @@ def open_database(url: str) -> Engine:
 
 
 @contextmanager
-def write(engine: Engine) -> Iterator[Connection]:
-    """A transaction that writes; committed at its end."""
+def write(engine: Engine, *, synchronous: str = "FULL") -> Iterator[Connection]:
+    """A transaction that writes; committed at its end.
+
+    `synchronous` is SQLite's: FULL survives a power cut, NORMAL the death of any process and is much cheaper.
+    """
     with engine.connect() as connection:
-        connection = connection.execution_options(aiexport_write=True)
+        connection = connection.execution_options(aiexport_synchronous=synchronous)
         with connection.begin():
             yield connection
 
@@ -85,15 +88,16 @@ def _set_up_sqlite(connection: Any, _record: Any) -> None:
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
     cursor.execute("PRAGMA journal_mode = WAL")
-    cursor.execute("PRAGMA synchronous = FULL")
     cursor.execute("PRAGMA foreign_keys = ON")
     cursor.execute("PRAGMA cache_size = -2000")
     cursor.close()
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    writes = connection.get_execution_options().get("aiexport_write", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+    synchronous = connection.get_execution_options().get("aiexport_synchronous")
+    if synchronous is not None:
+        connection.exec_driver_sql(f"PRAGMA synchronous = {synchronous}")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if synchronous is not None else "BEGIN")
 
 
 def _revision(engine: Engine) -> str | None:

@@ -164,7 +164,7 @@ class Store:
     # ------------------------------------------------------------------------------------------ what a request asks
 
     def find_principal(self, key_hash: bytes) -> Principal | None:
-        """Who the key with this hash stands for; None where it is unknown or revoked. Expiry is the caller's to check."""
+        """Who the key with this hash stands for; None where it is unknown or revoked. The caller checks expiry."""
         query = (
             select(keys, workspaces.c.name, workspaces.c.plan, workspaces.c.cache_salt)
             .join(workspaces, keys.c.workspace_id == workspaces.c.id)

@@ -44,7 +44,7 @@ class UsageRows:
 
     def save(self, reserved: Sequence[UsageRow], changed: Sequence[UsageRow]) -> None:
         """One transaction: inserts `reserved`, brings `changed` up to date, and shows that this process is alive."""
-        with write(self._database) as connection:
+        with write(self._database, synchronous="NORMAL") as connection:
             if reserved:
                 connection.execute(insert(usage), [self._inserted(row) for row in reserved])
             if changed:
@@ -59,14 +59,12 @@ class UsageRows:
 
         One that was only asleep writes its rows again when it settles them itself.
         """
-        with write(self._database) as connection:
+        with write(self._database, synchronous="NORMAL") as connection:
             latest = now_ms() - silence // timedelta(milliseconds=1)
             dead = [
                 row.id
                 for row in connection.execute(
-                    select(processes.c.id).where(
-                        processes.c.heartbeat_at < latest, processes.c.id != self.process_id
-                    )
+                    select(processes.c.id).where(processes.c.heartbeat_at < latest, processes.c.id != self.process_id)
                 )
             ]
             if not dead:
@@ -77,8 +75,10 @@ class UsageRows:
             return settled.rowcount
 
     def leave(self) -> None:
-        """This process ends, with every row settled."""
-        with write(self._database) as connection:
+        """This process ends. Rows that are still running are settled as they are."""
+        with write(self._database, synchronous="NORMAL") as connection:
+            left = (usage.c.status == "running") & (usage.c.process_id == self.process_id)
+            connection.execute(update(usage).where(left).values(status="aborted", ended_at=now_ms()))
             connection.execute(delete(processes).where(processes.c.id == self.process_id))
 
     def _inserted(self, row: UsageRow) -> dict[str, object]:

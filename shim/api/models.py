@@ -1,0 +1,73 @@
+"""`GET /v2/models` and `/v2/models/{id}`, also under `/v1`: the models that the caller's plan allows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from aiexport_edge.shim.auth.authenticator import require_scope
+from aiexport_edge.shim.errors import InvalidRequest, quoted
+from aiexport_edge.shim.exchange import exchange_of
+from aiexport_edge.shim.services import Services
+from aiexport_edge.shim.store import Principal
+
+FAMILIES = ("opus", "sonnet", "haiku", "custom")
+DEFAULT_LIMIT = 20
+MAX_LIMIT = 100
+
+
+class Models:
+    """The two endpoints."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    async def list_models(self, request: Request) -> Response:
+        principal = await self._principal(request)
+        limit = _limit(request.query_params.get("limit"))
+        family = request.query_params.get("family")
+        if family is not None and family not in FAMILIES:
+            raise InvalidRequest(f"family: must be one of {', '.join(FAMILIES)}, not {quoted(family)}", param="family")
+        listed = self._services.catalog.visible(principal.plan)
+        after_id = request.query_params.get("after_id")
+        if after_id is not None:
+            ids = [model.id for model in listed]
+            if after_id not in ids:
+                raise InvalidRequest(f"after_id: there is no model {quoted(after_id)}", param="after_id")
+            listed = listed[ids.index(after_id) + 1 :]
+        rest = [model for model in listed if family in (None, model.spec.family)]
+        page = rest[:limit]
+        return _json(
+            {
+                "data": [self._services.catalog.describe(model) for model in page],
+                "first_id": page[0].id if page else None,
+                "last_id": page[-1].id if page else None,
+                "has_more": len(rest) > len(page),
+            }
+        )
+
+    async def get_model(self, request: Request) -> Response:
+        principal = await self._principal(request)
+        listed = self._services.catalog.show(request.path_params["model_id"], principal.plan)
+        return _json(self._services.catalog.describe(listed))
+
+    async def _principal(self, request: Request) -> Principal:
+        principal = await self._services.authenticator.authenticate(request.scope["headers"])
+        exchange_of(request.scope).facts.update(workspace=principal.workspace, key=principal.key_id)
+        require_scope(principal, "messages")
+        return principal
+
+
+def _limit(text: str | None) -> int:
+    if text is None:
+        return DEFAULT_LIMIT
+    if not (text.isascii() and text.isdigit() and len(text) <= 3 and 1 <= int(text) <= MAX_LIMIT):
+        raise InvalidRequest(f"limit: must be a number from 1 to {MAX_LIMIT}, not {quoted(text)}", param="limit")
+    return int(text)
+
+
+def _json(document: Any) -> Response:
+    return Response(msgspec.json.encode(document), media_type="application/json")

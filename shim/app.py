@@ -1,0 +1,76 @@
+"""The two ASGI applications of a shim process as lists of routes: the REST one, and the operator's.
+
+What shows more than one workspace is on the operator's alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from aiexport_edge.shim.api.health import Health
+from aiexport_edge.shim.api.messages import PING_S, Messages
+from aiexport_edge.shim.api.models import Models
+from aiexport_edge.shim.exchange import ExchangeMiddleware, exchange_of, on_http_exception
+from aiexport_edge.shim.services import Services
+
+
+class _Route(Route):
+    """Tells the exchange which route it is, for the counts."""
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange_of(scope).route = self.path
+        await super().handle(scope, receive, send)
+
+
+def create_app(services: Services, *, ping_s: float = PING_S) -> Starlette:
+    """The REST application; its lifespan is that of the services."""
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        async with services.running():
+            yield
+
+    models, health = Models(services), Health(services)
+    messages = Messages(services, ping_s=ping_s)
+    streaming = Messages(services, always_stream=True, ping_s=ping_s)
+    app = Starlette(
+        routes=[
+            _Route("/v2/messages", messages, methods=["POST"]),
+            _Route("/v2/messages/stream", streaming, methods=["POST"]),
+            _Route("/v2/models", models.list_models),
+            _Route("/v2/models/{model_id}", models.get_model),
+            _Route("/v1/messages", messages, methods=["POST"]),
+            _Route("/v1/models", models.list_models),
+            _Route("/v1/models/{model_id}", models.get_model),
+            _Route("/healthz", health.healthz),
+            _Route("/readyz", health.readyz),
+        ],
+        middleware=[Middleware(ExchangeMiddleware)],
+        exception_handlers={HTTPException: on_http_exception},
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+def create_admin_app(services: Services) -> Starlette:
+    """The operator's application, for a listener that only the operator reaches."""
+    health = Health(services)
+    app = Starlette(
+        routes=[
+            _Route("/metrics", health.metrics),
+            _Route("/healthz", health.healthz),
+            _Route("/readyz", health.readyz),
+        ],
+        middleware=[Middleware(ExchangeMiddleware)],
+        exception_handlers={HTTPException: on_http_exception},
+    )
+    app.router.redirect_slashes = False
+    return app

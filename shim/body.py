@@ -1,0 +1,81 @@
+"""Reads a request's body: within its limit, within what all requests together may hold, within a time.
+
+Owns the count of body bytes in flight. Knows nothing of what the bytes mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from starlette.types import Receive
+
+from aiexport_edge.shim.errors import InvalidRequest, Overloaded, RequestTooLarge
+
+IDLE_S = 30.0  # between two pieces of a body
+
+
+class ClientDisconnected(Exception):
+    """The connection closed before the body was there; nobody is left to tell."""
+
+
+class BodyBudget:
+    """Bytes of bodies that are held at one time, over all requests of this process.
+
+    A body counts as it arrives, until its request ends: the prompt is kept for as long as it may have to be sent again.
+    Past the limit new bytes are refused, rather than waited for: a client that trickles could hold up all others.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+
+    @contextmanager
+    def lease(self) -> Iterator[BodyLease]:
+        lease = BodyLease(self)
+        try:
+            yield lease
+        finally:
+            self.used -= lease.size
+
+
+class BodyLease:
+    """One request's part of the budget."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget = budget
+        self.size = 0
+
+    def grow(self, size: int) -> None:
+        """Raises `Overloaded` where the budget is spent."""
+        if self._budget.used + size > self._budget.limit:
+            raise Overloaded("Too many large requests are under way just now.", retry_after=1.0)
+        self._budget.used += size
+        self.size += size
+
+
+async def read_body(headers: list[tuple[bytes, bytes]], receive: Receive, *, max_bytes: int, lease: BodyLease) -> bytes:
+    """The whole body. Raises `RequestTooLarge` (at once where Content-Length says so), `Overloaded`,
+    `InvalidRequest` where it stops arriving, `ClientDisconnected`.
+    """
+    too_large = RequestTooLarge(f"The request body is larger than {max_bytes:,} bytes.")
+    for name, value in headers:
+        if name == b"content-length" and value.isdigit() and int(value) > max_bytes:
+            raise too_large
+    pieces: list[bytes] = []
+    while True:
+        try:
+            async with asyncio.timeout(IDLE_S):
+                message = await receive()
+        except TimeoutError:
+            raise InvalidRequest("The request body did not arrive in time.") from None
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnected
+        piece: bytes = message.get("body", b"")
+        if lease.size + len(piece) > max_bytes:
+            raise too_large
+        lease.grow(len(piece))
+        pieces.append(piece)
+        if not message.get("more_body", False):
+            return b"".join(pieces)

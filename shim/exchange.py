@@ -1,0 +1,126 @@
+"""One HTTP request and its reply: the request id, the last resort for errors, the access line, the counts.
+
+Plain ASGI, the outermost layer. Endpoints find their `Exchange` in the scope and write into it what they learn.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from aiexport_edge.shim import logs, metrics
+from aiexport_edge.shim.body import ClientDisconnected
+from aiexport_edge.shim.engines.generation import ClientGone
+from aiexport_edge.shim.errors import ApiError, MethodNotAllowed, NotFound, error_body, internal_error
+from aiexport_edge.shim.store.keys import new_id
+
+CLIENT_CLOSED = 499  # in the log alone: the client left before there was a status
+_MAX_PATH_CHARS = 200
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Exchange:
+    """What is known of a request so far."""
+
+    request_id: str = field(default_factory=lambda: new_id("req_"))
+    started: float = field(default_factory=time.monotonic)
+    route: str = "other"  # the path's pattern; never the path itself, which a client chooses
+    status: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)  # for the access line: workspace, model, tokens, …
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+
+def exchange_of(scope: Scope) -> Exchange:
+    exchange: Exchange = scope["aiexport.exchange"]
+    return exchange
+
+
+def error_response(error: ApiError, request_id: str) -> tuple[Message, Message]:
+    """The ASGI messages of an error reply."""
+    body = error_body(error, request_id)
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        *error.headers,
+    ]
+    if error.retry_after is not None:
+        headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after))).encode()))
+    return (
+        {"type": "http.response.start", "status": error.status, "headers": headers},
+        {"type": "http.response.body", "body": body},
+    )
+
+
+async def on_http_exception(request: Request, raised: Exception) -> Response:
+    """The router's own 404 and 405, in the error shape."""
+    assert isinstance(raised, HTTPException)
+    error: ApiError = NotFound("There is nothing at this path.")
+    if raised.status_code == 405:
+        error = MethodNotAllowed(f"This path does not answer to {request.method}.")
+    body = error_body(error, exchange_of(request.scope).request_id)
+    return Response(body, error.status, headers=raised.headers, media_type="application/json")
+
+
+class ExchangeMiddleware:
+    """Gives each request its `Exchange` and answers for whatever the layers below raise."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = scope["aiexport.exchange"] = Exchange()
+        request_id = exchange.request_id.encode()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exchange.status = message["status"]
+                ids = ((b"request-id", request_id), (b"x-request-id", request_id))
+                message = {**message, "headers": [*message["headers"], *ids]}
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except (ClientDisconnected, ClientGone) as gone:
+            exchange.facts["client"] = str(gone) or "left"
+        except ApiError as error:
+            await self._refuse(exchange, error, send_with_id)
+        except Exception:
+            log.exception("%s failed", exchange.request_id)
+            await self._refuse(exchange, internal_error(), send_with_id)
+        finally:
+            self._account(exchange, scope)
+
+    async def _refuse(self, exchange: Exchange, error: ApiError, send: Send) -> None:
+        """Sends the error where no reply has begun; else the server closes the connection, which is all that's left."""
+        if exchange.status:
+            return
+        for message in error_response(error, exchange.request_id):
+            await send(message)
+
+    def _account(self, exchange: Exchange, scope: Scope) -> None:
+        seconds = exchange.seconds
+        status = exchange.status or CLIENT_CLOSED
+        method = scope["method"] if exchange.route != "other" else "any"
+        metrics.REQUESTS.labels(exchange.route, method, str(status)).inc()
+        metrics.REQUEST_SECONDS.labels(exchange.route).observe(seconds)
+        path = scope.get("raw_path", b"").decode("ascii", "replace")[:_MAX_PATH_CHARS]
+        logs.access(
+            f"{scope['method']} {path} {status}",
+            {"request_id": exchange.request_id, "ms": round(seconds * 1000, 1), **exchange.facts},
+        )

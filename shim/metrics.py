@@ -1,0 +1,70 @@
+"""What this process counts, for Prometheus. Owns the names; `render` gives the text over all worker processes.
+
+With `PROMETHEUS_MULTIPROC_DIR` set before this module is imported (`server.py` does), the counts of all workers lie in
+files there and any of them can answer.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+
+CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
+_registry = CollectorRegistry()
+
+REQUESTS = Counter("aiexport_http_requests", "Requests answered", ["route", "method", "status"], registry=_registry)
+REQUEST_SECONDS = Histogram(
+    "aiexport_http_request_seconds",
+    "From the request's head to the reply's end",
+    ["route"],
+    buckets=(0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60, 300),
+    registry=_registry,
+)
+FIRST_TOKEN_SECONDS = Histogram(
+    "aiexport_first_token_seconds",
+    "From the request's head to the first text",
+    ["model"],
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 1, 2, 5, 10, 30, 60),
+    registry=_registry,
+)
+TOKENS = Counter("aiexport_tokens", "Tokens of ended requests", ["model", "kind"], registry=_registry)
+MESSAGES = Counter("aiexport_messages", "Message requests by how they ended", ["model", "outcome"], registry=_registry)
+IN_FLIGHT = Gauge(
+    "aiexport_messages_in_flight",
+    "Message requests admitted and not ended",
+    multiprocess_mode="livesum",
+    registry=_registry,
+)
+BODY_BYTES = Gauge(
+    "aiexport_body_bytes_in_flight", "Bytes of request bodies held", multiprocess_mode="livesum", registry=_registry
+)
+ENGINES_CONNECTED = Gauge(
+    "aiexport_engines_connected", "Engine sessions that are up", multiprocess_mode="livesum", registry=_registry
+)
+RESUMED = Counter("aiexport_resumed", "Replies that went on after their engine was lost", registry=_registry)
+
+
+def clear_dead_workers(directory: Path) -> None:
+    """Drops the gauges of workers that are gone; where none is left, the counts of the last run too."""
+    files = list(directory.glob("*.db"))
+    dead = {pid for pid in map(_pid, files) if not Path(f"/proc/{pid}").exists()}
+    if all(_pid(file) in dead for file in files):
+        for file in files:
+            file.unlink(missing_ok=True)
+    for pid in dead:
+        multiprocess.mark_process_dead(pid, str(directory))  # type: ignore[no-untyped-call]
+
+
+def render() -> bytes:
+    """The exposition text."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return generate_latest(_registry)
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return generate_latest(registry)
+
+
+def _pid(file: Path) -> int:
+    return int(file.stem.rpartition("_")[2])

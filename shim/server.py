@@ -1,0 +1,136 @@
+"""A shim worker process: `python -m aiexport_edge.shim.server --state D --fd N [--admin-fd M] [--engine ADDR]…`.
+
+Takes its listening sockets by file descriptor, so that whoever owns them can replace this process without a dropped
+connection. SIGTERM drains: no new connections, open streams may go on for `[shim] drain`, then exit 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+import uvloop
+from starlette.applications import Starlette
+
+from aiexport_edge.proto import config as configuration
+from aiexport_edge.proto.lifetime import die_with_parent
+
+KEEP_ALIVE_S = 75
+BACKLOG = 2048
+ENDING_S = 2  # for the last events of streams that are cut at the end of the drain
+
+log = logging.getLogger("aiexport_edge.shim")
+
+
+class _Server(uvicorn.Server):
+    """Leaves the signals to `serve`."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def main(arguments: list[str] | None = None) -> int:
+    die_with_parent()
+    parser = argparse.ArgumentParser(prog="aiexport_edge.shim.server", description=__doc__)
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--state", type=Path)
+    parser.add_argument("--fd", type=int, required=True, help="listening socket for REST clients")
+    parser.add_argument("--admin-fd", type=int, help="listening socket for the operator")
+    parser.add_argument("--engine", action="append", default=[], metavar="ADDR")
+    args = parser.parse_args(arguments)
+    try:
+        config = configuration.load(args.config, args.state)
+    except configuration.ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    directory = config.state / "metrics"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)  # read when prometheus_client is imported
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read when grpc is imported; it writes its own lines to stderr
+
+    from aiexport_edge.shim import logs, metrics
+
+    listener = logs.set_up(config.telemetry.log_level, config.telemetry.log_format)
+    metrics.clear_dead_workers(directory)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(serve(config, args.fd, args.admin_fd, tuple(args.engine) or config.engine_addresses))
+    finally:
+        listener.stop()
+
+
+async def serve(config: configuration.Config, fd: int, admin_fd: int | None, addresses: tuple[str, ...]) -> int:
+    """Serves until SIGTERM or SIGINT, then drains. Returns the exit status."""
+    from aiexport_edge.shim.app import create_admin_app, create_app
+    from aiexport_edge.shim.engines.engines import Engines
+    from aiexport_edge.shim.engines.session import EngineAccess
+    from aiexport_edge.shim.errors import Overloaded
+    from aiexport_edge.shim.services import Services
+    from aiexport_edge.shim.store import StoreError, open_store
+
+    try:
+        store = open_store(config.store.url)
+        access = EngineAccess.load(config.shim.engine_ca, config.shim.engine_token_file)
+    except (StoreError, OSError) as error:
+        log.error("%s", error)
+        return 1
+    engines = Engines(addresses, client=f"shim-{os.getpid()}", access=access)
+    services = Services(config, store, engines)
+    drain_s = int(config.shim.drain.total_seconds())
+    servers = [(server(create_app(services), drain_s=drain_s), socket.socket(fileno=fd))]
+    if admin_fd is not None:
+        servers.append((server(create_admin_app(services), drain_s=1), socket.socket(fileno=admin_fd)))
+    loop = asyncio.get_running_loop()
+
+    def drain() -> None:
+        if servers[0][0].should_exit:
+            return
+        log.info("draining")
+        for each, _ in servers:
+            each.should_exit = True
+        ending = Overloaded("This server is being replaced; send the request again.", retry_after=1.0)
+        loop.call_later(max(0, drain_s - ENDING_S), engines.end_all, ending)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, drain)
+    try:
+        await asyncio.gather(*(each.serve(sockets=[listener]) for each, listener in servers))
+    finally:
+        store.close()
+    return 0
+
+
+def server(app: Starlette, *, drain_s: int) -> uvicorn.Server:
+    """uvicorn around an application, with nothing of its own in the log."""
+    from aiexport_edge.shim.http_protocol import HttpProtocol
+
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # `exchange.py` logs what goes wrong, once
+    return _Server(
+        uvicorn.Config(
+            app,
+            http=HttpProtocol,
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=drain_s,
+            backlog=BACKLOG,
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""What the endpoints share, put together from a configuration, a store and the engines, with its background tasks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+from aiexport_edge.proto.config import Config
+from aiexport_edge.shim import metrics
+from aiexport_edge.shim.auth.authenticator import Authenticator
+from aiexport_edge.shim.body import BodyBudget
+from aiexport_edge.shim.catalog import Catalog
+from aiexport_edge.shim.engines.engines import Engines
+from aiexport_edge.shim.store import Store
+from aiexport_edge.shim.store.keys import new_id
+from aiexport_edge.shim.store.usage_rows import UsageRows
+from aiexport_edge.shim.usage import UsageLedger
+
+_MEASURE_S = 1.0
+
+
+class Services:
+    """One process's. `running` around the time in which they are used."""
+
+    def __init__(self, config: Config, store: Store, engines: Engines) -> None:
+        self.config = config
+        self.store = store
+        self.engines = engines
+        self.threads = ThreadPoolExecutor(4, "shim")
+        self.authenticator = Authenticator(store, self.threads)
+        self.catalog = Catalog(config.models, config.plans, engines)
+        self.ledger = UsageLedger(UsageRows(store.database, new_id("proc_")))
+        self.bodies = BodyBudget(config.shim.inflight_body_bytes)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        self.ledger.start()
+        tasks = [
+            asyncio.create_task(self.engines.run()),
+            asyncio.create_task(self.authenticator.run()),
+            asyncio.create_task(self._measure()),
+        ]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.get_running_loop().run_in_executor(self.threads, self.ledger.close)
+            self.threads.shutdown()
+
+    async def _measure(self) -> None:
+        """Keeps the gauges that nobody sets in passing."""
+        counted = 0
+        while True:
+            metrics.BODY_BYTES.set(self.bodies.used)
+            metrics.ENGINES_CONNECTED.set(sum(session.connected for session in self.engines.sessions))
+            metrics.RESUMED.inc(self.engines.num_resumed - counted)
+            counted = self.engines.num_resumed
+            await asyncio.sleep(_MEASURE_S)

@@ -1,0 +1,101 @@
+"""A real shim over real sockets in this process: uvicorn on its own loop and thread, the store in a temporary directory."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvloop
+
+from aiexport_edge.proto import config as configuration
+from aiexport_edge.shim.app import create_admin_app, create_app
+from aiexport_edge.shim.engines.engines import Engines
+from aiexport_edge.shim.server import server
+from aiexport_edge.shim.services import Services
+from aiexport_edge.shim.store import CreatedKey, Store, open_store
+
+HAIKU = "apex-haiku-4-20250401"
+SONNET = "apex-sonnet-4-20250501"
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> None:
+    """Polls until `condition` holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {seconds:.0f} s: {what}")
+        time.sleep(0.005)
+
+
+class ShimServer:
+    """`base_url` and `admin_url` answer from `start` to `stop`. The workspace `acme` is on Enterprise."""
+
+    def __init__(self, state: Path, addresses: tuple[str, ...], *, ping_s: float = 10.0, **settings: Any) -> None:
+        config = configuration.load(None, state)
+        limits = {name: settings.pop(name) for name in ("max_body_bytes", "inflight_body_bytes") if name in settings}
+        self.config = replace(config, shim=replace(config.shim, **limits))
+        self._addresses = addresses
+        self._ping_s = ping_s
+        self._settings = settings
+        self.store: Store = open_store(config.store.url)
+        if not self.store.list_workspaces():
+            self.store.create_workspace("acme", "enterprise")
+        self.key: CreatedKey = self.store.create_key("acme")
+        self._sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+        self.base_url, self.admin_url = (f"http://127.0.0.1:{s.getsockname()[1]}" for s in self._sockets)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._started = threading.Event()
+
+    def start(self) -> None:
+        self._thread.start()
+        assert self._started.wait(20)
+
+    def stop(self) -> None:
+        for each in self.servers:
+            each.should_exit = True
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+        self.store.close()
+
+    def wait_ready(self) -> None:
+        until(lambda: httpx.get(f"{self.base_url}/readyz").status_code == 200, "the shim is ready")
+
+    def client(self, key: str | None = None, **kwargs: Any) -> httpx.Client:
+        return httpx.Client(
+            base_url=self.base_url, headers={"X-API-Key": self.key.key if key is None else key}, timeout=60, **kwargs
+        )
+
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.base_url.removeprefix("http://").partition(":")
+        return host, int(port)
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.engines = Engines(self._addresses, client="test", **self._settings)
+        self.services = Services(self.config, self.store, self.engines)
+        self.servers = [
+            server(create_app(self.services, ping_s=self._ping_s), drain_s=2),
+            server(create_admin_app(self.services), drain_s=1),
+        ]
+
+        async def tell() -> None:
+            while not all(each.started for each in self.servers):
+                await asyncio.sleep(0.005)
+            self._started.set()
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(tell())
+            for each, listener in zip(self.servers, self._sockets, strict=True):
+                group.create_task(each.serve(sockets=[listener]))
