@@ -1,7 +1,7 @@
 """What the engine's server asks of whatever runs models: token ids in, token ids out, a callback per request and step.
 
-Knows no text, no gRPC and no clients. A backend lives on the server's event loop and calls back on it; all it has to say of
-one step it says within one turn of the loop, so that a listener can send it on as one message.
+Knows no text, no gRPC and no clients. A backend lives on the server's event loop and calls back on it; all it has to
+say of one step it says within one turn of the loop, so that a listener can send it on as one message.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 
 from aiexport_edge.engine.core.protocol import HEADER, CoreConfig, encode_config
 from aiexport_edge.engine.core.suspects import SUSPECTS_BYTES, Suspects
-from aiexport_edge.proto.lifetime import PARENT_PID
 
 CORE_COMMAND = (sys.executable, "-m", "aiexport_edge.engine.core.process")
 
@@ -37,7 +36,6 @@ class CoreProcess:
                 [*command, "--fd", str(theirs.fileno()), "--shared-fd", str(shared)],
                 pass_fds=(theirs.fileno(), shared),
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, PARENT_PID: str(os.getpid())},
             )
         except BaseException:
             ours.close()

@@ -1,9 +1,10 @@
 """The native backend: owns the core child process, watches it, restarts it and gives it its requests again.
 
-Knows token ids only. The core holds no state that cannot be made again from here: a request's prompt and the ids that it
-has produced so far. When a core dies, a new one is started and every live request is submitted to it with those ids as its
-forced output, so that it goes on where it was. Requests that were in the step in which the core died are suspects: they run on
-probation (in steps of their own), and one that ends two cores in a row without a token in between is failed.
+Knows token ids only. The core holds no state that cannot be made again from here: a request's prompt and the ids that
+it has produced so far. When a core dies, a new one is started and every live request is submitted to it with those
+ids as its forced output, so that it goes on where it was. Requests that were in the step in which the core died are
+suspects: they run on probation (in steps of their own), and one that ends two cores in a row without a token in
+between is failed.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 MAX_DEATHS = 2
 # A request can bring SIGKILL upon its core by exhausting memory alone; mostly it comes from a person. So it takes more.
 MAX_KILLS = 5
+DEAF_FAILURES = 3  # cores in a row that brought nothing, after which models count as failed until one does
 BACKOFF_S = (0.0, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
@@ -132,7 +134,9 @@ class NativeBackend:
     # ------------------------------------------------------------------------------------------------ lives of cores
 
     async def _watch(self) -> None:
-        """One core after the other, until `stop`; a core that cannot load at the first start is not tried again."""
+        """One core after the other, until `stop`. What cannot be loaded at the first start is not tried again: that is
+        for the operator to mend. Later it is, because it once could be.
+        """
         while True:
             self._ended.clear()
             self._load_error = ""
@@ -144,8 +148,8 @@ class NativeBackend:
                 self._core = core
                 await core.connect(self._on_frame, self._ended.set)
                 await self._ended.wait()
-            except OSError as error:  # no process, no descriptors, no memory
-                self._load_error = f"the core process cannot be started ({error})."
+            except OSError as error:  # no process, no descriptors, no memory: passing faults
+                log.error("the core process cannot be started: %s", error)
             self._serving = False
             self._outgoing.clear()
             if core is not None:
@@ -162,12 +166,12 @@ class NativeBackend:
                 )
                 self._settle(suspects, killed=status == -signal.SIGKILL)
             self._last_report = 0.0
-            if not self._was_ready:
-                message = self._load_error or "the core process ended while it was starting; its log says why."
-                self._fail(message)
-                return
             if self._load_error:
                 self._fail(self._load_error)
+                if not self._was_ready:
+                    return
+            elif self._failures >= DEAF_FAILURES:
+                self._fail("the core process ends again and again without a word; the engine's log says more.")
             delay = BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)]
             self._failures += 1
             self._restarts += 1

@@ -27,7 +27,8 @@ class Admission:
         if of_tenant >= self._tenant_places:
             raise RequestError(
                 pb.ERROR_TENANT_QUEUE_FULL,
-                f"{of_tenant} of your requests are waiting already, which is your share of the queue; try again when some have begun.",
+                f"{of_tenant} of your requests are waiting already, which is your share of the queue; "
+                "try again when some have begun.",
                 limit=self._tenant_places,
                 actual=of_tenant,
                 retry_after_ms=_RETRY_MS,

@@ -1,4 +1,6 @@
-"""What is known of a model before anything is loaded. Imports nothing heavy: it is filled in before the core is configured."""
+"""What is known of a model before anything is loaded. Imports nothing heavy: it is filled in before the core is
+configured.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What is known of a model before anything is loaded. Windows in tokens; `stop_ids` from the model's configuration."""
+    """What is known of a model before anything is loaded. Windows in tokens; `stop_ids` from the model's
+    configuration.
+    """
 
     name: str
     directory: Path

@@ -1,7 +1,7 @@
 """A request's life in the engine process: refused or accepted, tokens in, text out, ended.
 
-Owns, for each request, its text state (detokenizer, stop sequences) and its counters; for the process, which requests there are, the
-queue's bound and draining. Knows no gRPC calls: what it has to say goes into an outbox.
+Owns, for each request, its text state (detokenizer, stop sequences) and its counters; for the process, which requests
+there are, the queue's bound and draining. Knows no gRPC calls: what it has to say goes into an outbox.
 """
 
 from __future__ import annotations
@@ -68,10 +68,10 @@ class Generations:
 
     async def count_tokens(self, request: pb.CountTokensRequest) -> int:
         """Tokens of a prompt, template included. Raises `RequestError`."""
-        _, text = check_model(self.models, request.model)
+        model, text = check_model(self.models, request.model)
         if num_characters(request) <= INLINE_CHARACTERS:
-            return len(encode_prompt(request, text))
-        return len(await self.in_thread(encode_prompt, request, text))
+            return len(encode_prompt(request, model, text))
+        return len(await self.in_thread(encode_prompt, request, model, text))
 
     async def idle(self) -> None:
         """Returns when no request is left."""
@@ -128,18 +128,18 @@ class Generation:
             self._owner.admission.enter(self._tenant)
             self._waiting = True
             if num_characters(self._request) <= INLINE_CHARACTERS:
-                self._accept(model, text, encode_prompt(self._request, text))
+                self._accept(model, text, encode_prompt(self._request, model, text))
             else:
                 self._owner.start_task(asyncio.create_task(self._begin_long(model, text)))
-        except RequestError as error:
+        except Exception as error:
             self._refuse(error)
 
     async def _begin_long(self, model: Model, text: ModelText) -> None:
         try:
-            prompt_ids = await self._owner.in_thread(encode_prompt, self._request, text)
+            prompt_ids = await self._owner.in_thread(encode_prompt, self._request, model, text)
             if not self.ended:
                 self._accept(model, text, prompt_ids)
-        except RequestError as error:
+        except Exception as error:
             self._refuse(error)
 
     def _accept(self, model: Model, text: ModelText, prompt_ids: list[int]) -> None:
@@ -207,13 +207,19 @@ class Generation:
         self._outbox.started(self._tag, cached_tokens)
 
     def tokens(self, ids: Sequence[int]) -> None:
+        assert self._handle is not None
         if not self._first_token_at:
             self._first_token_at = time.monotonic()
-        text, taken, stop = self._text_of(ids)
+        try:
+            text, taken, stop = self._text_of(ids)
+        except Exception:  # a bug with this text: the others' go on
+            log.exception("text of request %s", self._request.request_id)
+            self._owner.backend.abort(self._handle)
+            self.failed("The engine could not write this reply's text.")
+            return
         self._output_tokens += taken
         self._deliver(text, ids[:taken])
         if stop is not None:
-            assert self._handle is not None
             self._owner.backend.finish(self._handle)
             self._finish(pb.FINISH_STOP_SEQUENCE, stop)
 
@@ -288,10 +294,16 @@ class Generation:
                 self._owner.backend.abort(self._handle)
             self._end("dropped")
 
-    def _refuse(self, error: RequestError) -> None:
-        if not self.ended:
-            self._outbox.refused(self._tag, error.detail)
-            self._end(pb.ErrorCode.Name(error.detail.code))
+    def _refuse(self, error: Exception) -> None:
+        if self.ended:
+            return
+        if isinstance(error, RequestError):
+            detail = error.detail
+        else:
+            log.error("request %s", self._request.request_id, exc_info=error)
+            detail = pb.ErrorDetail(code=pb.ERROR_INTERNAL, message="The engine could not read this request.")
+        self._outbox.refused(self._tag, detail)
+        self._end(pb.ErrorCode.Name(detail.code))
 
     def _finish(self, reason: pb.FinishReason, stop_sequence: str = "") -> None:
         self._outbox.finished(

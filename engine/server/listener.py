@@ -82,8 +82,8 @@ async def open_listener(config: ListenerConfig, servicer: Any) -> Listener:
         ]
         if missing:
             raise ListenerError(
-                f"the engine does not listen on {config.address}, which other machines can reach, without TLS and a token: "
-                f"set {' and '.join(missing)} in [engine], or listen on 127.0.0.1 or a unix socket"
+                f"the engine does not listen on {config.address}, which other machines can reach, without TLS and a "
+                f"token: set {' and '.join(missing)} in [engine], or listen on 127.0.0.1 or a unix socket"
             )
     interceptors = [_TokenInterceptor(token)] if token else []
     server = grpc.aio.server(options=_OPTIONS, interceptors=interceptors)

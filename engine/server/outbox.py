@@ -1,7 +1,8 @@
 """What one session has yet to be told. Owns the coalescing and the bound; knows no sockets.
 
 Everything of one turn of the event loop goes into one message, and while the client is slow to read, into the same: a
-request's deltas are joined. The engine never waits: past the bound in bytes or age the outbox overflows and says so once.
+request's deltas are joined. The engine never waits: past the bound in bytes or age the outbox overflows and says so
+once.
 """
 
 from __future__ import annotations

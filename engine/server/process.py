@@ -106,7 +106,7 @@ class _Readiness:
                     log.info("model %s is %s", name, status.state.value)
                     if status.state is ModelState.READY and model.context_window < model.facts.context_window:
                         log.warning(
-                            "the page pool holds %d tokens of model %s, so that its context window is less than the %d asked for; "
+                            "the page pool holds %d tokens of model %s, less than its context window of %d; "
                             "raise engine.pool_bytes",
                             model.context_window,
                             name,

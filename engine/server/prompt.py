@@ -1,6 +1,7 @@
 """From a GenerateRequest to what the backend is given: validation, tokens, budget.
 
-Pure functions of a request and a model; each refusal is a `RequestError` that names the field. Knows no queue and no session.
+Pure functions of a request and a model; each refusal is a `RequestError` that names the field. Knows no queue and no
+session.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from aiexport_edge.engine.core.protocol import Priority
 from aiexport_edge.engine.server.errors import InvalidRequest, RequestError
 from aiexport_edge.engine.server.models import Model, ModelText
 from aiexport_edge.engine.text.template import Message, TemplateError
+from aiexport_edge.engine.text.tokenizer import TooManyTokens
 from aiexport_edge.proto import engine_pb2 as pb
 
 DEFAULT_MAX_TOKENS = 1024
@@ -141,20 +143,23 @@ def num_characters(request: pb.GenerateRequest | pb.CountTokensRequest) -> int:
             return 0
 
 
-def encode_prompt(request: pb.GenerateRequest | pb.CountTokensRequest, text: ModelText) -> list[int]:
+def encode_prompt(request: pb.GenerateRequest | pb.CountTokensRequest, model: Model, text: ModelText) -> list[int]:
     """Ids of the prompt. Raises `RequestError`. Thread-safe."""
-    match request.WhichOneof("prompt"):
-        case "chat":
-            try:
-                ids = text.template.encode(_messages(request.chat))
-            except TemplateError as error:
-                raise InvalidRequest(str(error), "chat.messages") from error
-        case "text":
-            ids = text.tokenizer.encode_text(request.text)
-        case "token_ids" if isinstance(request, pb.GenerateRequest):
-            ids = list(request.token_ids.ids)
-        case _:
-            raise InvalidRequest("One of chat, token_ids and text must be given.", "prompt")
+    limit = model.context_window
+    try:
+        match request.WhichOneof("prompt"):
+            case "chat":
+                ids = text.template.encode(_messages(request.chat), limit=limit)
+            case "text":
+                ids = text.tokenizer.encode_text(request.text, limit=limit)
+            case "token_ids" if isinstance(request, pb.GenerateRequest):
+                ids = list(request.token_ids.ids)
+            case _:
+                raise InvalidRequest("One of chat, token_ids and text must be given.", "prompt")
+    except TemplateError as error:
+        raise InvalidRequest(str(error), "chat.messages") from error
+    except TooManyTokens as error:
+        raise _too_long(model, error.at_least, f"at least {error.at_least}") from error
     if not ids:
         raise InvalidRequest("The prompt is empty; send at least one token.", request.WhichOneof("prompt") or "prompt")
     return ids
@@ -174,14 +179,7 @@ def budget(request: pb.GenerateRequest, model: Model, num_prompt_tokens: int) ->
     window = model.context_window
     room = window - num_prompt_tokens
     if room < 1:
-        raise RequestError(
-            pb.ERROR_CONTEXT_LENGTH,
-            f"The prompt has {num_prompt_tokens} tokens, but the context window of {model.facts.name} has {window}, "
-            "of which the reply needs at least one; shorten the prompt.",
-            field="prompt",
-            limit=window,
-            actual=num_prompt_tokens,
-        )
+        raise _too_long(model, num_prompt_tokens, str(num_prompt_tokens))
     if not request.HasField("resume"):
         if request.HasField("max_tokens"):
             return min(request.max_tokens, room)
@@ -189,8 +187,8 @@ def budget(request: pb.GenerateRequest, model: Model, num_prompt_tokens: int) ->
     if request.resume.prompt_tokens != num_prompt_tokens:
         raise RequestError(
             pb.ERROR_REVISION_CHANGED,
-            f"The prompt has {num_prompt_tokens} tokens now and had {request.resume.prompt_tokens} when this reply began, "
-            "so the reply cannot go on.",
+            f"The prompt has {num_prompt_tokens} tokens now and had {request.resume.prompt_tokens} when this reply "
+            "began, so the reply cannot go on.",
             field="resume.prompt_tokens",
             limit=request.resume.prompt_tokens,
             actual=num_prompt_tokens,
@@ -198,12 +196,25 @@ def budget(request: pb.GenerateRequest, model: Model, num_prompt_tokens: int) ->
     if request.resume.max_tokens > room:
         raise RequestError(
             pb.ERROR_REVISION_CHANGED,
-            f"The context window of {model.facts.name} has become smaller since this reply began, so the reply cannot go on.",
+            f"The context window of {model.facts.name} has become smaller since this reply began, "
+            "so the reply cannot go on.",
             field="resume.max_tokens",
             limit=room,
             actual=request.resume.max_tokens,
         )
     return request.resume.max_tokens
+
+
+def _too_long(model: Model, num_tokens: int, in_words: str) -> RequestError:
+    window = model.context_window
+    return RequestError(
+        pb.ERROR_CONTEXT_LENGTH,
+        f"The prompt has {in_words} tokens, but the context window of {model.facts.name} has {window}, "
+        "of which the reply needs at least one; shorten the prompt.",
+        field="prompt",
+        limit=window,
+        actual=num_tokens,
+    )
 
 
 def priority_of(request: pb.GenerateRequest) -> Priority:

@@ -1,4 +1,6 @@
-"""The RPCs of `proto/engine.proto`, as its comments say. Owns the set of open sessions; each call's work is done elsewhere."""
+"""The RPCs of `proto/engine.proto`, as its comments say. Owns the set of open sessions; each call's work is done
+elsewhere.
+"""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class Session:
                     greeted = True
                 else:
                     raise ProtocolError("The first event of a session is a Hello.")
-        except (Exception, asyncio.CancelledError) as error:
+        except BaseException as error:  # whatever it was, the writer must not wait for ever
             self._error = error
             self._outbox.close()
             return
@@ -124,7 +124,9 @@ class Session:
             self._outbox.close()
 
     def _overflow(self) -> None:
-        """The client does not read: nothing more is kept for it. The writer may be stuck in a write, so it is cancelled."""
+        """The client does not read: nothing more is kept for it. The writer may be stuck in a write, so it is
+        cancelled.
+        """
         self._too_slow = True
         if self._task is not None:
             self._task.cancel()

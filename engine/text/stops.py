@@ -11,7 +11,9 @@ from collections.abc import Sequence
 
 
 class StopMatcher:
-    """A Knuth-Morris-Pratt automaton for each stop sequence, all fed the same characters. Empty sequences never match."""
+    """A Knuth-Morris-Pratt automaton for each stop sequence, all fed the same characters. Empty sequences never
+    match.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = sorted({stop for stop in stops if stop}, key=len, reverse=True)

@@ -4,11 +4,11 @@ Owns the jinja environment and the default for models without a template. The te
 jinja's immutable sandbox; message texts are the client's.
 
 How the two are kept apart: before rendering, the characters with which a control token's spelling can begin or end
-(`<`, `>`, …) are replaced, in the clients' texts alone, by private-use characters that occur nowhere in them, drawn anew each time.
-In what the template then renders, every control token spelled out is the template's own work; it is renamed to its alias
-(`Tokenizer.alias`), and the replaced characters are put back. One character stands for one character, so a
-template may trim, split, measure and inspect texts as it likes. The one thing it no longer sees is control markup in a
-client's text (`</think>`, `<tool_response>`): that stays text, which is the point.
+(`<`, `>`, …) are replaced, in the clients' texts alone, by private-use characters that occur nowhere in them, drawn
+anew each time. In what the template then renders, every control token spelled out is the template's own work; it is
+renamed to its alias (`Tokenizer.alias`), and the replaced characters are put back. One character stands for one
+character, so a template may trim, split, measure and inspect texts as it likes. The one thing it no longer sees is
+control markup in a client's text (`</think>`, `<tool_response>`): that stays text, which is the point.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Message:
 class ChatTemplate:
     """The chat template of one model. Thread-safe.
 
-    Without a template (`source` None) a chat is what a base model can go on from: BOS where the model has one, then the texts of
-    all messages with an empty line between, no role names.
+    Without a template (`source` None) a chat is what a base model can go on from: BOS where the model has one, then
+    the texts of all messages with an empty line between, no role names.
     """
 
     def __init__(self, source: str | None, tokenizer: Tokenizer) -> None:
@@ -65,7 +65,9 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, directory: Path, tokenizer: Tokenizer) -> ChatTemplate:
-        """From `chat_template.jinja`, else `chat_template.json`, else `tokenizer_config.json`. Raises `TokenizerError`."""
+        """From `chat_template.jinja`, else `chat_template.json`, else `tokenizer_config.json`. Raises
+        `TokenizerError`.
+        """
         path = directory / "chat_template.jinja"
         if path.is_file():
             return cls(path.read_text(encoding="utf-8"), tokenizer)
@@ -82,16 +84,18 @@ class ChatTemplate:
         """Whether the model has a template of its own."""
         return self._template is not None
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of the prompt. A last assistant message is a prefill: the ids end within its turn, so that a reply continues it.
+    def encode(self, messages: Sequence[Message], *, limit: int | None = None) -> list[int]:
+        """Ids of the prompt. A last assistant message is a prefill: the ids end within its turn, so that a reply
+        continues it.
 
-        Raises `TemplateError` where the template refuses the messages.
+        Raises `TemplateError` where the template refuses the messages, and `TooManyTokens` as `Tokenizer.encode` does.
         """
         if self._template is None:
-            return self._tokenizer.encode_text(_SEPARATOR.join(message.text for message in messages if message.text))
+            text = _SEPARATOR.join(message.text for message in messages if message.text)
+            return self._tokenizer.encode_text(text, limit=limit)
         if self._system_is_refused:
             messages = _fold_system(messages)
-        return self._tokenizer.encode(self._render(messages))
+        return self._tokenizer.encode(self._render(messages), limit=limit)
 
     def _render(self, messages: Sequence[Message]) -> str:
         """The prompt, control tokens as aliases."""
@@ -199,7 +203,9 @@ def _tojson(
 
 
 class _Generation(Extension):
-    """`{% generation %}` … `{% endgeneration %}`: marks the assistant's part for training; here it is only its content."""
+    """`{% generation %}` … `{% endgeneration %}`: marks the assistant's part for training; here it is only its
+    content.
+    """
 
     tags = {"generation"}  # noqa: RUF012 (jinja's own interface)
 

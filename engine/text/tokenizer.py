@@ -2,11 +2,11 @@
 
 Owns `tokenizer.json` and what the directory says of special tokens. Knows no roles and no templates.
 
-Two kinds of text meet in a prompt: the template's, in which `<|im_start|>` is a control token, and the client's, in which
-it is twelve characters. Both have to go through the tokenizer as one string, because normalisers and merges look across
-borders. So the tokenizer in use here knows the control tokens under other names: long random spellings, drawn anew in
-each process, which no client can guess. Whoever renders a prompt writes a control token as `alias(...)`; the
-true spellings are ordinary text to it.
+Two kinds of text meet in a prompt: the template's, in which `<|im_start|>` is a control token, and the client's, in
+which it is twelve characters. Both have to go through the tokenizer as one string, because normalisers and merges
+look across borders. So the tokenizer in use here knows the control tokens under other names: long random spellings,
+drawn anew in each process, which no client can guess. Whoever renders a prompt writes a control token as
+`alias(...)`; the true spellings are ordinary text to it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
 
 _MARKUP = frozenset("<>[]{}|")
+_SURE_CHARACTERS = 8  # a text of so many characters a token is looked at in part first
+_BORDER_TOKENS = 64  # by how many tokens a text's beginning may differ when it is encoded alone
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -29,12 +31,20 @@ class TokenizerError(Exception):
     """The directory's tokenizer cannot be served; the message is a sentence for the operator."""
 
 
+class TooManyTokens(Exception):
+    """A text has more tokens than it may; `at_least` so many."""
+
+    def __init__(self, at_least: int) -> None:
+        super().__init__(f"at least {at_least} tokens")
+        self.at_least = at_least
+
+
 class Tokenizer:
     """The tokenizer of one model directory. Thread-safe: nothing changes after `load`.
 
-    `special_tokens` are the spellings that templates refer to by name (`bos_token`, `eos_token`, …).
-    `control_tokens` maps the spelling of each control token to its id: added tokens that are marked special or are
-    written as markup (`<think>`, `[TOOL]`). Other added tokens (runs of blanks, words) are part of the text's vocabulary.
+    `special_tokens` are the spellings that templates refer to by name (`bos_token`, `eos_token`, …). `control_tokens`
+    maps the spelling of each control token to its id: added tokens that are marked special or are written as markup
+    (`<think>`, `[TOOL]`). Other added tokens (runs of blanks, words) are part of the text's vocabulary.
     """
 
     def __init__(
@@ -129,15 +139,23 @@ class Tokenizer:
             return template_text
         return self._control_pattern.sub(lambda match: self._aliases[match.group()], template_text)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, limit: int | None = None) -> list[int]:
         """Ids of `text`, without BOS. Aliases become control tokens; nothing else in it can.
 
-        A lone surrogate, which UTF-8 cannot hold, is encoded as U+FFFD.
+        A lone surrogate, which UTF-8 cannot hold, is encoded as U+FFFD. Raises `TooManyTokens` where there are surely
+        more than `limit` ids and finding out how many would take long; below that the caller counts.
         """
+        if limit is not None and len(text) > _SURE_CHARACTERS * limit:
+            beginning = len(self._encode(text[: _SURE_CHARACTERS * limit]))
+            if beginning > limit + _BORDER_TOKENS:
+                raise TooManyTokens(beginning - _BORDER_TOKENS)
+        return self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
         try:
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         except (UnicodeEncodeError, TypeError):  # a lone surrogate: not a str that the Rust side can take
-            text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         real = self._real_ids
         if not self._forbidden.isdisjoint(ids):
@@ -159,9 +177,9 @@ class Tokenizer:
             ids += [self._real_ids.get(id_, id_) for id_ in encoded if id_ not in self._forbidden]
         return ids
 
-    def encode_text(self, text: str) -> list[int]:
-        """Ids of a plain prompt: text alone, after the model's BOS where it has one."""
-        return self.bos_ids + self.encode(text)
+    def encode_text(self, text: str, *, limit: int | None = None) -> list[int]:
+        """Ids of a plain prompt: text alone, after the model's BOS where it has one. `limit` as for `encode`."""
+        return self.bos_ids + self.encode(text, limit=limit)
 
     def decode_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for. None for special tokens and for ids that the tokenizer does not have."""
@@ -186,7 +204,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _bytes_per_id(whole: HFTokenizer, spec: dict[str, Any]) -> tuple[list[bytes], bool]:
-    """The bytes of every id, and whether one space at the very beginning of a text belongs to the tokenizer, not the text.
+    """The bytes of every id, and whether one space at the very beginning of a text belongs to the tokenizer, not the
+    text.
 
     `tokenizers` decodes lists of tokens by a chain of decoders. Per token that comes to one of two: byte-level
     (each character of a token stands for a byte, GPT-2's table), or SentencePiece's (`▁` is a space, `<0x0A>` a byte).
@@ -214,7 +233,7 @@ def _bytes_per_id(whole: HFTokenizer, spec: dict[str, Any]) -> tuple[list[bytes]
         "Strip",
     }:
         raise TokenizerError(
-            f"the tokenizer's decoder ({', '.join(str(kind) for kind in kinds)}) is not byte-level or SentencePiece-like; "
+            f"the tokenizer's decoder ({', '.join(map(str, kinds))}) is not byte-level or SentencePiece-like; "
             "serve a model of the Llama, Mistral or Qwen families."
         )
     replacements = [("▁", " ")] if "Metaspace" in kinds else []
