@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from support.driver import Driver, load_runner
-from support.tiny_models import CONFIGS, greedy, make, prompts, save, shared_data
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from support.tiny_models import CONFIGS, PreTrainedModel, greedy, make, prompts, save, shared_data
+from transformers import AutoModelForCausalLM
 
-from aiexport_edge.engine.core.protocol import Sampling
-from aiexport_edge.engine.core.runner import Runner
+from aiexport_edge.engine.core.protocol import CoreConfig, Sampling
+from aiexport_edge.engine.core.runner import Runner, load
+from aiexport_edge.engine.models.config import ModelError
 from aiexport_edge.kernels.linear import supports_bf16
 
 NUM_TOKENS = 64
 LENGTHS = [1, 5, 16, 37, 90]
+DEMO = Path(__file__).resolve().parents[2] / "engine" / "demo" / "model"
 
 Outcome = tuple[list[int], torch.Tensor]
 
@@ -101,18 +105,23 @@ def test_every_family_equals_transformers(name: str, tmp_path: Path) -> None:
 
 def test_stories_equals_transformers() -> None:
     directory = shared_data() / "models" / "stories260K"
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     texts = [[1], *prompts([9, 40, 150], vocabulary=512)]
     assert_same_as_transformers(load_runner(directory), model, texts)
 
 
-@pytest.mark.parametrize("page_bytes", [1, 3])
-def test_pages_of_any_number_of_tokens(page_bytes: int, tmp_path: Path) -> None:
+def test_the_demo_model_equals_transformers() -> None:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    assert_same_as_transformers(load_runner(DEMO), model, prompts([3, 40, 150], vocabulary=2000))
+
+
+@pytest.mark.parametrize("tokens_per_page", [1, 3])
+def test_pages_of_any_number_of_tokens(tokens_per_page: int, tmp_path: Path) -> None:
     """Pages of 1 and 3 tokens, where no power of two helps."""
     directory = save("qwen3", tmp_path)
     token_bytes = 3 * 2 * 2 * 24 * 4
-    runner = load_runner(directory, page_bytes=page_bytes * token_bytes)
-    assert runner.tokens_per_page == [page_bytes]
+    runner = load_runner(directory, page_bytes=tokens_per_page * token_bytes)
+    assert runner.tokens_per_page == [tokens_per_page]
     assert_same_as_transformers(runner, make("qwen3"), prompts([5, 37]))
 
 
@@ -122,12 +131,18 @@ DTYPES = [
 ]
 
 
+def checkpoint(name: str, directory: Path) -> Path:
+    """A model of CONFIGS, the trained one of the shared data, or the demo model."""
+    if name == "demo":
+        return DEMO
+    return shared_data() / "models" / name if name == "stories260K" else save(name, directory)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["llama_biases", "qwen3", "mistral_window", "stories260K"])
+@pytest.mark.parametrize("name", ["llama_biases", "qwen3", "mistral_window", "stories260K", "demo"])
 def test_deterministic_logits_are_bitwise_the_same(name: str, dtype: str, tmp_path: Path) -> None:
-    directory = shared_data() / "models" / name if name == "stories260K" else save(name, tmp_path)
-    runner = load_runner(directory, dtype=dtype, deterministic=True, pool_bytes=16 << 20)
-    texts = prompts([*LENGTHS, 65, 33, 2, *range(20, 60)])
+    runner = load_runner(checkpoint(name, tmp_path), dtype=dtype, deterministic=True)
+    texts = prompts([*LENGTHS, 65, 33, 2])
     expected = alone(Driver(runner), texts)
     for scenario in SCENARIOS[1:]:
         for (ids, logits), (expected_ids, expected_logits) in zip(
@@ -135,6 +150,22 @@ def test_deterministic_logits_are_bitwise_the_same(name: str, dtype: str, tmp_pa
         ):
             assert ids == expected_ids, scenario.__name__
             assert torch.equal(logits, expected_logits), scenario.__name__
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["llama3", "demo"])
+def test_deterministic_in_batches_larger_than_a_tile(name: str, dtype: str, tmp_path: Path) -> None:
+    """70 sequences decode at once: more rows than the matrix units take in one tile."""
+    runner = load_runner(checkpoint(name, tmp_path), dtype=dtype, deterministic=True)
+    texts = prompts(list(range(1, 71)))
+    driver = Driver(runner)
+    apart = [driver.add(text) for text in texts]
+    for request in apart:
+        driver.run([request], 5)
+    together = [driver.add(text) for text in texts]
+    driver.run(together, 5)
+    for one, other in zip(apart, together, strict=True):
+        assert torch.equal(driver.outcome(one)[1], driver.outcome(other)[1])
 
 
 @pytest.mark.skipif(not supports_bf16(), reason="processor has no bfloat16")
@@ -192,3 +223,19 @@ def test_a_draw_depends_on_seed_and_index_only(tmp_path: Path) -> None:
     other_seed = driver.add(texts[0], sampling=Sampling(1.0, 1.0, 0, 5))
     driver.run([other_seed], NUM_TOKENS)
     assert other_seed.token_ids != apart[0].token_ids
+
+
+def test_the_core_imports_nothing_heavy_but_torch() -> None:
+    """Each of these would add to the time until the first token."""
+    code = (
+        "import sys, aiexport_edge.engine.core.runner;"
+        "print([m for m in ('transformers', 'torch._dynamo', 'torch._inductor', 'sympy', 'scipy') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_a_device_that_is_not_supported_is_refused() -> None:
+    config = CoreConfig([], "cuda:0", 0, 0, 1, 512, 1, 0.0)
+    with pytest.raises(ModelError, match="device cuda:0 is not supported"):
+        load(config)

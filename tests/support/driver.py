@@ -22,7 +22,7 @@ def load_runner(
     dtype: str = "float32",
     deterministic: bool = False,
     page_bytes: int = 0,
-    pool_bytes: int = 4 << 20,
+    pool_bytes: int = 256 << 20,
     max_num_running: int = 64,
 ) -> Runner:
     """A runner over `directories` on one CPU thread, which keeps its logits."""

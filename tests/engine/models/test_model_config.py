@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +191,13 @@ def test_no_config_or_not_json(tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ModelError, match=complaint):
             ModelConfig.load(tmp_path)
+
+
+def test_no_torch_is_imported() -> None:
+    """The engine process reads configurations and must start without it."""
+    code = (
+        "import sys, aiexport_edge.engine.models.config, aiexport_edge.engine.models.revision;"
+        "print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
