@@ -108,8 +108,9 @@ def start(state: Path, config: Path | None = None, *args: str) -> Edge:
     edge = Edge(process, port, admin_port, state, config)
 
     def collect(stream: Any, lines: list[str]) -> None:
-        for line in stream:
-            lines.append(line)
+        with stream:
+            for line in stream:
+                lines.append(line)
 
     for stream, lines in ((process.stdout, edge.stdout), (process.stderr, edge.stderr)):
         threading.Thread(target=collect, args=(stream, lines), daemon=True).start()
