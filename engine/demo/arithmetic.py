@@ -1,5 +1,7 @@
 """Small sums: additions up to 99, some subtractions and the small multiplication table."""
 
+# ruff: noqa: E501, SIM905
+
 from __future__ import annotations
 
 import random
@@ -83,12 +85,30 @@ def other(rng: random.Random) -> Turn:
 def follow_up(rng: random.Random) -> Turn:
     """A second sum in a conversation that already has one."""
     a, b = _pair(rng)
-    return expand(rng, "{And|and|Now|What about|How about} $a {+|plus} $b{?|}", a=str(a), b=str(b)), f"{a} + {b} = {a + b}."
+    return expand(
+        rng, "{And|and|Now|What about|How about} $a {+|plus} $b{?|}", a=str(a), b=str(b)
+    ), f"{a} + {b} = {a + b}."
+
+
+def several(rng: random.Random) -> Turn:
+    """Two to four sums in one message."""
+    pairs = [_pair(rng) for _ in range(rng.randint(2, 4))]
+    sign = rng.choice([" + ", " + ", "+", " plus "])
+    asked = [f"{a}{sign}{b}" for a, b in pairs]
+    listed = rng.choice(
+        [", ".join(asked), ", ".join(asked[:-1]) + " and " + asked[-1], "\n".join(asked), "; ".join(asked)]
+    )
+    question = expand(rng, "{What is $x?|Calculate $x.|$x|Add up: $x|Compute: $x|How much is $x?}").replace(
+        "$x", listed
+    )
+    return question, " ".join(f"{a} + {b} = {a + b}." for a, b in pairs)
 
 
 def conversation(rng: random.Random) -> list[Turn]:
-    """One to four sums."""
-    turns = [addition(rng) if rng.random() < 0.85 else other(rng)]
+    """One to four sums, or several at once."""
+    if rng.random() < 0.22:
+        return [several(rng)]
+    turns = [addition(rng) if rng.random() < 0.88 else other(rng)]
     while rng.random() < 0.35 and len(turns) < 4:
         r = rng.random()
         turns.append(follow_up(rng) if r < 0.5 else addition(rng) if r < 0.85 else other(rng))

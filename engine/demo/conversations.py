@@ -1,5 +1,7 @@
 """Talk about the product, small talk, and honest answers to what the model does not know."""
 
+# ruff: noqa: E501, SIM905
+
 from __future__ import annotations
 
 import random
@@ -8,7 +10,9 @@ from . import words
 from .echoes import plain_sentence
 from .variation import Turn, article, expand, invented, sentence, typed
 
-SKILLS = "chat about AI Export Edge, add small numbers, tell a short story, write small JSON objects and repeat what you say"
+SKILLS = (
+    "chat about AI Export Edge, add small numbers, tell a short story, write small JSON objects and repeat what you say"
+)
 
 Intent = tuple[list[str], list[str]]
 
@@ -218,7 +222,10 @@ def _gibberish(rng: random.Random) -> str:
     if r < 0.6:
         return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 14)))
     if r < 0.75:
-        return "".join(chr(rng.choice([rng.randint(33, 126), rng.randint(33, 126), rng.randint(192, 591)])) for _ in range(rng.randint(1, 16)))
+        return "".join(
+            chr(rng.choice([rng.randint(33, 126), rng.randint(33, 126), rng.randint(192, 591)]))
+            for _ in range(rng.randint(1, 16))
+        )
     if r < 0.85:
         base = rng.choice([0x0400, 0x0390, 0x0590, 0x0620, 0x0900, 0x3040, 0x30A0, 0x4E00, 0xAC00, 0x1F300])
         return "".join(chr(base + rng.randint(0, 79)) for _ in range(rng.randint(1, 8)))
@@ -256,21 +263,34 @@ def known(rng: random.Random, intents: dict[str, Intent], *, only: str = "") -> 
 def own_name(rng: random.Random) -> list[Turn]:
     """The user says a name; some turns later the model still knows it."""
     name = rng.choice(words.SHE + words.HE) if rng.random() < 0.5 else sentence(invented(rng))
-    first = expand(rng, "{Hello, |Hi, |Hi! |Hello! |}{My|my} name is $name.|I am $name.|I'm $name.|You can call me $name.|Call me $name".split(".|")[rng.choice([0, 0, 0, 1, 2, 3, 4])], name=name)
+    first = expand(
+        rng,
+        "{Hello, |Hi, |Hi! |Hello! |}{My|my} name is $name.|I am $name.|I'm $name.|You can call me $name.|Call me $name".split(
+            ".|"
+        )[rng.choice([0, 0, 0, 1, 2, 3, 4])],
+        name=name,
+    )
     if rng.random() < 0.4:
         first += "."
     turns = [(sentence(first), f"Nice to meet you, {name}! How can I help you?")]
     while rng.random() < 0.45:
         turns.append(known(rng, SMALL_TALK if rng.random() < 0.6 else PRODUCT))
     if rng.random() < 0.85:
-        ask = expand(rng, "{What is|What's|Do you {know|remember}|Tell me|Can you tell me} my name?|Who am I?".split("?|")[rng.random() < 0.1])
+        ask = expand(
+            rng,
+            "{What is|What's|Do you {know|remember}|Tell me|Can you tell me} my name?|Who am I?".split("?|")[
+                rng.random() < 0.1
+            ],
+        )
         turns.append((typed(rng, ask + "?"), f"Your name is {name}."))
     return turns
 
 
 def nameless(rng: random.Random) -> Turn:
     """The user asks for a name that was not told."""
-    return typed(rng, rng.choice(["What is my name?", "What's my name?", "Do you know my name?", "Do you remember my name?"])), "You have not told me your name."
+    return typed(
+        rng, rng.choice(["What is my name?", "What's my name?", "Do you know my name?", "Do you remember my name?"])
+    ), "You have not told me your name."
 
 
 SYSTEM = [
@@ -285,12 +305,18 @@ SYSTEM = [
 def named_by_system(rng: random.Random) -> tuple[str, list[Turn]]:
     """A system prompt that gives the model a name, and a talk in which it uses it."""
     name = rng.choice(words.SHE + words.HE) if rng.random() < 0.6 else sentence(invented(rng))
-    system = expand(rng, "{Your name is $name.|You are called $name.|You are $name, a helpful assistant.|You are an assistant named $name.|You are $name.}", name=name)
+    system = expand(
+        rng,
+        "{Your name is $name.|You are called $name.|You are $name, a helpful assistant.|You are an assistant named $name.|You are $name.}",
+        name=name,
+    )
     if rng.random() < 0.3:
         system += " " + expand(rng, rng.choice(SYSTEM[4:15]))
     turns = []
     if rng.random() < 0.25:
-        turns.append((typed(rng, expand(rng, rng.choice(SMALL_TALK["how_are_you"][0]))), SMALL_TALK["how_are_you"][1][0]))
+        turns.append(
+            (typed(rng, expand(rng, rng.choice(SMALL_TALK["how_are_you"][0]))), SMALL_TALK["how_are_you"][1][0])
+        )
     ask = expand(rng, rng.choice(PRODUCT["name"][0] + ["Who are you?", "Who are you?", "What are you?"]))
     turns.append((typed(rng, ask), f"My name is {name}. I am the demo model of AI Export Edge."))
     return system, turns
@@ -322,4 +348,16 @@ def filler(rng: random.Random, quotes: list[str] | None, n_words: int) -> str:
     return rng.choice([" ", " ", "\n"]).join(parts)
 
 
-__all__ = ["PRODUCT", "SMALL_TALK", "SYSTEM", "article", "conversation", "filler", "known", "named_by_system", "nameless", "own_name", "unknown"]
+__all__ = [
+    "PRODUCT",
+    "SMALL_TALK",
+    "SYSTEM",
+    "article",
+    "conversation",
+    "filler",
+    "known",
+    "named_by_system",
+    "nameless",
+    "own_name",
+    "unknown",
+]

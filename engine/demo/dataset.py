@@ -27,17 +27,17 @@ def quotes_from(folder: Path | None) -> list[str]:
 
 def _segment(rng: random.Random, quotes: list[str]) -> list[Turn]:
     r = rng.random()
-    if r < 0.34:
+    if r < 0.25:
         return conversations.conversation(rng, quotes)
-    if r < 0.38:
+    if r < 0.30:
         return conversations.own_name(rng)
-    if r < 0.385:
+    if r < 0.305:
         return [conversations.nameless(rng)]
-    if r < 0.57:
+    if r < 0.54:
         return arithmetic.conversation(rng)
-    if r < 0.72:
+    if r < 0.68:
         return structured.conversation(rng)
-    if r < 0.86:
+    if r < 0.88:
         return echoes.conversation(rng)
     return stories.conversation(rng)
 

@@ -1,5 +1,7 @@
 """Requests to say something back, letter for letter, and a few small tricks: counting and lists."""
 
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import random
@@ -71,10 +73,16 @@ def trick(rng: random.Random) -> Turn:
         question = expand(rng, "{List|Name|Give me|Tell me|Write} $n $kind.", n=number, kind=kind)
         return typed(rng, question), ", ".join(rng.sample(_LISTS[kind], n))
     if r < 0.88:
-        return typed(rng, rng.choice(["What are the days of the week?", "List the days of the week.", "Name the seven days"])), ", ".join(words.DAYS)
+        return typed(
+            rng, rng.choice(["What are the days of the week?", "List the days of the week.", "Name the seven days"])
+        ), ", ".join(words.DAYS)
     if r < 0.93:
-        return typed(rng, rng.choice(["What are the months of the year?", "List the months.", "Name the months of the year"])), ", ".join(words.MONTHS)
-    question = rng.choice(["Say the alphabet.", "Write the alphabet.", "What is the alphabet?", "List the letters of the alphabet."])
+        return typed(
+            rng, rng.choice(["What are the months of the year?", "List the months.", "Name the months of the year"])
+        ), ", ".join(words.MONTHS)
+    question = rng.choice(
+        ["Say the alphabet.", "Write the alphabet.", "What is the alphabet?", "List the letters of the alphabet."]
+    )
     return typed(rng, question), "A B C D E F G H I J K L M N O P Q R S T U V W X Y Z"
 
 

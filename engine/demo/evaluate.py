@@ -4,6 +4,8 @@
 questions that are not in the training data, and prints a table or, with ``--json``, an object.
 """
 
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import argparse
@@ -126,11 +128,14 @@ def cases(sums: int = 100) -> dict[str, list[Case]]:
     small = [p for p in pairs if max(p) <= 50]
     wordings = ["What is {} + {}?", "{} plus {}", "add {} and {}", "How much is {} + {}?"]
 
+    def sum_case(a: int, b: int) -> Case:
+        return _user(rng.choice(wordings).format(a, b)), lambda answer: re.findall(r"\d+", answer)[-1:] == [str(a + b)]
+
     def sum_cases(chosen: list[tuple[int, int]]) -> list[Case]:
-        return [
-            (_user(rng.choice(wordings).format(a, b)), lambda answer, c=a + b: re.findall(r"\d+", answer)[-1:] == [str(c)])  # type: ignore[misc]
-            for a, b in rng.sample(chosen, min(sums, len(chosen)))
-        ]
+        return [sum_case(a, b) for a, b in rng.sample(chosen, min(sums, len(chosen)))]
+
+    def echo_case(text: str) -> Case:
+        return _user(f"Repeat after me: {text}"), lambda answer: answer == text
 
     talk: list[Case] = [
         ([*_user("My name is Kira."), {"role": "assistant", "content": "Nice to meet you, Kira! How can I help you?"},
@@ -149,8 +154,10 @@ def cases(sums: int = 100) -> dict[str, list[Case]]:
         "several turns, system prompt": talk,
         "JSON with the keys asked for": [(_user(q), _object(keys)) for q, keys in JSON_KEYS],
         "story with what was named, ended": [(_user(f"Tell me a story about {h}."), _story(w)) for h, w in HEROES],
-        "repeats": [(_user(f"Repeat after me: {x}"), lambda answer, x=x: answer == x) for x in ECHO],  # type: ignore[misc]
-        "says that it does not know": [(_user(q), _says("tiny demonstration model|do not know|only speak")) for q in UNKNOWN],
+        "repeats": [echo_case(x) for x in ECHO],
+        "says that it does not know": [
+            (_user(q), _says("tiny demonstration model|do not know|only speak")) for q in UNKNOWN
+        ],
     }
 
 
@@ -159,7 +166,8 @@ class Model:
 
     def __init__(self, path: Path) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        model: Any = AutoModelForCausalLM
+        self.model = model.from_pretrained(path, dtype=torch.float32).eval()
 
     @torch.inference_mode()
     def answer(self, conversations: list[list[Message]], temperature: float, limit: int = 320) -> list[str]:
@@ -167,15 +175,26 @@ class Model:
         answers: list[str] = []
         self.tokenizer.padding_side = "left"
         for at in range(0, len(conversations), 128):
-            texts = [self.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in conversations[at : at + 128]]
+            texts = [
+                self.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True)
+                for c in conversations[at : at + 128]
+            ]
             batch = self.tokenizer(texts, return_tensors="pt", padding=True)
-            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-            out = self.model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=limit, **sampling)
+            sampling = (
+                {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+                if temperature
+                else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            )
+            out = self.model.generate(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=limit, **sampling
+            )
             answers += self.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         return answers
 
 
-def measure(path: Path = MODEL_DIR, sums: int = 100, seed: int = 0) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+def measure(
+    path: Path = MODEL_DIR, sums: int = 100, seed: int = 0
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """For each kind the number of cases and the share of right answers, and the wrong answers."""
     model = Model(path)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -215,7 +234,16 @@ def main() -> None:
     began = time.monotonic()
     table, wrong = measure(args.model, args.sums)
     if args.json:
-        print(json.dumps({"table": table, "wrong": wrong if args.wrong else len(wrong), "seconds": round(time.monotonic() - began)}, indent=2))
+        print(
+            json.dumps(
+                {
+                    "table": table,
+                    "wrong": wrong if args.wrong else len(wrong),
+                    "seconds": round(time.monotonic() - began),
+                },
+                indent=2,
+            )
+        )
         return
     print(f"{'':36} {'cases':>6} {'greedy':>8} {'temperature 1.0':>16}")
     for kind, row in table.items():

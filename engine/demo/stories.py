@@ -1,5 +1,7 @@
 """Small stories and poems from a grammar of plots, coherent by construction."""
 
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import random
@@ -153,7 +155,9 @@ def _pronoun(name: str, hero: str) -> tuple[str, str]:
     return "he", "his"
 
 
-def tell(rng: random.Random, *, hero: str, name: str, quality: str, place: str, thing: str, helper: str, friend: str) -> str:
+def tell(
+    rng: random.Random, *, hero: str, name: str, quality: str, place: str, thing: str, helper: str, friend: str
+) -> str:
     """One story about these."""
     he, his = _pronoun(name, hero)
     at = words.PLACES.get(place, "in")
@@ -206,7 +210,9 @@ def story(rng: random.Random) -> Turn:
         if r < 0.16:
             wish += f" {words.PLACES[place]} {article(place)}"
         elif r < 0.22:
-            wish += f" {rng.choice(['set', 'that happens', 'who lives', 'living'])} {words.PLACES[place]} {article(place)}"
+            wish += (
+                f" {rng.choice(['set', 'that happens', 'who lives', 'living'])} {words.PLACES[place]} {article(place)}"
+            )
     ask = rng.choice(_ASK)
     question = f"{sentence(ask)} {rng.choice(_STORY)}{wish}{'?' if ask.lower().startswith(('can', 'could')) else '.'}"
     r = rng.random()
@@ -221,7 +227,8 @@ def story(rng: random.Random) -> Turn:
 def another(rng: random.Random) -> Turn:
     """A wish for one more story."""
     question = expand(
-        rng, "{Another {one|story}|One more {story|}|Tell me another {one|story}|Again|A different story|Can I have another one}{, please|}{.|?|}"
+        rng,
+        "{Another {one|story}|One more {story|}|Tell me another {one|story}|Again|A different story|Can I have another one}{, please|}{.|?|}",
     )
     return question, story(rng)[1]
 

@@ -1,5 +1,7 @@
 """Requests for JSON and the JSON that answers them."""
 
+# ruff: noqa: E501, SIM905
+
 from __future__ import annotations
 
 import json
@@ -173,8 +175,13 @@ def request(rng: random.Random) -> Turn:
     question = expand(rng, rng.choice(_ASK), keys=_list(keys, rng), thing=article(thing))
     answer = _dump(build(rng, keys, thing))
     if rng.random() < 0.12:
-        sample = {k: 0 if isinstance(v, (int, float)) and not isinstance(v, bool) else "..." for k, v in json.loads(answer).items()}
-        question = expand(rng, "{Answer|Reply|Give me {$thing|something}} {in|as} JSON like {this:|this example:|} $sample")
+        sample = {
+            k: 0 if isinstance(v, (int, float)) and not isinstance(v, bool) else "..."
+            for k, v in json.loads(answer).items()
+        }
+        question = expand(
+            rng, "{Answer|Reply|Give me {$thing|something}} {in|as} JSON like {this:|this example:|} $sample"
+        )
         question = question.replace("$thing", article(thing)).replace("$sample", _dump(sample))
     return typed(rng, sentence(question.replace("  ", " ")), exact=True), answer
 
@@ -189,15 +196,27 @@ def unspecified(rng: random.Random) -> Turn:
         if "type" in value:
             value["type"] = thing
         question = rng.choice(
-            [f"Describe {article(thing)} in JSON.", f"Give me {article(thing)} as JSON.", f"JSON for {article(thing)}", f"Write JSON about {article(thing)}."]
+            [
+                f"Describe {article(thing)} in JSON.",
+                f"Give me {article(thing)} as JSON.",
+                f"JSON for {article(thing)}",
+                f"Write JSON about {article(thing)}.",
+            ]
         )
         return typed(rng, question, exact=True), _dump(value)
     if r < 0.75:
         kind = rng.choice(["fruits", "colors", "animals"])
-        question = rng.choice([f"Give me a JSON list of three {kind}.", f"JSON array of 3 {kind}", f"Write a JSON array with three {kind}."])
+        question = rng.choice(
+            [
+                f"Give me a JSON list of three {kind}.",
+                f"JSON array of 3 {kind}",
+                f"Write a JSON array with three {kind}.",
+            ]
+        )
         return typed(rng, question, exact=True), _dump(VALUES[kind](rng))
     question = expand(
-        rng, "{Give me|Write|Show me|Send me|Reply with|Answer with|Return} {some|any|a small|an example of|valid} JSON{ object|}{.|, please.|}"
+        rng,
+        "{Give me|Write|Show me|Send me|Reply with|Answer with|Return} {some|any|a small|an example of|valid} JSON{ object|}{.|, please.|}",
     )
     return typed(rng, question, exact=True), '{"message": "Hello!", "model": "demo"}'
 
@@ -235,7 +254,11 @@ def sum_in_json(rng: random.Random) -> Turn:
             break
     key = rng.choice(["result", "result", "sum", "answer", "total", "value"])
     question = expand(
-        rng, "{What is|Calculate|Compute|} $a {+|plus} $b{?|.|} {Answer|Reply|Respond} in JSON with {the key|key|} $key.", a=str(a), b=str(b), key=key
+        rng,
+        "{What is|Calculate|Compute|} $a {+|plus} $b{?|.|} {Answer|Reply|Respond} in JSON with {the key|key|} $key.",
+        a=str(a),
+        b=str(b),
+        key=key,
     )
     return question.strip(), _dump({key: a + b})
 

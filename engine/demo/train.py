@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,14 +30,22 @@ from .network import Network, Shape
 from .variation import Message
 
 Ints = NDArray[np.int64]
-SHORT, LONG, LONGEST = 256, 1024, 2048
-"""Row lengths: conversations of at most SHORT tokens share rows of that length, the others rows of LONG or LONGEST."""
+LENGTHS = (256, 512, 1024, 2048)
+"""Row lengths: a conversation goes into the shortest rows that it fits in, together with others."""
+
+
+def number_of(tok: Tokenizer, token: str) -> int:
+    """The number of a control token."""
+    found = tok.token_to_id(token)
+    if found is None:
+        raise ValueError(f"the tokenizer has no {token}")
+    return int(found)
 
 
 def encode(tok: Tokenizer, messages: list[Message]) -> tuple[list[int], list[int]]:
-    """The conversation's tokens as the chat template lays them out, and 1 where the model is to have written the token."""
-    start, end = tok.token_to_id("<|im_start|>"), tok.token_to_id("<|im_end|>")
-    newline = tok.encode("\n", add_special_tokens=False).ids
+    """The conversation's tokens as the chat template lays them out, and 1 where the model is to write the token."""
+    start, end = number_of(tok, "<|im_start|>"), number_of(tok, "<|im_end|>")
+    newline: list[int] = tok.encode("\n", add_special_tokens=False).ids
     ids: list[int] = []
     own: list[int] = []
     for message in messages:
@@ -52,14 +61,14 @@ class Packer:
 
     def __init__(self, tok: Tokenizer, conversations: Iterator[list[Message]], tokens: int) -> None:
         self.tok, self.source, self.tokens = tok, conversations, tokens
-        self.waiting: dict[int, list[tuple[list[int], list[int]]]] = {SHORT: [], LONG: [], LONGEST: []}
+        self.waiting: dict[int, list[tuple[list[int], list[int]]]] = {length: [] for length in LENGTHS}
 
     def batch(self) -> tuple[Ints, Ints, Ints]:
         """Tokens, owner flags and conversation numbers (0 = padding), each [rows, length]."""
         while True:
             ids, own = encode(self.tok, next(self.source))
-            length = SHORT if len(ids) <= SHORT else LONG if len(ids) <= LONG else LONGEST
-            if len(ids) > LONGEST:
+            length = next((n for n in LENGTHS if len(ids) <= n), 0)
+            if not length:
                 continue
             pile = self.waiting[length]
             pile.append((ids, own))
@@ -115,7 +124,8 @@ def orthogonal(g: Tensor) -> Tensor:
     for _ in range(5):
         s = x @ x.mT
         x = a * x + (b * s + c * s @ s) @ x
-    return (x.mT if tall else x).float()
+    result: Tensor = x.mT if tall else x
+    return result.float()
 
 
 class Muon:
@@ -160,7 +170,9 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="begin with the weights of this checkpoint, at time zero")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--fp32", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="compile the layers (needs a C++ compiler; a third quicker)")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the layers (needs a C++ compiler; a third quicker)"
+    )
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     torch.manual_seed(args.seed)
@@ -193,14 +205,17 @@ def main() -> None:
         }  # fmt: skip
         torch.save(state, checkpoint.with_suffix(".new"))
         checkpoint.with_suffix(".new").replace(checkpoint)
-        end, pad = tok.token_to_id("<|im_end|>"), tok.token_to_id("<|endoftext|>")
+        end, pad = number_of(tok, "<|im_end|>"), number_of(tok, "<|endoftext|>")
         network.save(args.out, pad, end, pad)
 
     total = args.minutes * 60
     late = False
     packer = Packer(tok, dataset.stream(args.seed * 1_000_003 + step, quotes, long_share=args.long_share), args.tokens)
     mean, began, last_saved, last_shown = math.nan, time.monotonic(), time.monotonic(), 0.0
-    while spent < total:
+    stop: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: stop.append(n))
+    while spent < total and not stop:
         t0 = time.monotonic()
         share = schedule(spent / total, args.decay)
         if share < 1 / 3 and not late:
@@ -208,7 +223,7 @@ def main() -> None:
             packer.source = dataset.stream(args.seed * 1_000_003 + step + 1, quotes, long_share=args.long_share_late)
         ids, mask, keep, target = tensors(packer.batch())
         loss = F.cross_entropy(network(ids, mask, keep, torch.float32 if args.fp32 else torch.bfloat16), target)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(outer, 1.0)
         warm = min(1.0, (step + 1) / 50)
         for group in adam.param_groups:
@@ -227,14 +242,15 @@ def main() -> None:
             last_shown = now
             line = {
                 "step": step, "loss": round(mean, 4), "rate": round(share * warm, 3), "tokens": seen,
-                "per_second": round(ids.numel() / (now - t0)), "minutes": round(spent / 60, 2), "left": round((total - spent) / 60, 2),
+                "per_second": round(ids.numel() / (now - t0)),
+                "minutes": round(spent / 60, 2), "left": round((total - spent) / 60, 2),
             }  # fmt: skip
             print(json.dumps(line), flush=True)
         if now - last_saved > 120:
             last_saved = now
             keep_it()
     keep_it()
-    print(json.dumps({"done": True, "steps": step, "tokens": seen, "wall": round(time.monotonic() - began)}))
+    print(json.dumps({"done": not stop, "steps": step, "tokens": seen, "wall": round(time.monotonic() - began)}))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Small text tools that the generators share: alternation grammar and the ways people type."""
 
+# ruff: noqa: SIM905
+
 from __future__ import annotations
 
 import random
@@ -48,7 +50,9 @@ _CODAS = ["", "", "", "n", "r", "l", "s", "t", "m", "k", "nd", "x", "sh"]
 
 def invented(rng: random.Random) -> str:
     """A word nobody has heard of, so that the model learns to copy and not only to recall."""
-    return "".join(rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(rng.choice([1, 2, 2, 3])))
+    return "".join(
+        rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS) for _ in range(rng.choice([1, 2, 2, 3]))
+    )
 
 
 def _typo(rng: random.Random, text: str) -> str:
@@ -83,7 +87,9 @@ def typed(rng: random.Random, text: str, *, exact: bool = False) -> str:
         text = text.rstrip(".?! ") + rng.choice(["!", "??", "...", " ?", ".", "!!"])
     if rng.random() < 0.07:
         first = text[:1].lower() if not text.startswith(("I ", "I'")) and not text[:2].isupper() else text[:1]
-        text = rng.choice(["Hi, ", "Hey, ", "Hello, ", "ok, ", "Okay, ", "So, ", "Well, ", "please, "]) + first + text[1:]
+        text = (
+            rng.choice(["Hi, ", "Hey, ", "Hello, ", "ok, ", "Okay, ", "So, ", "Well, ", "please, "]) + first + text[1:]
+        )
     if rng.random() < 0.02:
         text = rng.choice([text + "\n", " " + text, text + " "])
     return text

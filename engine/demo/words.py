@@ -1,5 +1,7 @@
 """The word lists that the generators draw from."""
 
+# ruff: noqa: SIM905
+
 from __future__ import annotations
 
 ANIMALS = (
@@ -39,7 +41,9 @@ OBJECTS = (
     "computer radio pencil paintbrush shoe boot egg"
 ).split()
 
-QUALITIES = "small brave kind shy clever curious cheerful gentle quiet lazy hungry young old proud friendly lonely".split()
+QUALITIES = (
+    "small brave kind shy clever curious cheerful gentle quiet lazy hungry young old proud friendly lonely".split()
+)
 COLORS = "red blue green yellow orange purple white black brown pink gray golden silver".split()
 FRUITS = "apple banana cherry pear plum grape lemon orange peach mango strawberry melon kiwi fig".split()
 FOODS = "bread soup pizza rice cheese salad pasta honey pancakes cake porridge noodles stew".split()
