@@ -24,8 +24,6 @@ from aiexport_edge.engine.core.protocol import Priority
 from aiexport_edge.engine.core.request import Request, Status
 from aiexport_edge.engine.core.waiting import TenantQueues
 
-_FLOOR_QUANTUM_STEPS = 1  # a turn of the batch class is worth this many full steps of output
-
 
 class Scheduler:
     """`plan` and `commit` take turns; `add`, `abort` and `finish` come in between.
@@ -64,7 +62,8 @@ class Scheduler:
         self._prefilling: dict[int, Request] = {}  # those on probation not included
         self._probation: dict[int, Request] = {}  # until their prompt is computed
         self._num_batch = 0
-        self._floor = FloorShare(share=batch_floor_share, quantum=OUTPUT_COST * _FLOOR_QUANTUM_STEPS * max_step_tokens)
+        # A turn of the batch class is worth a full step of output.
+        self._floor = FloorShare(share=batch_floor_share, quantum=OUTPUT_COST * max_step_tokens)
         self._served = dict.fromkeys(Priority, 0.0)  # cost since the last plan
         self._batch_first = False
         self._shortfalls: dict[int, int] = {}  # pages that were wanted by a head that did not fit, by handle
@@ -178,8 +177,10 @@ class Scheduler:
         chunks, growing, budget = self._decode_chunks(self._decoding.values())
         if len(chunks) < len(self._decoding):  # the budget does not do for all
             chunks, growing, budget = self._decode_chunks(sorted(self._decoding.values(), key=self._rank))
-        if growing:
-            self._grow(growing)
+        if growing and not self._grow(growing):
+            for chunk in chunks:
+                if chunk.request.status is not Status.RUNNING:
+                    budget += chunk.num_tokens
         return chunks, budget
 
     def _decode_chunks(self, requests: Iterable[Request]) -> tuple[list[Chunk], list[Request], int]:
@@ -199,10 +200,14 @@ class Scheduler:
             chunks.append(Chunk(request, start, num_tokens, num_tokens == num_left))
         return chunks, growing, budget
 
-    def _grow(self, growing: list[Request]) -> None:
-        """Give each request pages for all its tokens, preempting the lowest in rank when they do not suffice."""
+    def _grow(self, growing: list[Request]) -> bool:
+        """Give each request pages for all its tokens, preempting the lowest in rank when they do not suffice.
+
+        Returns whether they did: else some of `growing` may have been preempted themselves.
+        """
         shortage = sum([self._missing_pages(r) for r in growing])
-        if shortage > self.pool.num_available:
+        famine = shortage > self.pool.num_available
+        if famine:
             victims = sorted(self._running.values(), key=self._rank)
             while shortage > self.pool.num_available:
                 victim = victims.pop()
@@ -212,6 +217,7 @@ class Scheduler:
                 self._preempt(victim)
         for request in growing:
             request.pages.extend(self.pool.take(self._missing_pages(request)))
+        return not famine
 
     def _plan_prefills(
         self, priority: Priority, budget: int, chunks: list[Chunk], admissions: bool

@@ -1,0 +1,354 @@
+"""Thousands of random arrivals, aborts, priorities, models and page famines through the real scheduler and page pool.
+
+After every step the harness checks the books of the pool, the shape of the plan, and that every request reads exactly its
+own prefix; at the end, that everybody has answered what it would have answered alone.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.fake_core import STOP_ID, FakeCore, add_request, prompt_of, undisturbed
+
+from aiexport_edge.engine.core.fairness import INPUT_COST, OUTPUT_COST
+from aiexport_edge.engine.core.protocol import AddRequest, FinishReason, Priority
+
+TENANTS = 4
+SALTS = [b"", b"one", b"two"]
+
+
+@dataclass(frozen=True)
+class World:
+    """A core, and how rough it is treated."""
+
+    seed: int
+    num_pages: int
+    tokens_per_page: list[int]
+    max_num_running: int
+    max_step_tokens: int
+    batch_floor_share: float
+    num_requests: int
+    arrivals_per_step: float
+    longest: int
+    abort_rate: float
+    probation_rate: float
+    resume_rate: float
+    most_ids: int
+
+
+worlds = st.builds(
+    World,
+    seed=st.integers(0, 2**32 - 1),
+    num_pages=st.integers(2, 40),
+    tokens_per_page=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    max_num_running=st.integers(1, 12),
+    max_step_tokens=st.integers(1, 40),
+    batch_floor_share=st.sampled_from([0.0, 0.1, 0.5]),
+    num_requests=st.integers(1, 40),
+    arrivals_per_step=st.sampled_from([0.05, 0.3, 1.0, 10.0]),
+    longest=st.integers(2, 60),
+    abort_rate=st.sampled_from([0.0, 0.02, 0.2]),
+    probation_rate=st.sampled_from([0.0, 0.0, 0.3]),
+    resume_rate=st.sampled_from([0.0, 0.3]),
+    most_ids=st.sampled_from([1, 1, 4]),
+)
+
+
+def make_request_of(world: World, rng: random.Random, handle: int, stems: list[list[int]]) -> AddRequest | None:
+    """A random request that fits the pool; prompts often share a stem."""
+    model = rng.randrange(len(world.tokens_per_page))
+    room = min((world.num_pages - 1) * world.tokens_per_page[model], world.longest)
+    if room < 2:
+        return None
+    num_prompt = rng.randint(1, room - 1)
+    max_tokens = rng.randint(1, room - num_prompt)
+    stem = rng.choice(stems)[:num_prompt]
+    prompt = stem if len(stem) == num_prompt else stem + prompt_of(rng, num_prompt - len(stem))
+    message = add_request(
+        handle,
+        prompt,
+        model=model,
+        max_tokens=max_tokens,
+        stop_ids=[STOP_ID] if rng.random() < 0.5 else [],
+        tenant=f"tenant {rng.randrange(TENANTS)}",
+        weight=rng.choice([0.5, 1.0, 4.0]),
+        salt=rng.choice(SALTS),
+        priority=rng.choice(list(Priority)),
+        probation=rng.random() < world.probation_rate,
+    )
+    if rng.random() >= world.resume_rate:
+        return message
+    output = undisturbed(message)[0]
+    forced = output[: rng.randint(0, len(output))]
+    return add_request(
+        handle,
+        prompt,
+        output=forced,
+        model=model,
+        max_tokens=max_tokens,
+        stop_ids=message.stop_ids,
+        tenant=message.tenant,
+        salt=message.salt,
+        priority=Priority(message.priority),
+        probation=message.probation,
+    )
+
+
+@settings(max_examples=250, deadline=None)
+@given(world=worlds)
+def test_nothing_leaks_nothing_is_lost_everybody_finishes(world: World) -> None:
+    rng = random.Random(world.seed)
+    core = FakeCore(
+        num_pages=world.num_pages,
+        tokens_per_page=world.tokens_per_page,
+        max_num_running=world.max_num_running,
+        max_step_tokens=world.max_step_tokens,
+        batch_floor_share=world.batch_floor_share,
+        ids_per_step=lambda handle, index: 1 + (handle + index) % world.most_ids,
+    )
+    stems = [prompt_of(rng, world.longest) for _ in range(3)]
+    handle, due, work = 0, 1.0, 0
+    while handle < world.num_requests or core.scheduler.requests:
+        while due >= 1.0 and handle < world.num_requests:
+            message = make_request_of(world, rng, handle, stems)
+            handle += 1
+            due -= 1.0
+            if message is not None:
+                core.add(message)
+                work += len(message.prompt_ids) // 4 + message.max_tokens
+        due += world.arrivals_per_step
+        if rng.random() < world.abort_rate and core.replies:
+            core.abort(rng.choice(list(core.replies)))
+        if core.scheduler.requests:
+            core.step()
+        assert core.num_steps <= 20 * work + 10, "no progress"
+    assert core.pool.num_used == 0
+    core.check_outputs()
+    # A hit was never another salt's: the runner has checked each read, and nothing was cached that nobody computed.
+    for reply in core.replies.values():
+        assert reply.cached_tokens < max(1, len(reply.message.prompt_ids) // 4 + len(reply.output))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_long_life(seed: int) -> None:
+    """Two thousand requests through one small pool of three models."""
+    rng = random.Random(seed)
+    world = World(seed, 40, [4, 7, 3], 8, 24, 0.1, 2000, 0.0, 70, 0.0, 0.05, 0.1, 3)
+    core = FakeCore(
+        num_pages=40,
+        tokens_per_page=[4, 7, 3],
+        max_step_tokens=24,
+        ids_per_step=lambda handle, index: 1 + (handle + index) % 3,
+    )
+    stems = [prompt_of(rng, 70) for _ in range(2)]
+    for handle in range(2000):
+        message = make_request_of(world, rng, handle, stems)
+        assert message is not None
+        core.add(message)
+        while core.scheduler.num_waiting > 30:
+            core.step()
+        if rng.random() < 0.1:
+            core.abort(rng.randrange(handle + 1))
+    core.run()
+    core.check_outputs()
+    assert core.scheduler.num_preemptions > 20, "the pool was small enough to matter"
+    assert sum(core.scheduler.num_cached_tokens) > 1000, "and prefixes were found"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    num_pages=st.integers(12, 60),
+    max_num_running=st.integers(2, 12),
+    max_step_tokens=st.integers(4, 40),
+    num_tenants=st.integers(1, 5),
+    lasting=st.integers(10, 40),
+)
+def test_no_starvation_within_a_class(
+    seed: int, num_pages: int, max_num_running: int, max_step_tokens: int, num_tenants: int, lasting: int
+) -> None:
+    """However many others keep coming, of its own tenant or not, a request of nearly the whole pool comes to its end."""
+    rng = random.Random(seed)
+    core = FakeCore(num_pages=num_pages, max_num_running=max_num_running, max_step_tokens=max_step_tokens)
+    capacity = core.scheduler.capacity_tokens(0)
+
+    def crowd(handle: int) -> AddRequest:
+        num_prompt = rng.randint(1, max(1, capacity // 3))
+        max_tokens = rng.randint(1, min(lasting, capacity - num_prompt))
+        tenant = f"t{rng.randrange(num_tenants)}"
+        return add_request(handle, prompt_of(rng, num_prompt), max_tokens=max_tokens, tenant=tenant)
+
+    for handle in range(1, 20):
+        core.add(crowd(handle))
+    core.step()
+    core.add(add_request(0, prompt_of(rng, capacity - 12), max_tokens=10, tenant="t0"))
+    handle = 100
+    # Its tenant is served no less than others, to within the counter's bound, and it is its tenant's oldest before long.
+    bound = 40 * num_tenants * OUTPUT_COST * capacity
+    while core.replies[0].reason is None:
+        while core.scheduler.num_waiting < 20:
+            core.add(crowd(handle))
+            handle += 1
+        core.step()
+        assert core.num_steps < bound, "starved"
+    assert core.replies[0].output == undisturbed(core.replies[0].message)[0]
+
+
+class Service:
+    """What each tenant has been served, counted apart from the scheduler: cost over weight, by looking at the plans."""
+
+    def __init__(self, weights: dict[str, float]) -> None:
+        self.weights = weights
+        self.served = dict.fromkeys(weights, 0.0)
+        self._computed: dict[int, int] = {}
+
+    def count(self, core: FakeCore, tokens: dict[int, int]) -> None:
+        for model in core.plan.models:
+            for chunk in model.chunks:
+                handle, tenant = chunk.request.handle, chunk.request.tenant
+                end = min(chunk.start + chunk.num_tokens, chunk.request.num_prompt_tokens)
+                fresh = max(0, end - max(self._computed.get(handle, 0), chunk.start))
+                self._computed[handle] = max(self._computed.get(handle, 0), end)
+                cost = INPUT_COST * fresh + OUTPUT_COST * tokens.get(handle, 0)
+                self.served[tenant] += cost / self.weights[tenant]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    num_tenants=st.integers(2, 4),
+    equal_weights=st.booleans(),
+    tokens_per_page=st.integers(1, 8),
+    num_pages=st.integers(40, 120),
+    max_num_running=st.integers(1, 12),
+    max_step_tokens=st.integers(8, 64),
+    probe=st.sampled_from([0, 0, 5]),
+)
+def test_service_differs_by_no_more_than_the_papers_bound(
+    seed: int,
+    num_tenants: int,
+    equal_weights: bool,
+    tokens_per_page: int,
+    num_pages: int,
+    max_num_running: int,
+    max_step_tokens: int,
+    probe: int,
+) -> None:
+    """Sheng et al., theorem 4.4: |W_f - W_g| over any time in which both wait is at most 2·max(w_p·L_input, w_q·M).
+
+    With weights the service is divided by them, so the bound is that of the lightest tenant. Tenants differ in the size of
+    their requests; some run out of pages and are preempted; visitors that come and go change nothing.
+    """
+    rng = random.Random(seed)
+    core = FakeCore(
+        num_pages=num_pages,
+        tokens_per_page=[tokens_per_page],
+        max_num_running=max_num_running,
+        max_step_tokens=max_step_tokens,
+    )
+    capacity = core.scheduler.capacity_tokens(0)
+    weights = {f"t{i}": 1.0 if equal_weights else rng.choice([0.5, 1.0, 3.0]) for i in range(num_tenants)}
+    sizes = {t: (rng.randint(1, capacity // 3), rng.randint(1, capacity // 3)) for t in weights}
+    service = Service({**weights, "visitor": 1.0})
+    waiting = dict.fromkeys(weights, 0)
+    handle = longest_input = most_running = 0
+    differences: list[tuple[float, ...]] = []
+    names = sorted(weights)
+    for step in range(400):
+        for tenant in names:
+            while waiting[tenant] <= max_num_running:  # more than a step can admit: never without one that waits
+                num_prompt = rng.randint(1, sizes[tenant][0])
+                max_tokens = rng.randint(1, sizes[tenant][1])
+                longest_input = max(longest_input, num_prompt)
+                prompt = prompt_of(rng, num_prompt)
+                core.add(
+                    add_request(handle, prompt, max_tokens=max_tokens, tenant=tenant, weight=weights[tenant])
+                )
+                handle += 1
+                waiting[tenant] += 1
+        if probe and step % probe == 0:
+            core.add(add_request(handle, prompt_of(rng, 3), max_tokens=3, tenant="visitor"))
+            handle += 1
+        report = core.step()
+        service.count(core, {t.handle: len(t.ids) for t in report.tokens})
+        running = [r for r in core.scheduler.requests.values() if r.pages]
+        most_running = max(most_running, sum(len(r.token_ids) for r in running) + max_num_running)
+        waiting = dict.fromkeys(weights, 0)
+        for request in core.scheduler.requests.values():
+            if not request.pages and request.tenant in waiting:
+                waiting[request.tenant] += 1
+        differences.append(tuple(service.served[f] - service.served[g] for f in names for g in names))
+    bound = 2 * max(INPUT_COST * longest_input, OUTPUT_COST * most_running) / min(weights.values())
+    for of_pair in zip(*differences, strict=True):
+        assert max(of_pair) - min(of_pair) <= bound
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), probation=st.booleans())
+def test_resumed_anywhere_equals_undisturbed(seed: int, probation: bool) -> None:
+    """A core dies between two steps, any two: what a fresh one answers to ids and prompt goes on where it stopped."""
+    rng = random.Random(seed)
+    messages = [
+        add_request(
+            handle,
+            prompt_of(rng, rng.randint(1, 20)),
+            max_tokens=rng.randint(1, 20),
+            stop_ids=[STOP_ID],
+            tenant=f"t{handle % 3}",
+            priority=rng.choice(list(Priority)),
+        )
+        for handle in range(10)
+    ]
+    ids: dict[int, list[int]] = {message.handle: [] for message in messages}
+    reasons: dict[int, FinishReason] = {}
+    while len(reasons) < len(messages):
+        core = FakeCore(num_pages=14, max_num_running=4, ids_per_step=lambda handle, index: 1 + index % 3)
+        for message in messages:
+            if message.handle in reasons:
+                continue
+            prompt = list(memoryview(message.prompt_ids).cast("I"))
+            core.add(
+                add_request(
+                    message.handle,
+                    prompt,
+                    output=ids[message.handle],
+                    max_tokens=message.max_tokens,
+                    stop_ids=message.stop_ids,
+                    tenant=message.tenant,
+                    priority=Priority(message.priority),
+                    probation=probation and bool(ids[message.handle]),
+                )
+            )
+        for _ in range(rng.randint(1, 12)):
+            if core.scheduler.requests:
+                core.step()
+        for reply in core.replies.values():
+            ids[reply.message.handle] += reply.ids
+            if reply.reason is not None:
+                reasons[reply.message.handle] = reply.reason
+    for message in messages:
+        assert (ids[message.handle], reasons[message.handle]) == undisturbed(message)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), share=st.sampled_from([0.05, 0.2]))
+def test_batch_never_starves(seed: int, share: float) -> None:
+    rng = random.Random(seed)
+    core = FakeCore(num_pages=31, max_num_running=4, max_step_tokens=8, batch_floor_share=share)
+    for handle in range(3):
+        num_prompt = rng.randint(1, 80)
+        core.add(add_request(handle, prompt_of(rng, num_prompt), max_tokens=rng.randint(1, 30), priority=Priority.BATCH))
+    handle = 10
+    while any(core.replies[i].reason is None for i in range(3)):
+        while core.scheduler.num_waiting < 6:
+            prompt = prompt_of(rng, rng.randint(1, 40))
+            core.add(add_request(handle, prompt, max_tokens=rng.randint(1, 40), tenant=f"t{rng.randrange(3)}"))
+            handle += 1
+        core.step()
+        assert core.num_steps < 330 * OUTPUT_COST / share, "starved"
+    for handle in range(3):
+        assert core.replies[handle].output == undisturbed(core.replies[handle].message)[0]
