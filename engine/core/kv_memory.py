@@ -108,19 +108,38 @@ class KVMemory:
 
 
 def available_memory() -> int:
-    """Bytes that this process can still take on the host: the system's, and its control group's where it has one."""
+    """Bytes that this process can still take on the host: of the system, and of the control groups it is in."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        limits.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        group = Path("/sys/fs/cgroup")
-        if (group / limit).exists() and (group / usage).exists():
-            text = (group / limit).read_text().strip()
-            if text != "max":
-                limits.append(int(text) - int((group / usage).read_text()))
+        limits.append(1024 * int(_fields(meminfo.read_text())["MemAvailable:"]))
+    membership = Path("/proc/self/cgroup")
+    if membership.exists():
+        limits += control_group_memory(membership.read_text(), Path("/sys/fs/cgroup"))
     return max(0, min(limits))
+
+
+def control_group_memory(membership: str, root: Path) -> list[int]:
+    """What each limited control group (version 2) on the way from the process's own up to `root` has left, in bytes.
+
+    Its page cache that is not in use, such as weight files that were read, counts as left. `membership` is the text of
+    /proc/self/cgroup.
+    """
+    own = next((line.removeprefix("0::/") for line in membership.splitlines() if line.startswith("0::/")), None)
+    if own is None:
+        return []
+    left = []
+    for group in (root / own, *(parent for parent in (root / own).parents if parent.is_relative_to(root))):
+        try:
+            limit = (group / "memory.max").read_text().strip()
+            if limit != "max":
+                reclaimable = int(_fields((group / "memory.stat").read_text())["inactive_file"])
+                left.append(int(limit) - int((group / "memory.current").read_text()) + reclaimable)
+        except FileNotFoundError:
+            continue  # the root has no limit, and a container sees only its own group
+    return left
+
+
+def _fields(text: str) -> dict[str, str]:
+    """The first two words of each line."""
+    return dict(line.split()[:2] for line in text.splitlines() if line)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from aiexport_edge.engine.core.kv_memory import KVMemory, ModelNeed, PoolShape, available_memory, pool_shape
+from aiexport_edge.engine.core.kv_memory import (
+    KVMemory,
+    ModelNeed,
+    PoolShape,
+    available_memory,
+    control_group_memory,
+    pool_shape,
+)
 from aiexport_edge.engine.models.config import ModelError
 
 GIB = 1 << 30
@@ -74,3 +83,22 @@ def test_views_fill_a_page_and_never_leave_it(dtype: torch.dtype) -> None:
 
 def test_available_memory_is_some_and_not_more_than_there_is() -> None:
     assert 1 << 20 < available_memory() < 1 << 50
+
+
+def test_limits_of_control_groups_count(tmp_path: Path) -> None:
+    def group(path: str, limit: str, current: int, inactive_file: int) -> None:
+        directory = tmp_path / path
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "memory.max").write_text(f"{limit}\n")
+        (directory / "memory.current").write_text(f"{current}\n")
+        (directory / "memory.stat").write_text(f"anon 1\ninactive_file {inactive_file}\nactive_file 9\n")
+
+    group("system.slice", "1000", 300, 50)
+    group("system.slice/edge.service", "max", 200, 20)
+    assert control_group_memory("0::/system.slice/edge.service\n", tmp_path) == [750]
+    group("system.slice/edge.service", "400", 200, 20)
+    assert control_group_memory("1:cpu:/x\n0::/system.slice/edge.service\n", tmp_path) == [220, 750]
+    assert control_group_memory("0::/\n", tmp_path) == []
+    assert control_group_memory("4:memory:/old\n", tmp_path) == []
+    group("", "500", 100, 0)  # as a container sees it
+    assert control_group_memory("0::/\n", tmp_path) == [400]
