@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
 import logging
 import os
 import signal
@@ -26,6 +27,7 @@ from aiexport_edge.proto.lifetime import die_with_parent
 
 KEEP_ALIVE_S = 75
 BACKLOG = 2048
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
 ENDING_S = 2  # for the last events of streams that are cut at the end of the drain
 
 log = logging.getLogger("aiexport_edge.shim")
@@ -41,6 +43,7 @@ class _Server(uvicorn.Server):
 
 def main(arguments: list[str] | None = None) -> int:
     die_with_parent()
+    _give_memory_back()
     parser = argparse.ArgumentParser(prog="aiexport_edge.shim.server", description=__doc__)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--state", type=Path)
@@ -67,6 +70,20 @@ def main(arguments: list[str] | None = None) -> int:
             return runner.run(serve(config, args.fd, args.admin_fd, tuple(args.engine) or config.engine_addresses))
     finally:
         listener.stop()
+
+
+def _give_memory_back() -> None:
+    """Has glibc return large buffers to the system when they are freed, so that one body of 32 MiB does not stay.
+
+    Left to itself it raises the size from which a buffer is mapped on its own to the largest that was ever freed.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in musl
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 256 << 10)
+        mallopt(_M_TRIM_THRESHOLD, 1 << 20)
+        mallopt(_M_ARENA_MAX, 2)
 
 
 async def serve(config: configuration.Config, fd: int, admin_fd: int | None, addresses: tuple[str, ...]) -> int:
@@ -115,6 +132,7 @@ def server(app: Starlette, *, drain_s: int) -> uvicorn.Server:
     from aiexport_edge.shim.http_protocol import HttpProtocol
 
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # `exchange.py` logs what goes wrong, once
+    logging.getLogger("uvicorn.access").propagate = False  # it would write query strings
     return _Server(
         uvicorn.Config(
             app,

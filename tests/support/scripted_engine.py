@@ -63,6 +63,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         self._free = asyncio.Event()  # set: tokens come at once
         self._permits = asyncio.Semaphore(0)  # else one a token
         self._starts = asyncio.Event()  # set: requests are scheduled at once
+        self._answers = asyncio.Event()  # set: ListModels answers
         self._sessions: set[asyncio.Queue[pb.StepOutputs | None]] = set()
         self._server: grpc.aio.Server | None = None
         self._loop = asyncio.new_event_loop()
@@ -70,6 +71,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         self._thread.start()
         self.free_run()
         self.hold_starts(False)
+        self.hang(False)
 
     # ---------------------------------------------------------------------------------------- for the test
 
@@ -103,6 +105,10 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
     def hold_starts(self, hold: bool) -> None:
         self._loop.call_soon_threadsafe(self._starts.clear if hold else self._starts.set)
 
+    def hang(self, hang: bool) -> None:
+        """While it hangs, ListModels gets no answer."""
+        self._loop.call_soon_threadsafe(self._answers.clear if hang else self._answers.set)
+
     def drain(self) -> None:
         """Says that it takes no new requests."""
 
@@ -119,6 +125,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
     # ---------------------------------------------------------------------------------------- the contract
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
+        await self._answers.wait()
         return pb.ListModelsResponse(
             models=[
                 pb.ModelInfo(

@@ -1,4 +1,4 @@
-"""A real shim over real sockets in this process: uvicorn on its own loop and thread, the store in a temporary directory."""
+"""A real shim over real sockets in this process: uvicorn on a loop and thread of its own, the store in a directory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 import uvloop
 
 from aiexport_edge.proto import config as configuration
@@ -52,11 +53,11 @@ class ShimServer:
         self._sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
         self.base_url, self.admin_url = (f"http://127.0.0.1:{s.getsockname()[1]}" for s in self._sockets)
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self._started = threading.Event()
+        self.servers: list[uvicorn.Server] = []
 
     def start(self) -> None:
         self._thread.start()
-        assert self._started.wait(20)
+        until(lambda: len(self.servers) == 2 and all(each.started for each in self.servers), "both listeners are up")
 
     def stop(self) -> None:
         for each in self.servers:
@@ -90,12 +91,6 @@ class ShimServer:
             server(create_admin_app(self.services), drain_s=1),
         ]
 
-        async def tell() -> None:
-            while not all(each.started for each in self.servers):
-                await asyncio.sleep(0.005)
-            self._started.set()
-
         async with asyncio.TaskGroup() as group:
-            group.create_task(tell())
             for each, listener in zip(self.servers, self._sockets, strict=True):
                 group.create_task(each.serve(sockets=[listener]))

@@ -1,0 +1,196 @@
+"""Each rule of a message body, with the path of the field at fault."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from aiexport_edge.shim.api.messages_request import Turn, parse_messages_request
+from aiexport_edge.shim.errors import InvalidRequest
+
+USER = [{"role": "user", "content": "x"}]
+
+
+def body(**fields: Any) -> dict[str, Any]:
+    return {"model": "m", "messages": USER, **fields}
+
+
+def content(*blocks: Any) -> dict[str, Any]:
+    return body(messages=[{"role": "user", "content": list(blocks)}])
+
+
+def image(**source: Any) -> dict[str, Any]:
+    return content({"type": "text", "text": "x"}, {"type": "image", "source": source})
+
+
+IMAGE = "messages.0.content.1"
+PNG = {"type": "base64", "media_type": "image/png", "data": "aGk="}
+WRONG: list[tuple[Any, str | None]] = [
+    ([], None),
+    ("x", None),
+    (None, None),
+    ({"messages": USER}, "model"),
+    (body(model=None), "model"),
+    (body(model=1), "model"),
+    (body(model="\ud800"), "model"),
+    ({"model": "m"}, "messages"),
+    (body(messages={}), "messages"),
+    (body(messages=[]), "messages"),
+    (body(messages=[None]), "messages.0"),
+    (body(messages=[*USER, 5]), "messages.1"),
+    (body(messages=[{"content": "x"}]), "messages.0.role"),
+    (body(messages=[{"role": "system", "content": "x"}]), "messages.0.role"),
+    (body(messages=[{"role": "tool", "content": "x"}]), "messages.0.role"),
+    (body(messages=[{"role": 1, "content": "x"}]), "messages.0.role"),
+    (body(messages=[{"role": "assistant", "content": "x"}]), "messages.0.role"),
+    (body(messages=[{"role": "user"}]), "messages.0.content"),
+    (body(messages=[{"role": "user", "content": None}]), "messages.0.content"),
+    (body(messages=[{"role": "user", "content": {}}]), "messages.0.content"),
+    (body(messages=[{"role": "user", "content": ""}]), "messages.0.content"),
+    (body(messages=[{"role": "user", "content": []}]), "messages.0.content"),
+    (body(messages=[{"role": "user", "content": "\udc00"}]), "messages.0.content"),
+    (body(messages=[*USER, {"role": "assistant", "content": ""}, *USER]), "messages.1.content"),
+    (content("x"), "messages.0.content.0"),
+    (content({"text": "x"}), "messages.0.content.0.type"),
+    (content({"type": "audio"}), "messages.0.content.0.type"),
+    (content({"type": "tool_result", "content": "x"}), "messages.0.content.0.type"),
+    (content({"type": "text"}), "messages.0.content.0.text"),
+    (content({"type": "text", "text": 5}), "messages.0.content.0.text"),
+    (content({"type": "text", "text": "\ud800x"}), "messages.0.content.0.text"),
+    (content({"type": "image"}), "messages.0.content.0.source"),
+    (image(), f"{IMAGE}.source.type"),
+    (image(type="file"), f"{IMAGE}.source.type"),
+    (image(type="base64", data="x"), f"{IMAGE}.source.media_type"),
+    (image(type="base64", media_type="image/tiff", data="x"), f"{IMAGE}.source.media_type"),
+    (image(type="base64", media_type="image/png"), f"{IMAGE}.source.data"),
+    (image(type="url"), f"{IMAGE}.source.url"),
+    (image(type="url", url="ftp://x"), f"{IMAGE}.source.url"),
+    (image(type="url", url="data:text/html;base64,x"), f"{IMAGE}.source.url"),
+    (image(**PNG), IMAGE),
+    (image(type="url", url="data:image/png;base64,aGk="), IMAGE),
+    (body(tools=[{"name": "x"}]), "tools"),
+    (body(tool_choice={"type": "auto"}), "tool_choice"),
+    (body(thinking={"type": "enabled", "budget_tokens": 1024}), "thinking"),
+    (body(metadata="x"), "metadata"),
+    (body(max_tokens=0), "max_tokens"),
+    (body(max_tokens=-1), "max_tokens"),
+    (body(max_tokens=True), "max_tokens"),
+    (body(max_tokens=1.5), "max_tokens"),
+    (body(max_tokens="5"), "max_tokens"),
+    (body(max_tokens=float("inf")), "max_tokens"),
+    (body(temperature=1.5), "temperature"),
+    (body(temperature=-0.1), "temperature"),
+    (body(temperature=False), "temperature"),
+    (body(temperature=float("inf")), "temperature"),
+    (body(top_p=0), "top_p"),
+    (body(top_p=1.01), "top_p"),
+    (body(top_p=[]), "top_p"),
+    (body(top_k=-1), "top_k"),
+    (body(top_k=0.5), "top_k"),
+    (body(seed=-1), "seed"),
+    (body(seed=2**64), "seed"),
+    (body(seed=float("-inf")), "seed"),
+    (body(stream=1), "stream"),
+    (body(stream="true"), "stream"),
+    (body(system=5), "system"),
+    (body(system={"type": "text", "text": "x"}), "system"),
+    (body(system=["x"]), "system.0"),
+    (body(system=[{"type": "image"}]), "system.0.type"),
+    (body(system=[{"type": "text", "text": None}]), "system.0.text"),
+    (body(system="\ud800"), "system"),
+    (body(stop_sequences="x"), "stop_sequences"),
+    (body(stop_sequences=["x"] * 17), "stop_sequences"),
+    (body(stop_sequences=["x", ""]), "stop_sequences.1"),
+    (body(stop_sequences=["x" * 257]), "stop_sequences.0"),
+    (body(stop_sequences=[None]), "stop_sequences.0"),
+    (body(stop_sequences=["\ud800"]), "stop_sequences.0"),
+    (body(response_format="json"), "response_format"),
+    (body(response_format={}), "response_format.type"),
+    (body(response_format={"type": "xml"}), "response_format.type"),
+    (body(response_format={"type": "json_object"}), "response_format.type"),
+    (body(response_format={"type": "json_schema"}), "response_format.json_schema"),
+    (body(response_format={"type": "json_schema", "json_schema": {"schema": {}}}), "response_format.json_schema.name"),
+    (
+        body(response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": []}}),
+        "response_format.json_schema.schema",
+    ),
+    (
+        body(response_format={"type": "json_schema", "json_schema": {"name": "n", "schema": {}, "strict": 1}}),
+        "response_format.json_schema.strict",
+    ),
+]
+
+
+@pytest.mark.parametrize(("value", "param"), WRONG)
+def test_wrong_bodies_name_their_field(value: Any, param: str | None) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        parse_messages_request(value)
+    assert raised.value.param == param
+    assert param is None or raised.value.message.startswith(param)
+    raised.value.message.encode()
+
+
+def test_defaults() -> None:
+    request = parse_messages_request(body())
+    assert request.turns == (Turn("user", "x"),)
+    assert (request.temperature, request.stream, request.stop_sequences) == (1.0, False, ())
+    assert (request.system, request.max_tokens, request.top_p, request.top_k, request.seed) == (None,) * 5
+
+
+def test_null_is_absent_and_unknown_fields_are_ignored() -> None:
+    optional = "max_tokens temperature system stream response_format top_p top_k stop_sequences seed metadata tools"
+    nothing = dict.fromkeys([*optional.split(), "tool_choice", "thinking"])
+    assert parse_messages_request(body(**nothing, service_tier="auto", nonsense=[{}])) == parse_messages_request(body())
+
+
+def test_whole_numbers_may_have_a_point() -> None:
+    request = parse_messages_request(body(max_tokens=5.0, top_k=1e2, seed=0.0, temperature=0, top_p=1))
+    assert (request.max_tokens, request.top_k, request.seed) == (5, 100, 0)
+    assert all(type(value) is int for value in (request.max_tokens, request.top_k, request.seed))
+    assert (request.temperature, request.top_p) == (0.0, 1.0)
+
+
+def test_edges_that_are_allowed() -> None:
+    request = parse_messages_request(body(top_k=0, seed=2**64 - 1, stop_sequences=["é" * 256] * 16))
+    assert request.top_k is None
+    assert request.seed == 2**64 - 1
+    assert parse_messages_request(body(top_k=10**30)).top_k == 2**31 - 1
+    assert parse_messages_request(body(response_format={"type": "text"}, metadata={"user_id": "\ud800"}))
+
+
+def test_blocks_and_turns_are_joined() -> None:
+    request = parse_messages_request(
+        {
+            "model": "m",
+            "system": [
+                {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}},
+                {"type": "text", "text": "b"},
+            ],
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]},
+                {"role": "user", "content": "three"},
+                {"role": "assistant", "content": "four"},
+                {"role": "user", "content": " "},
+                {"role": "assistant", "content": "prefill "},
+            ],
+        }
+    )
+    assert request.system == "a\n\nb"
+    assert request.turns == (
+        Turn("user", "one two\n\nthree"),
+        Turn("assistant", "four"),
+        Turn("user", " "),
+        Turn("assistant", "prefill "),
+    )
+
+
+@pytest.mark.parametrize("nothing", ["", [], [{"type": "text", "text": ""}]])
+def test_an_empty_prefill_is_none(nothing: Any) -> None:
+    request = parse_messages_request(body(messages=[*USER, {"role": "assistant", "content": nothing}]))
+    assert request.turns == (Turn("user", "x"),)
+
+
+@pytest.mark.parametrize("nothing", ["", []])
+def test_an_empty_system_is_none(nothing: Any) -> None:
+    assert parse_messages_request(body(system=nothing)).system is None
