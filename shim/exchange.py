@@ -24,6 +24,7 @@ from aiexport_edge.shim.store.keys import new_id
 
 CLIENT_CLOSED = 499  # in the log alone: the client left before there was a status
 _MAX_PATH_CHARS = 200
+_PROBES = frozenset({"/healthz", "/readyz"})  # asked every few seconds for ever
 
 log = logging.getLogger(__name__)
 
@@ -123,4 +124,5 @@ class ExchangeMiddleware:
         logs.access(
             f"{scope['method']} {path} {status}",
             {"request_id": exchange.request_id, "ms": round(seconds * 1000, 1), **exchange.facts},
+            level=logging.DEBUG if exchange.route in _PROBES else logging.INFO,
         )

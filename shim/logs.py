@@ -60,9 +60,9 @@ def set_up(level: str, log_format: str) -> logging.handlers.QueueListener:
     return listener
 
 
-def access(message: str, fields: dict[str, Any]) -> None:
+def access(message: str, fields: dict[str, Any], *, level: int = logging.INFO) -> None:
     """One line for one request."""
-    ACCESS.info(message, extra={"fields": fields})
+    ACCESS.log(level, message, extra={"fields": fields})
 
 
 def _time(record: logging.LogRecord) -> str:
