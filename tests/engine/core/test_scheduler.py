@@ -131,7 +131,7 @@ def test_batch_keeps_its_share_of_a_busy_core() -> None:
             core.add(add_request(handle, prompt_of(rng, 8), max_tokens=100, priority=Priority.BATCH))
             handle += 1
         for tokens in core.step().tokens:
-            served[core.replies[tokens.handle].message.priority] += len(tokens.ids)
+            served[Priority(core.replies[tokens.handle].message.priority)] += len(tokens.ids)
     share = served[Priority.BATCH] / sum(served.values())
     assert 0.15 < share < 0.35
     done = [r for r in core.replies.values() if r.message.priority is Priority.BATCH and r.reason is not None]

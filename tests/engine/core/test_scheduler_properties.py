@@ -265,9 +265,7 @@ def test_service_differs_by_no_more_than_the_papers_bound(
                 max_tokens = rng.randint(1, sizes[tenant][1])
                 longest_input = max(longest_input, num_prompt)
                 prompt = prompt_of(rng, num_prompt)
-                core.add(
-                    add_request(handle, prompt, max_tokens=max_tokens, tenant=tenant, weight=weights[tenant])
-                )
+                core.add(add_request(handle, prompt, max_tokens=max_tokens, tenant=tenant, weight=weights[tenant]))
                 handle += 1
                 waiting[tenant] += 1
         if probe and step % probe == 0:
@@ -341,7 +339,9 @@ def test_batch_never_starves(seed: int, share: float) -> None:
     core = FakeCore(num_pages=31, max_num_running=4, max_step_tokens=8, batch_floor_share=share)
     for handle in range(3):
         num_prompt = rng.randint(1, 80)
-        core.add(add_request(handle, prompt_of(rng, num_prompt), max_tokens=rng.randint(1, 30), priority=Priority.BATCH))
+        core.add(
+            add_request(handle, prompt_of(rng, num_prompt), max_tokens=rng.randint(1, 30), priority=Priority.BATCH)
+        )
     handle = 10
     while any(core.replies[i].reason is None for i in range(3)):
         while core.scheduler.num_waiting < 6:
