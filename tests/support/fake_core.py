@@ -1,9 +1,9 @@
 """A core without a device: the real scheduler, page pool and commit around a runner that models what pages hold.
 
-The runner draws ids by a pure function of the ids before them, so that what a request must answer is known beforehand. It
-notes for every (page, offset) which sequence of ids, of which model and salt, its keys and values stand for, and asserts
-before each draw that attention would read exactly its own prefix: a page shared by mistake, a stale prefix hit or
-another tenant's shows there.
+The runner draws ids by a pure function of the ids before them, so that what a request must answer is known beforehand.
+It notes for every (page, offset) which sequence of ids, of which model and salt, its keys and values stand for, and
+asserts before each draw that attention would read exactly its own prefix: a page shared by mistake, a stale prefix hit
+or another tenant's shows there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Thousands of random arrivals, aborts, priorities, models and page famines through the real scheduler and page pool.
 
-After every step the harness checks the books of the pool, the shape of the plan, and that every request reads exactly its
-own prefix; at the end, that everybody has answered what it would have answered alone.
+After every step the harness checks the books of the pool, the shape of the plan, and that every request reads exactly
+its own prefix; at the end, that everybody has answered what it would have answered alone.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def test_a_long_life(seed: int) -> None:
 def test_no_starvation_within_a_class(
     seed: int, num_pages: int, max_num_running: int, max_step_tokens: int, num_tenants: int, lasting: int
 ) -> None:
-    """However many others keep coming, of its own tenant or not, a request of nearly the whole pool comes to its end."""
+    """However many others keep coming, of its own tenant or not, a request of nearly the whole pool ends."""
     rng = random.Random(seed)
     core = FakeCore(num_pages=num_pages, max_num_running=max_num_running, max_step_tokens=max_step_tokens)
     capacity = core.scheduler.capacity_tokens(0)
@@ -187,7 +187,7 @@ def test_no_starvation_within_a_class(
     core.step()
     core.add(add_request(0, prompt_of(rng, capacity - 12), max_tokens=10, tenant="t0"))
     handle = 100
-    # Its tenant is served no less than others, to within the counter's bound, and it is its tenant's oldest before long.
+    # Its tenant is served no less than others, to within the bound below, and it is its tenant's oldest soon.
     bound = 40 * num_tenants * OUTPUT_COST * capacity
     while core.replies[0].reason is None:
         while core.scheduler.num_waiting < 20:
@@ -238,10 +238,10 @@ def test_service_differs_by_no_more_than_the_papers_bound(
     max_step_tokens: int,
     probe: int,
 ) -> None:
-    """Sheng et al., theorem 4.4: |W_f - W_g| over any time in which both wait is at most 2·max(w_p·L_input, w_q·M).
+    """Sheng et al., of backlogged clients: |W_f - W_g| while both wait is at most 2·max(w_p·L_input, w_q·M).
 
-    With weights the service is divided by them, so the bound is that of the lightest tenant. Tenants differ in the size of
-    their requests; some run out of pages and are preempted; visitors that come and go change nothing.
+    With weights the service is divided by them, so the bound is that of the lightest tenant. Tenants differ in the size
+    of their requests; some run out of pages and are preempted; visitors that come and go change nothing.
     """
     rng = random.Random(seed)
     core = FakeCore(
@@ -338,10 +338,8 @@ def test_batch_never_starves(seed: int, share: float) -> None:
     rng = random.Random(seed)
     core = FakeCore(num_pages=31, max_num_running=4, max_step_tokens=8, batch_floor_share=share)
     for handle in range(3):
-        num_prompt = rng.randint(1, 80)
-        core.add(
-            add_request(handle, prompt_of(rng, num_prompt), max_tokens=rng.randint(1, 30), priority=Priority.BATCH)
-        )
+        prompt = prompt_of(rng, rng.randint(1, 80))
+        core.add(add_request(handle, prompt, max_tokens=rng.randint(1, 30), priority=Priority.BATCH))
     handle = 10
     while any(core.replies[i].reason is None for i in range(3)):
         while core.scheduler.num_waiting < 6:
