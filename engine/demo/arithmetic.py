@@ -44,7 +44,7 @@ def held_out(a: int, b: int) -> bool:
 def _pair(rng: random.Random) -> tuple[int, int]:
     while True:
         r = rng.random()
-        top = 12 if r < 0.12 else 50 if r < 0.65 else LIMIT
+        top = 9 if r < 0.12 else 20 if r < 0.25 else 50 if r < 0.82 else LIMIT
         a, b = rng.randint(0, top), rng.randint(0, top)
         if not held_out(a, b):
             return a, b
@@ -91,8 +91,8 @@ def follow_up(rng: random.Random) -> Turn:
 
 
 def several(rng: random.Random) -> Turn:
-    """Two to four sums in one message."""
-    pairs = [_pair(rng) for _ in range(rng.randint(2, 4))]
+    """Two to six sums in one message."""
+    pairs = [_pair(rng) for _ in range(rng.randint(2, 6))]
     sign = rng.choice([" + ", " + ", "+", " plus "])
     asked = [f"{a}{sign}{b}" for a, b in pairs]
     listed = rng.choice(
@@ -106,7 +106,7 @@ def several(rng: random.Random) -> Turn:
 
 def conversation(rng: random.Random) -> list[Turn]:
     """One to four sums, or several at once."""
-    if rng.random() < 0.22:
+    if rng.random() < 0.35:
         return [several(rng)]
     turns = [addition(rng) if rng.random() < 0.88 else other(rng)]
     while rng.random() < 0.35 and len(turns) < 4:

@@ -29,16 +29,16 @@ def _segment(rng: random.Random, quotes: list[str]) -> list[Turn]:
     r = rng.random()
     if r < 0.25:
         return conversations.conversation(rng, quotes)
-    if r < 0.30:
+    if r < 0.29:
         return conversations.own_name(rng)
-    if r < 0.305:
+    if r < 0.295:
         return [conversations.nameless(rng)]
-    if r < 0.54:
+    if r < 0.53:
         return arithmetic.conversation(rng)
     if r < 0.68:
         return structured.conversation(rng)
     if r < 0.88:
-        return echoes.conversation(rng)
+        return echoes.conversation(rng, quotes)
     return stories.conversation(rng)
 
 

@@ -10,9 +10,13 @@ from . import words
 from .variation import Turn, expand, invented, sentence, typed
 
 
-def phrase(rng: random.Random) -> str:
-    """A word or a short sentence to repeat."""
+def phrase(rng: random.Random, quotes: list[str] | None = None) -> str:
+    """A word or a short sentence to repeat, some of them from ``quotes``."""
     r = rng.random()
+    if quotes and r > 0.75:
+        quote = rng.choice(quotes).split()
+        first = rng.randrange(len(quote))
+        return " ".join(quote[first : first + rng.randint(1, 9)])
     if r < 0.3:
         word = rng.choice(words.PLAIN)
         return sentence(word) if rng.random() < 0.4 else word.upper() if rng.random() < 0.1 else word
@@ -42,9 +46,9 @@ _ASK = [
 ]  # fmt: skip
 
 
-def echo(rng: random.Random) -> Turn:
+def echo(rng: random.Random, quotes: list[str] | None = None) -> Turn:
     """Something to repeat, and the same."""
-    x = phrase(rng)
+    x = phrase(rng, quotes)
     question = expand(rng, rng.choice(_ASK)).replace("$x", x)
     if rng.random() < 0.15:
         question = question[:1].lower() + question[1:]
@@ -61,9 +65,9 @@ _NUMBERS = ["zero", "one", "two", "three", "four", "five", "six"]
 def trick(rng: random.Random) -> Turn:
     """Counting, a list, the days, the alphabet."""
     r = rng.random()
-    if r < 0.45:
+    if r < 0.55:
         first = 1 if rng.random() < 0.85 else rng.randint(2, 20)
-        last = first + rng.choice([2, 3, 4, 4, 5, 6, 7, 8, 9, 9, 9, 9, 11, 14, 19, 19, 29, 49])
+        last = first + rng.choice([2, 3, 4, 4, 5, 6, 7, 8, 9, 9, 9, 9, 11, 14, 19])
         question = f"{rng.choice(['Count', 'Please count', 'Can you count', 'count'])} "
         question += f"to {last}" if first == 1 and rng.random() < 0.5 else f"from {first} to {last}"
         return typed(rng, question + "."), ", ".join(str(i) for i in range(first, last + 1))
@@ -86,9 +90,9 @@ def trick(rng: random.Random) -> Turn:
     return typed(rng, question), "A B C D E F G H I J K L M N O P Q R S T U V W X Y Z"
 
 
-def conversation(rng: random.Random) -> list[Turn]:
+def conversation(rng: random.Random, quotes: list[str] | None = None) -> list[Turn]:
     """One to three things to say back."""
-    turns = [echo(rng) if rng.random() < 0.75 else trick(rng)]
+    turns = [echo(rng, quotes) if rng.random() < 0.7 else trick(rng)]
     while rng.random() < 0.2 and len(turns) < 3:
-        turns.append(echo(rng))
+        turns.append(echo(rng, quotes))
     return turns

@@ -133,7 +133,7 @@ _PLOTS = [
 ]  # fmt: skip
 
 _ASK = ["tell me", "write", "write me", "can you tell me", "please tell me", "make up", "could you write", "I want", "give me", "tell", "I would like", "Can you write"]  # fmt: skip
-_STORY = ["a story", "a story", "a short story", "a little story", "a small story", "a fairy tale", "a tale", "a bedtime story", "a very short story"]  # fmt: skip
+_STORY = ["a story", "a story", "a short story", "a little story", "a small story", "a fairy tale", "a tale", "a bedtime story", "a very short story", "a long story"]  # fmt: skip
 
 
 def _hero(rng: random.Random) -> str:
