@@ -29,6 +29,8 @@ FUSIONS = {
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 HARMLESS = "rotary_emb.inv_freq"  # a table that old transformers saved; it follows from the configuration
 
+DTYPES_BY_NAME = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
 Progress = Callable[[int, int], None]
 
 
@@ -93,9 +95,6 @@ def serving_dtype(requested: str, checkpoint: torch.dtype, device: torch.device)
     if requested == "bfloat16" and not supports_bf16():
         raise ModelError("this processor has no bfloat16 products; use dtype auto or float32")
     return DTYPES_BY_NAME[requested]
-
-
-DTYPES_BY_NAME = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
