@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -37,6 +38,7 @@ example:
 
 SOCKET_PATH_LIMIT = 100  # bytes; sun_path of unix(7) holds 108 with its end
 SHIM_MARGIN = 5.0  # seconds past the drain that a shim gets to write its accounts
+IMPATIENT = 0.5  # seconds after which a second Ctrl-C is another one
 ENGINE_PATIENCE = 15.0  # seconds for an engine that nobody uses any more
 
 
@@ -149,12 +151,13 @@ class _Installation:
         self._engine: list[Child] = []  # none, or one
         self._shims: list[Child] = []
         self._stop = asyncio.Event()
+        self._asked_at = 0.0
 
     async def run(self) -> int:
         """Until a signal: 0. Raises `CommandError` where a part gives up before the installation was ever ready."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, self._on_signal)
+            loop.add_signal_handler(number, self._on_signal, number)
         serving = asyncio.ensure_future(self._serve())
         stopping = asyncio.ensure_future(self._stop.wait())
         try:
@@ -170,11 +173,16 @@ class _Installation:
             await asyncio.wait([serving, stopping])
             await self._drain()
 
-    def _on_signal(self) -> None:
-        if self._stop.is_set():  # asked twice: at once
+    def _on_signal(self, number: signal.Signals) -> None:
+        """Drains. A person who presses Ctrl-C again after a while wants it over at once; the same signal twice in a row
+        is only a process group that was signalled along with its leader."""
+        now = time.monotonic()
+        if not self._stop.is_set():
+            self._asked_at = now
+            self._stop.set()
+        elif number == signal.SIGINT and now - self._asked_at > IMPATIENT:
             for child in self._shims + self._engine:
                 child.kill()
-        self._stop.set()
 
     async def _serve(self) -> None:
         """Starts everything, says when it is ready, then watches until a child is given up."""

@@ -94,6 +94,8 @@ class Child:
             await asyncio.wait([self._keeping])
 
     def kill(self) -> None:
+        """SIGKILL, for good."""
+        self._stopping = True
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
 

@@ -180,6 +180,52 @@ def test_parts_that_are_killed_come_back(tmp_path: Path) -> None:
         assert "event: message_stop" in paste(edge.last_line)
 
 
+def test_sigterm_lets_open_streams_finish(tmp_path: Path) -> None:
+    """Twice in a row, as `timeout` and process managers send it to leader and group: it is one wish."""
+    body = {
+        "model": "apex-haiku-4-20250401",
+        "max_tokens": 300,
+        "messages": [{"role": "user", "content": "Tell me a long story about a bear."}],
+    }
+    with serving(tmp_path / "state") as edge:
+        found = KEY.search(edge.greeting)
+        assert found is not None
+        headers = {"X-API-Key": found[0]}
+        events = []
+        with httpx.stream("POST", f"{edge.url}/v2/messages/stream", json=body, headers=headers, timeout=120) as reply:
+            for line in reply.iter_lines():
+                if line.startswith("event: "):
+                    events.append(line.removeprefix("event: "))
+                    if events == ["message_start", "content_block_start", "content_block_delta"]:
+                        edge.process.send_signal(signal.SIGTERM)
+                        edge.process.send_signal(signal.SIGTERM)
+        assert events[-2:] == ["message_delta", "message_stop"]
+
+
+def test_sigterm_while_it_starts(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [
+            *PROGRAM,
+            "serve",
+            "--state",
+            str(tmp_path / "state"),
+            "--port",
+            str(free_port()),
+            "--admin-port",
+            str(free_port()),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    ) as process:
+        assert process.stderr is not None
+        assert "starting the engine (demo)" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (0, ""), err
+
+
 def test_nothing_outlives_a_serve_that_is_killed(tmp_path: Path) -> None:
     with serving(tmp_path / "state", ends=-signal.SIGKILL) as edge:
         family = psutil.Process(edge.process.pid).children(recursive=True)
