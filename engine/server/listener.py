@@ -17,7 +17,7 @@ from grpc_health.v1._async import HealthServicer
 
 from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.proto.engine_pb2_grpc import add_EngineServicer_to_server
-from aiexport_edge.proto.units import is_loopback, split_address
+from aiexport_edge.proto.units import is_loopback
 
 MAX_MESSAGE_BYTES = 33 << 20  # a REST body of 32 MiB, and what stands around it
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Engine"].full_name
@@ -49,7 +49,8 @@ class ListenerConfig:
     @property
     def is_local(self) -> bool:
         """Whether only this machine can connect."""
-        return self.address.startswith("unix:") or is_loopback(split_address(self.address)[0])
+        host = self.address.rpartition(":")[0].removeprefix("[").removesuffix("]")
+        return self.address.startswith("unix:") or is_loopback(host)
 
 
 class Listener:

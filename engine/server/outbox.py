@@ -10,29 +10,37 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from aiexport_edge.proto import engine_pb2 as pb
 
-MAX_BYTES = 8 << 20
-MAX_AGE_S = 20.0
 _OUTPUT_BYTES = 32  # what an output weighs besides its text and ids
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxBound:
+    """How much a session may leave unread, in bytes and in seconds."""
+
+    max_bytes: int = 8 << 20
+    max_age_s: float = 20.0
+
+
+DEFAULT_BOUND = OutboxBound()
 
 
 class Outbox:
     """Filled on the event loop, emptied by the one task that writes to the client."""
 
-    def __init__(
-        self, on_overflow: Callable[[], None], *, max_bytes: int = MAX_BYTES, max_age_s: float = MAX_AGE_S
-    ) -> None:
+    def __init__(self, on_overflow: Callable[[], None], bound: OutboxBound) -> None:
         self._on_overflow = on_overflow
-        self._max_bytes = max_bytes
-        self._max_age_s = max_age_s
+        self._bound = bound
         self._pending = pb.StepOutputs()
         self._deltas: dict[int, pb.Delta] = {}  # by tag: the delta in `_pending` that more can be joined to
         self._bytes = 0
         self._since = 0.0  # when the oldest pending output came
         self._draining = False
         self._closed = False
+        self._discarding = False
         self._overflowed = False
         self._wake = asyncio.Event()
 
@@ -76,13 +84,20 @@ class Outbox:
         self._closed = True
         self._wake.set()
 
+    def discard(self) -> None:
+        """Nothing more will be sent: what is pending and what still comes is thrown away."""
+        self._discarding = True
+        self._pending = pb.StepOutputs()
+        self._deltas.clear()
+        self.close()
+
     async def take(self) -> pb.StepOutputs | None:
         """The next message, as soon as there is one. None once closed and empty."""
         await self._wake.wait()
         self._wake.clear()
         if self._closed:
             self._wake.set()
-            if not self._pending.outputs:
+            if self._discarding or not self._pending.outputs:
                 return None
         pending, self._pending = self._pending, pb.StepOutputs()
         pending.draining = self._draining
@@ -95,7 +110,7 @@ class Outbox:
         if self._bytes == 0:
             self._since = now
         self._bytes += num_bytes
-        if not self._overflowed and (self._bytes > self._max_bytes or now - self._since > self._max_age_s):
+        if not self._overflowed and (self._bytes > self._bound.max_bytes or now - self._since > self._bound.max_age_s):
             self._overflowed = True
             self._on_overflow()
         self._wake.set()

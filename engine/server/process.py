@@ -18,12 +18,14 @@ from aiexport_edge.engine.server.facts import ModelFacts
 from aiexport_edge.engine.server.generation import Generations
 from aiexport_edge.engine.server.listener import Listener, ListenerConfig, open_listener
 from aiexport_edge.engine.server.models import Model, any_ready, load_text
+from aiexport_edge.engine.server.outbox import DEFAULT_BOUND, OutboxBound
 from aiexport_edge.engine.server.service import EngineService
 from aiexport_edge.engine.text.tokenizer import TokenizerError
 
 log = logging.getLogger(__name__)
 
 DRAIN_S = 30.0
+LAST_WORDS_S = 0.2  # for the end of calls to reach their clients
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,40 +37,79 @@ class ServerConfig:
     queue_size: int
     tenant_queue_share: float
     drain_s: float = DRAIN_S
+    outbox: OutboxBound = DEFAULT_BOUND
     ready_fd: int | None = None
+
+
+class Server:
+    """A listening engine. `start`, then `drain`, then `stop`; the port is `listener.port`."""
+
+    def __init__(self, config: ServerConfig, backend: Backend) -> None:
+        self._config = config
+        self._backend = backend
+        self._models = [Model(index, facts, backend) for index, facts in enumerate(config.models)]
+        admission = Admission(config.queue_size, config.tenant_queue_share)
+        self._generations = Generations(self._models, backend, admission)
+        self._service = EngineService(self._generations, config.outbox)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._listener: Listener | None = None
+
+    @property
+    def listener(self) -> Listener:
+        """The open listener, after `start`."""
+        assert self._listener is not None
+        return self._listener
+
+    async def start(self) -> None:
+        """Listens at once; models load on. Raises `ListenerError`."""
+        await self._backend.start()
+        self._listener = await open_listener(self._config.listener, self._service)
+        readiness = _Readiness(self._models, self.listener, self._config.ready_fd)
+        self._backend.on_status(readiness.changed.set)
+        self._tasks = [
+            asyncio.create_task(readiness.follow(), name="readiness"),
+            asyncio.create_task(_load_texts(self._models, readiness.changed), name="tokenizers"),
+        ]
+
+    async def drain(self) -> None:
+        """Takes nothing new and says so; returns when what runs has ended, or after the configured time."""
+        log.info("draining")
+        self._service.drain()
+        await self._end_tasks()
+        await self.listener.set_serving(False)
+        try:
+            await asyncio.wait_for(self._generations.idle(), self._config.drain_s)
+        except TimeoutError:
+            log.warning("requests still run after %.0f s; they are ended", self._config.drain_s)
+
+    async def stop(self) -> None:
+        """Ends every call and the core; also after a `start` that failed."""
+        await self._end_tasks()
+        if self._listener is not None:
+            await self._listener.close(grace_s=LAST_WORDS_S)
+        self._generations.close()
+        await self._backend.stop()
+
+    async def _end_tasks(self) -> None:
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def serve(config: ServerConfig, backend: Backend) -> None:
     """Serves until SIGTERM or SIGINT, then drains. Raises `ListenerError` where it cannot listen."""
-    stop = asyncio.Event()
+    asked_to_stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    models = [Model(index, facts, backend) for index, facts in enumerate(config.models)]
-    generations = Generations(models, backend, Admission(config.queue_size, config.tenant_queue_share))
-    service = EngineService(generations)
-    await backend.start()
+        loop.add_signal_handler(number, asked_to_stop.set)
+    server = Server(config, backend)
     try:
-        listener = await open_listener(config.listener, service)
-        readiness = _Readiness(models, listener, config.ready_fd)
-        backend.on_status(readiness.changed.set)
-        following = asyncio.create_task(readiness.follow())
-        loading = asyncio.create_task(_load_texts(models, readiness.changed))
-        await stop.wait()
-        log.info("draining")
-        service.drain()
-        for task in (following, loading):
-            task.cancel()
-        await asyncio.gather(following, loading, return_exceptions=True)
-        await listener.set_serving(False)
-        try:
-            await asyncio.wait_for(generations.idle(), config.drain_s)
-        except TimeoutError:
-            log.warning("requests still run after %.0f s; they are ended", config.drain_s)
-        await listener.close(grace_s=0.2)
+        await server.start()
+        await asked_to_stop.wait()
+        await server.drain()
     finally:
-        generations.close()
-        await backend.stop()
+        await server.stop()
 
 
 async def _load_texts(models: Sequence[Model], changed: asyncio.Event) -> None:

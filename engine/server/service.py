@@ -13,7 +13,7 @@ import grpc
 from aiexport_edge.engine.backends.base import ModelState
 from aiexport_edge.engine.server import errors
 from aiexport_edge.engine.server.generation import Generations
-from aiexport_edge.engine.server.outbox import Outbox
+from aiexport_edge.engine.server.outbox import Outbox, OutboxBound
 from aiexport_edge.engine.server.session import Session
 from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.proto.engine_pb2_grpc import EngineServicer
@@ -28,8 +28,9 @@ _STATES = {
 class EngineService(EngineServicer):
     """The gRPC servicer (asyncio)."""
 
-    def __init__(self, generations: Generations) -> None:
+    def __init__(self, generations: Generations, bound: OutboxBound) -> None:
         self._generations = generations
+        self._bound = bound
         self._sessions: set[Session] = set()
         self._born = time.monotonic()
 
@@ -42,7 +43,7 @@ class EngineService(EngineServicer):
     async def Session(
         self, request_iterator: AsyncIterator[pb.ClientEvent], context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
-        session = Session(self._generations, request_iterator, context)
+        session = Session(self._generations, request_iterator, context, self._bound)
         self._sessions.add(session)
         if self._generations.draining:
             session.drain()
@@ -59,7 +60,7 @@ class EngineService(EngineServicer):
             outbox.failed(0, overflowed)
             generation.drop()
 
-        outbox = Outbox(overflow)
+        outbox = Outbox(overflow, self._bound)
         generation = self._generations.submit(request, outbox, 0, outbox.close)
         try:
             while (outputs := await outbox.take()) is not None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import grpc
 
 from aiexport_edge.engine.server.generation import Generation, Generations
-from aiexport_edge.engine.server.outbox import MAX_AGE_S, MAX_BYTES, Outbox
+from aiexport_edge.engine.server.outbox import Outbox, OutboxBound
 from aiexport_edge.proto import engine_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -34,20 +34,16 @@ class Session:
         generations: Generations,
         events: AsyncIterator[pb.ClientEvent],
         context: Context,
-        *,
-        max_bytes: int = MAX_BYTES,
-        max_age_s: float = MAX_AGE_S,
+        bound: OutboxBound,
     ) -> None:
         self._generations = generations
         self._events = events
         self._context = context
-        self._outbox = Outbox(self._overflow, max_bytes=max_bytes, max_age_s=max_age_s)
+        self._outbox = Outbox(self._overflow, bound)
         self._live: dict[int, Generation] = {}
         self._client = ""
-        self._task: asyncio.Task[Any] | None = None
-        self._too_slow = False
         self._half_closed = False
-        self._error: BaseException | None = None
+        self._failure: tuple[grpc.StatusCode, str] | None = None
 
     def drain(self) -> None:
         """Tells the client that the engine drains."""
@@ -55,33 +51,20 @@ class Session:
 
     async def run(self) -> None:
         """Serves the stream to its end. Ends its requests however it ends."""
-        self._task = asyncio.current_task()
         reader = asyncio.create_task(self._read(), name="session reader")
         try:
             while (outputs := await self._outbox.take()) is not None:
                 await self._context.write(outputs)
-            if self._error is not None:
-                raise self._error
-        except asyncio.CancelledError:
-            if not self._too_slow:
-                raise
-            log.warning("session dropped: it does not read", extra={"fields": {"client": self._client}})
-            self._drop_requests()
-            await self._context.abort(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                "The session does not read what the engine sends; connect again and read on.",
-            )
-        except ProtocolError as error:
-            self._drop_requests()
-            await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            if self._failure is not None:
+                await self._context.abort(*self._failure)
         finally:
             reader.cancel()
             self._drop_requests()
 
     async def _read(self) -> None:
-        """Takes the client's events until its side closes; the writer hears of the end through the outbox."""
+        """Takes the client's events until its side closes."""
+        greeted = False
         try:
-            greeted = False
             async for event in self._events:
                 if greeted:
                     self._handle(event)
@@ -90,12 +73,24 @@ class Session:
                     greeted = True
                 else:
                     raise ProtocolError("The first event of a session is a Hello.")
-        except BaseException as error:  # whatever it was, the writer must not wait for ever
-            self._error = error
-            self._outbox.close()
-            return
-        self._half_closed = True
-        self._close_if_done()
+        except ProtocolError as error:
+            self._fail(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except Exception:
+            log.exception("session reader")
+            self._fail(grpc.StatusCode.INTERNAL, "The engine could not go on with this session.")
+        else:
+            self._half_closed = True
+            self._close_if_done()
+
+    def _fail(self, code: grpc.StatusCode, sentence: str) -> None:
+        """Ends the session: its requests now, the call as soon as a write that is under way allows. That is when the
+        client reads again or is gone; gRPC has no other way to end a call from here. Until then one message is kept.
+        """
+        if self._failure is None:
+            log.warning("session ended: %s", sentence, extra={"fields": {"client": self._client}})
+            self._failure = (code, sentence)
+            self._outbox.discard()
+            self._drop_requests()
 
     def _handle(self, event: pb.ClientEvent) -> None:
         match event.WhichOneof("event"):
@@ -124,12 +119,10 @@ class Session:
             self._outbox.close()
 
     def _overflow(self) -> None:
-        """The client does not read: nothing more is kept for it. The writer may be stuck in a write, so it is
-        cancelled.
-        """
-        self._too_slow = True
-        if self._task is not None:
-            self._task.cancel()
+        self._fail(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "The session does not read what the engine sends; connect again and read on.",
+        )
 
     def _drop_requests(self) -> None:
         for generation in list(self._live.values()):

@@ -1,0 +1,343 @@
+"""The native backend with real child processes: cores die and their requests go on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.scripted_core import command, core_config, undisturbed
+
+from aiexport_edge.engine.backends.base import BackendRequest, ModelState
+from aiexport_edge.engine.backends.native import MAX_KILLS, NativeBackend
+from aiexport_edge.engine.core.protocol import FinishReason, Priority, Sampling, pack_ids
+
+POISON = 4242
+
+
+class Listener:
+    """Notes what it is told; `count(n)` waits for that many tokens, `end` for the end."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.ids: list[int] = []
+        self.cached = 0
+        self.outcome: FinishReason | str | None = None
+        self._event = asyncio.Event()
+
+    def started(self, cached_tokens: int) -> None:
+        self.told.append("started")
+        self.cached = cached_tokens
+        self._event.set()
+
+    def tokens(self, ids: Sequence[int]) -> None:
+        if self.told[-1] != "tokens":
+            self.told.append("tokens")
+        self.ids.extend(ids)
+        self._event.set()
+
+    def finished(self, reason: FinishReason) -> None:
+        self.told.append("finished")
+        self.outcome = reason
+        self._event.set()
+
+    def failed(self, message: str) -> None:
+        self.told.append("failed")
+        self.outcome = message
+        self._event.set()
+
+    async def count(self, num_ids: int) -> None:
+        while len(self.ids) < num_ids and self.outcome is None:
+            self._event.clear()
+            await self._event.wait()
+
+    async def end(self) -> FinishReason | str:
+        while self.outcome is None:
+            self._event.clear()
+            await self._event.wait()
+        return self.outcome
+
+
+def request(
+    prompt: list[int], num_tokens: int, *, output: Sequence[int] = (), stop_ids: tuple[int, ...] = ()
+) -> BackendRequest:
+    return BackendRequest(
+        model=0,
+        prompt_ids=pack_ids(prompt),
+        output_ids=pack_ids(list(output)),
+        max_tokens=num_tokens,
+        stop_ids=stop_ids,
+        sampling=Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0),
+        tenant="t",
+        weight=1.0,
+        salt=b"",
+        priority=Priority.INTERACTIVE,
+    )
+
+
+@asynccontextmanager
+async def running(*options: object, wait: bool = True) -> AsyncIterator[NativeBackend]:
+    backend = NativeBackend(core_config(), command=command(*options))
+    await backend.start()
+    try:
+        if wait:
+            await state(backend, ModelState.READY)
+        yield backend
+    finally:
+        await backend.stop()
+
+
+async def state(backend: NativeBackend, wanted: ModelState) -> None:
+    """Waits until the models are in a state."""
+    changed = asyncio.Event()
+    backend.on_status(changed.set)
+    while backend.statuses()[0].state is not wanted:
+        changed.clear()
+        await changed.wait()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Waits for what nobody announces."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
+
+
+async def pages_free(backend: NativeBackend) -> None:
+    """Waits until the core says that no page is in use."""
+
+    def free() -> bool:
+        core = backend.stats().core
+        return core is not None and core.pages_used == core.running == core.waiting == 0
+
+    await until(free)
+
+
+async def new_core(backend: NativeBackend, old: int) -> int:
+    """Waits until another process than `old` is the core."""
+    await until(lambda: backend.stats().core_pid not in (0, old))
+    return backend.stats().core_pid
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, 120))
+
+
+def test_a_request_from_start_to_end() -> None:
+    async def test() -> None:
+        async with running() as backend:
+            prompt, listener = [1, 2, 3], Listener()
+            backend.submit(request(prompt, 20), listener)
+            assert await listener.end() is FinishReason.MAX_TOKENS
+            assert listener.ids == undisturbed(prompt, 20)
+            assert listener.told == ["started", "tokens", "finished"]
+            assert backend.statuses()[0].capacity_tokens == 4096 * 4
+
+    run(test())
+
+
+def test_stop_ids_and_forced_output() -> None:
+    async def test() -> None:
+        async with running() as backend:
+            whole = undisturbed([5], 40)
+            stop = whole[17]
+            first = whole.index(stop)
+            listener, resumed = Listener(), Listener()
+            backend.submit(request([5], 40, stop_ids=(stop,)), listener)
+            assert await listener.end() is FinishReason.END_TURN
+            assert listener.ids == whole[: first + 1]
+            backend.submit(request([5], 40, output=whole[:15]), resumed)
+            assert await resumed.end() is FinishReason.MAX_TOKENS
+            assert resumed.ids == whole[15:]
+
+    run(test())
+
+
+@pytest.mark.parametrize("verb", ["abort", "finish"])
+def test_after_abort_and_finish_nothing_is_told_and_pages_are_free(verb: str) -> None:
+    async def test() -> None:
+        async with running("--step-s", 0.002) as backend:
+            listener, other = Listener(), Listener()
+            handle = backend.submit(request([1], 4000), listener)
+            backend.submit(request([2], 50), other)
+            await listener.count(5)
+            getattr(backend, verb)(handle)
+            seen = list(listener.ids)
+            assert await other.end() is FinishReason.MAX_TOKENS
+            assert other.ids == undisturbed([2], 50)
+            assert listener.ids == seen
+            assert listener.outcome is None
+            await pages_free(backend)
+            getattr(backend, verb)(handle)  # has ended: ignored
+
+    run(test())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_requests_outlive_their_core(number: signal.Signals) -> None:
+    async def test() -> None:
+        async with running("--step-s", 0.003) as backend:
+            listeners = [Listener() for _ in range(8)]
+            for index, listener in enumerate(listeners):
+                backend.submit(request([index, 7], 40 + index), listener)
+            await listeners[3].count(10)
+            pid = backend.stats().core_pid
+            os.kill(pid, number)
+            late = Listener()
+            backend.submit(request([99], 5), late)  # to a core that is no more
+            assert await new_core(backend, pid) != pid
+            for index, listener in enumerate(listeners):
+                assert await listener.end() is FinishReason.MAX_TOKENS
+                assert listener.ids == undisturbed([index, 7], 40 + index)
+                assert listener.told.count("started") == 1
+            assert await late.end() is FinishReason.MAX_TOKENS
+            assert late.ids == undisturbed([99], 5)
+            assert backend.stats().core_restarts == 1
+
+    run(test())
+
+
+def test_kills_from_outside_fail_nobody() -> None:
+    """Killed again and again in the very step of a request that has not had a token since: still it is not at fault."""
+
+    async def test() -> None:
+        async with running("--step-s", 0.4) as backend:
+            listeners = [Listener(), Listener()]
+            for index, listener in enumerate(listeners):
+                backend.submit(request([index], 3), listener)
+            pid = backend.stats().core_pid
+            for _ in range(MAX_KILLS - 1):
+                core = backend._core
+                assert core is not None
+                await until(lambda core=core: bool(core.in_step()))  # type: ignore[misc]
+                os.kill(pid, signal.SIGKILL)
+                pid = await new_core(backend, pid)
+            for index, listener in enumerate(listeners):
+                assert await listener.end() is FinishReason.MAX_TOKENS
+                assert listener.ids == undisturbed([index], 3)
+
+    run(test())
+
+
+def test_a_poison_request_takes_only_itself_down() -> None:
+    async def test() -> None:
+        async with running("--step-s", 0.003, "--poison", POISON) as backend:
+            listeners = [Listener() for _ in range(6)]
+            for index, listener in enumerate(listeners):
+                backend.submit(request([index], 30), listener)
+            await listeners[0].count(3)
+            poison = Listener()
+            backend.submit(request([1, POISON, 2], 10), poison)
+            outcome = await poison.end()
+            assert isinstance(outcome, str)
+            assert "given up" in outcome
+            for index, listener in enumerate(listeners):
+                assert await listener.end() is FinishReason.MAX_TOKENS
+                assert listener.ids == undisturbed([index], 30)
+            assert backend.stats().core_restarts == 2
+
+    run(test())
+
+
+def test_a_model_that_cannot_be_loaded_at_the_start(tmp_path: Path) -> None:
+    async def test() -> None:
+        reason = tmp_path / "reason"
+        reason.write_text("the disk is full of cats; remove some.")
+        async with running("--fail-load", reason, wait=False) as backend:
+            await state(backend, ModelState.FAILED)
+            assert "full of cats" in backend.statuses()[0].message
+            assert backend.stats().core_pid == 0
+            assert backend.stats().core_restarts == 0
+
+    run(test())
+
+
+def test_a_model_that_cannot_be_loaded_again_is_tried_until_it_can(tmp_path: Path) -> None:
+    async def test() -> None:
+        reason = tmp_path / "reason"
+        async with running("--fail-load", reason, "--step-s", 0.003) as backend:
+            listener = Listener()
+            backend.submit(request([1], 50), listener)
+            await listener.count(5)
+            reason.write_text("no memory just now.")
+            os.kill(backend.stats().core_pid, signal.SIGKILL)
+            await state(backend, ModelState.FAILED)
+            assert "no memory" in backend.statuses()[0].message
+            reason.unlink()
+            await state(backend, ModelState.READY)
+            assert await listener.end() is FinishReason.MAX_TOKENS
+            assert listener.ids == undisturbed([1], 50)
+
+    run(test())
+
+
+def test_a_core_killed_while_it_loads_is_started_again() -> None:
+    async def test() -> None:
+        async with running("--load-s", 0.3, wait=False) as backend:
+            await until(lambda: backend.stats().core_pid > 0)
+            pid = backend.stats().core_pid
+            listener = Listener()
+            backend.submit(request([3], 5), listener)
+            os.kill(pid, signal.SIGKILL)
+            assert await listener.end() is FinishReason.MAX_TOKENS
+            assert listener.ids == undisturbed([3], 5)
+            assert backend.stats().core_restarts == 1
+
+    run(test())
+
+
+HALF_A_WORD = """
+import argparse, socket, sys
+from aiexport_edge.engine.core.protocol import *
+parser = argparse.ArgumentParser()
+parser.add_argument("--fd", type=int)
+parser.add_argument("--shared-fd", type=int)
+sock = socket.socket(fileno=parser.parse_args().fd)
+def receive():
+    header = sock.recv(4, socket.MSG_WAITALL)
+    return sock.recv(HEADER.unpack(header)[0], socket.MSG_WAITALL)
+receive()
+zero = CoreStats(*[0] * 9, [0], [0], [0], [0], [0])
+sock.sendall(encode_from_core(Ready([ModelReady(0, 1, 0, 100)], zero)))
+for add in decode_to_core(receive()):
+    ids = [9] * add.max_tokens if not add.stop_ids else [8, *add.stop_ids]
+    sock.sendall(encode_from_core(StepReport([Started(add.handle, 0)], [Tokens(add.handle, ids)], [])))
+sys.exit(3)
+"""
+
+
+def test_a_reply_whose_end_was_not_told_ends(tmp_path: Path) -> None:
+    """The core dies between a request's last token and the word that it has finished: no core needs to run it again."""
+    script = tmp_path / "half_a_word.py"
+    script.write_text(HALF_A_WORD)
+
+    async def test() -> None:
+        backend = NativeBackend(core_config(), command=(sys.executable, str(script)))
+        await backend.start()
+        try:
+            by_length, by_stop = Listener(), Listener()
+            backend.submit(request([1], 3), by_length)
+            backend.submit(request([1], 30, stop_ids=(5,)), by_stop)
+            assert await by_length.end() is FinishReason.MAX_TOKENS
+            assert by_length.ids == [9, 9, 9]
+            assert await by_stop.end() is FinishReason.END_TURN
+            assert by_stop.ids == [8, 5]
+        finally:
+            await backend.stop()
+
+    run(test())
+
+
+def test_the_core_ends_with_its_backend() -> None:
+    async def test() -> None:
+        async with running() as backend:
+            pid = backend.stats().core_pid
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+    run(test())
