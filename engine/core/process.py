@@ -8,6 +8,7 @@ parent is gone, 70 for a bug (traceback on stderr), 78 when the models cannot be
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import os
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
     # The longest part of the start, begun while the parent still makes up its configuration.
-    threading.Thread(target=_import_torch, daemon=True).start()
+    threading.Thread(target=_import_runner, daemon=True).start()
     parser = argparse.ArgumentParser(prog="aiexport_edge.engine.core.process")
     parser.add_argument("--fd", type=int, required=True, help="stream socket to the parent")
     parser.add_argument("--shared-fd", type=int, required=True, help="memory file for the handles in the running step")
@@ -77,8 +78,9 @@ def _prepare_process() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_NAME, b"aiexport-core")
 
 
-def _import_torch() -> None:
-    import torch  # noqa: F401
+def _import_runner() -> None:
+    with contextlib.suppress(Exception):  # `_load` comes upon the same, and tells
+        import aiexport_edge.engine.core.runner  # noqa: F401
 
 
 def _load(config: CoreConfig, channel: Channel) -> StepRunner | None:

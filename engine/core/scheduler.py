@@ -26,7 +26,7 @@ from aiexport_edge.engine.core.waiting import TenantQueues
 
 
 class Scheduler:
-    """`plan` and `commit` take turns; `add`, `abort` and `finish` come in between.
+    """`plan` and `commit` take turns; `add` and `finish` come in between.
 
     `revisions` and `tokens_per_page` are by model. A step has at most `max_step_tokens` tokens and `max_num_running`
     requests. `batch_floor_share`, in [0, 1), is what the batch class keeps of the service while interactive requests

@@ -7,6 +7,7 @@ import random
 import pytest
 from support.fake_core import STOP_ID, FakeCore, add_request, prompt_of, undisturbed
 
+from aiexport_edge.engine.core.fairness import OUTPUT_COST
 from aiexport_edge.engine.core.protocol import FinishReason, Priority
 from aiexport_edge.engine.core.request import Status
 
@@ -369,16 +370,21 @@ def test_probation_can_be_aborted_and_preempted() -> None:
 
 
 def test_a_resumed_request_is_charged_as_input_and_a_recompute_not_at_all() -> None:
-    core = FakeCore(num_pages=100, max_step_tokens=64)
+    core = FakeCore(num_pages=100, max_step_tokens=5)
     message = add_request(0, prompt_of(rng, 9), max_tokens=12)
     output = undisturbed(message)[0]
     request = core.add(add_request(0, list(memoryview(message.prompt_ids).cast("I")), output=output[:6], max_tokens=12))
     counter = core.scheduler._queues[Priority.INTERACTIVE].counter
-    core.step()
-    assert counter.counter("tenant") == 9 + 6 + 2
+    charged = []
+    for _ in range(3):
+        core.step()
+        charged.append(counter.counter("tenant"))
     core.scheduler._preempt(request)
-    core.step()
-    assert counter.counter("tenant") == 9 + 6 + 2 + 2
+    core.pool.release(core.pool.take(core.pool.num_available))  # nothing is found again
+    for _ in range(4):
+        core.step()
+        charged.append(counter.counter("tenant"))
+    assert charged == [5, 10, 15 + OUTPUT_COST, 17, 17, 17, 17 + OUTPUT_COST]
     core.run()
     core.check_outputs()
 
