@@ -7,7 +7,6 @@ files there and any of them can answer.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 
@@ -46,17 +45,6 @@ ENGINES_CONNECTED = Gauge(
 RESUMED = Counter("aiexport_resumed", "Replies that went on after their engine was lost", registry=_registry)
 
 
-def clear_dead_workers(directory: Path) -> None:
-    """Drops the gauges of workers that are gone; where none is left, the counts of the last run too."""
-    files = list(directory.glob("*.db"))
-    dead = {pid for pid in map(_pid, files) if not Path(f"/proc/{pid}").exists()}
-    if all(_pid(file) in dead for file in files):
-        for file in files:
-            file.unlink(missing_ok=True)
-    for pid in dead:
-        multiprocess.mark_process_dead(pid, str(directory))  # type: ignore[no-untyped-call]
-
-
 def render() -> bytes:
     """The exposition text."""
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
@@ -64,7 +52,3 @@ def render() -> bytes:
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     return generate_latest(registry)
-
-
-def _pid(file: Path) -> int:
-    return int(file.stem.rpartition("_")[2])

@@ -56,15 +56,14 @@ def main(arguments: list[str] | None = None) -> int:
     except configuration.ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    directory = config.state / "metrics"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    from aiexport_edge.shim import logs
+    from aiexport_edge.shim.worker_counts import forget_dead_workers, run_directory
+
+    directory = run_directory(config.state)
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)  # read when prometheus_client is imported
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read when grpc is imported; it writes its own lines to stderr
-
-    from aiexport_edge.shim import logs, metrics
-
     listener = logs.set_up(config.telemetry.log_level, config.telemetry.log_format)
-    metrics.clear_dead_workers(directory)
+    forget_dead_workers(directory)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(serve(config, args.fd, args.admin_fd, tuple(args.engine) or config.engine_addresses))

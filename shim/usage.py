@@ -114,7 +114,7 @@ class UsageLedger:
             batch, closing = self._collect(next_checkpoint)
             now = time.monotonic()
             due = now >= next_checkpoint
-            if batch or due:
+            if batch or due or closing:
                 self._save(batch, checkpoint=due or closing)
             if due:
                 next_checkpoint = now + CHECKPOINT_S

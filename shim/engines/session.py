@@ -24,7 +24,7 @@ from aiexport_edge.shim.engines.generation import Generation
 
 MAX_MESSAGE_BYTES = 128 << 20  # a body of 32 MiB can grow when it is put into a Submit, and come with its output ids
 FIRST_RETRY_S = 0.1
-LAST_RETRY_S = 2.0
+LAST_RETRY_S = 0.5
 LOADING_REFRESH_S = 0.1  # while a model is loading
 REFRESH_S = 5.0
 CALL_TIMEOUT_S = 15.0

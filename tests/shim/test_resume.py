@@ -6,10 +6,11 @@ import json
 import re
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from sqlalchemy import text as sql
-from support.scripted_engine import ScriptedEngine
+from support.scripted_engine import ScriptedEngine, Seen
 from support.shim_server import HAIKU, ShimServer, until
 
 from aiexport_edge.proto import engine_pb2 as pb
@@ -135,8 +136,9 @@ def test_sixteen_streams_and_ten_deaths(make_engine: Engines, make_shim: Shims) 
     readers = [Reader(shim, 600 + i) for i in range(16)]
     engine.wait_for(lambda seen: len(seen.submitted) == 16, "all are there")
     for _ in range(10):
+        before = _num_tokens(shim)
         engine.permit(16 * 3)
-        readers[0].wait_for_deltas(1)
+        until(partial(_each_grew, shim, before), "each has new tokens")
         engine.kill()
         engine.start()
         until(lambda: _num_live(shim) == 16, "all are back")
@@ -146,6 +148,18 @@ def test_sixteen_streams_and_ten_deaths(make_engine: Engines, make_shim: Shims) 
         found, last = reader.result()
         assert found == text(reader.count)
         assert last["usage"]["output_tokens"] == reader.count
+
+
+def _num_tokens(shim: ShimServer) -> dict[Any, int]:
+    return {g: len(g._ids) for session in shim.engines.sessions for g in list(session.live)}
+
+
+def _has_submitted(number: int, seen: Seen) -> bool:
+    return len(seen.submitted) == number
+
+
+def _each_grew(shim: ShimServer, before: dict[Any, int]) -> bool:
+    return all(number > before[generation] for generation, number in _num_tokens(shim).items())
 
 
 def _num_live(shim: ShimServer) -> int:
@@ -264,7 +278,7 @@ def test_a_request_that_may_be_what_kills_engines(make_engine: Engines, make_shi
     engine.pause()
     reader = Reader(shim, 30)
     for attempt in range(1, 4):
-        engine.wait_for(lambda seen, attempt=attempt: len(seen.submitted) == attempt, "an attempt")
+        engine.wait_for(partial(_has_submitted, attempt), "an attempt")
         until(lambda: _only(shim)._running, "it runs")
         engine.kill()
         engine.start()
@@ -279,7 +293,7 @@ def test_requests_that_wait_are_never_failed_for_deaths(make_engine: Engines, ma
     engine.hold_starts(True)
     reader = Reader(shim, 30)
     for attempt in range(1, 6):
-        engine.wait_for(lambda seen, attempt=attempt: len(seen.submitted) == attempt, "an attempt")
+        engine.wait_for(partial(_has_submitted, attempt), "an attempt")
         until(lambda: _num_live(shim) == 1, "it is accepted")
         engine.kill()
         engine.start()

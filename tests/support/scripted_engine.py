@@ -157,9 +157,9 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
             async for event in events:
                 match event.WhichOneof("event"):
                     case "hello":
-                        self._note(lambda seen, event=event: seen.hellos.append(event.hello.client))
+                        self._note(self.seen.hellos, event.hello.client)
                     case "submit":
-                        self._note(lambda seen, event=event: seen.submitted.append(event.submit))
+                        self._note(self.seen.submitted, event.submit)
                         running[event.submit.tag] = asyncio.create_task(self._generate(event.submit, outbox))
                     case "abort":
                         task = running.pop(event.abort.tag, None)
@@ -167,7 +167,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
                             task.cancel()
                             finished = pb.Finished(reason=pb.FINISH_ABORTED)
                             _put(outbox, pb.Output(tag=event.abort.tag, finished=finished))
-                        self._note(lambda seen, event=event: seen.aborted.append(event.abort.tag))
+                        self._note(self.seen.aborted, event.abort.tag)
         finally:
             for task in running.values():
                 task.cancel()
@@ -246,9 +246,9 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
             server, self._server = self._server, None
             await server.stop(grace=None)
 
-    def _note(self, change: Callable[[Seen], Any]) -> None:
+    def _note(self, things: list[T], thing: T) -> None:
         with self._changed:
-            change(self.seen)
+            things.append(thing)
             self._changed.notify_all()
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
