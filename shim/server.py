@@ -131,7 +131,7 @@ def server(app: Starlette, *, drain_s: int) -> uvicorn.Server:
     from aiexport_edge.shim.http_protocol import HttpProtocol
 
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # `exchange.py` logs what goes wrong, once
-    logging.getLogger("uvicorn.access").propagate = False  # it would write query strings
+    logging.getLogger("uvicorn.access").setLevel(logging.CRITICAL)  # it would write query strings
     return _Server(
         uvicorn.Config(
             app,
