@@ -1,0 +1,1 @@
+"""The operations as Triton kernels: kernel, launcher and launch settings by module. Nothing else imports triton."""
