@@ -113,6 +113,7 @@ class Generation:
         self._born = time.monotonic()
         self._started_at = self._first_token_at = 0.0
         self._num_prompt_tokens = self._cached_tokens = self._output_tokens = 0
+        self._replayed = ""  # text of an earlier attempt's ids, until Started is told
         self._emitted_bytes = 0  # of the reply's text so far
         self._sent_bytes = request.resume.emitted_bytes  # of it, what the client has already
 
@@ -187,15 +188,13 @@ class Generation:
 
     def _replay(self, forced: list[int], max_tokens: int) -> bool:
         """Puts the ids of an earlier attempt through text and stops anew; whether the reply ends with them already."""
-        text, taken, stop = self._text_of(forced)
-        self._output_tokens = taken
-        self._deliver(text, ())
+        self._replayed, self._output_tokens, stop = self._text_of(forced)
         if stop is not None:
+            self._deliver(self._replayed, ())
             self._finish(pb.FINISH_STOP_SEQUENCE, stop)
-        elif forced[-1] in self._stop_ids:
-            self.finished(FinishReason.END_TURN)
-        elif len(forced) >= max_tokens:
-            self.finished(FinishReason.MAX_TOKENS)
+        elif forced[-1] in self._stop_ids or len(forced) >= max_tokens:
+            self._deliver(self._replayed, ())
+            self.finished(FinishReason.END_TURN if forced[-1] in self._stop_ids else FinishReason.MAX_TOKENS)
         return self.ended
 
     # ------------------------------------------------------------------------------------------------ from the backend
@@ -205,6 +204,7 @@ class Generation:
         self._cached_tokens = cached_tokens
         self._leave_queue()
         self._outbox.started(self._tag, cached_tokens)
+        self._deliver(self._replayed, ())
 
     def tokens(self, ids: Sequence[int]) -> None:
         assert self._handle is not None

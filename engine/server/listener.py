@@ -6,6 +6,7 @@ Owns the rule that a listener beyond this machine needs TLS and a token, or refu
 from __future__ import annotations
 
 import hmac
+import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ async def open_listener(config: ListenerConfig, servicer: Any) -> Listener:
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
         if config.tls_cert and config.tls_key:
-            pair = (_read(config.tls_key, "tls_key"), _read(config.tls_cert, "tls_cert"))
+            pair = _read_pair(config.tls_key, config.tls_cert)
             port = server.add_secure_port(config.address, grpc.ssl_server_credentials([pair]))
         else:
             port = server.add_insecure_port(config.address)
@@ -114,6 +115,15 @@ def _read(path: Path, name: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ListenerError(f"{name} {path} cannot be read ({error.strerror})") from error
+
+
+def _read_pair(key: Path, cert: Path) -> tuple[bytes, bytes]:
+    pair = (_read(key, "tls_key"), _read(cert, "tls_cert"))
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
+    except ssl.SSLError as error:
+        raise ListenerError(f"{cert} and {key} (tls_cert, tls_key) are not a certificate and its key") from error
+    return pair
 
 
 class _TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscriptable when it runs

@@ -63,7 +63,11 @@ class Engine:
         return b"".join(map(self.tokenizer.decode_bytes, ids)).decode("utf-8", "replace")
 
     async def stats(self) -> pb.StatsResponse:
-        return await self.stub.Stats(pb.StatsRequest())
+        stats: pb.StatsResponse = await self.stub.Stats(pb.StatsRequest())
+        return stats
+
+    async def models(self) -> list[pb.ModelInfo]:
+        return list((await self.stub.ListModels(pb.ListModelsRequest())).models)
 
     async def is_idle(self, *, sessions: int | None = None) -> bool:
         """Whether no request holds anything (and so many sessions are open)."""
@@ -72,8 +76,7 @@ class Engine:
 
     async def until_ready(self) -> None:
         async def ready() -> bool:
-            models = (await self.stub.ListModels(pb.ListModelsRequest())).models
-            return all(model.state == pb.MODEL_READY for model in models)
+            return all(model.state == pb.MODEL_READY for model in await self.models())
 
         await until(ready)
 
@@ -88,9 +91,10 @@ async def engine(
     max_num_running: int = 64,
     drain_s: float = 30.0,
     outbox: OutboxBound = DEFAULT_BOUND,
+    served_directory: Path | None = None,
 ) -> AsyncIterator[Engine]:
-    """Serves one model `m0` with the tokenizer of `directory` on a free port of loopback."""
-    facts = ModelFacts("m0", directory, "revision-0", CONTEXT_WINDOW, MAX_OUTPUT_TOKENS, True, ())
+    """Serves one model `m0` with the tokenizer of `directory` (or, to break it, of another) on a free port."""
+    facts = ModelFacts("m0", served_directory or directory, "revision-0", CONTEXT_WINDOW, MAX_OUTPUT_TOKENS, True, ())
     backend = NativeBackend(core_config(max_num_running=max_num_running), command=command(*core_options))
     config = ServerConfig(
         listener=ListenerConfig("127.0.0.1:0"),
@@ -134,7 +138,7 @@ def chat(text: str, *, max_tokens: int | None = 20, model: str = "m0", **fields:
 async def status_of(call: Any) -> tuple[grpc.StatusCode, str]:
     """How a stream ended; what it still says before that is read and dropped."""
     with contextlib.suppress(grpc.aio.AioRpcError):
-        while await call.read() is not grpc.aio.EOF:
+        async for _ in call:
             pass
     return await call.code(), await call.details()
 

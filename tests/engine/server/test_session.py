@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
 import pytest
-from support.engine_server import SessionClient, chat, engine, run, status_of, until
+from support.engine_server import Reply, SessionClient, chat, engine, run, status_of, until
 
 from aiexport_edge.engine.server.outbox import OutboxBound
 from aiexport_edge.proto import engine_pb2 as pb
@@ -175,6 +176,12 @@ def test_a_session_that_does_not_read_is_dropped_and_others_go_on(directory: Pat
     run(test())
 
 
+def progressed(replies: list[Reply]) -> Callable[[], bool]:
+    """A condition: each reply has had some more tokens than now."""
+    goals = [len(reply.ids) + 3 for reply in replies]
+    return lambda: all(len(reply.ids) >= goal for reply, goal in zip(replies, goals, strict=True))
+
+
 def test_sixteen_streams_outlive_ten_kills_of_the_core(directory: Path) -> None:
     async def test() -> None:
         async with engine(directory, "--step-s", 0.004) as served:
@@ -182,10 +189,9 @@ def test_sixteen_streams_outlive_ten_kills_of_the_core(directory: Path) -> None:
             requests = [chat(f"Stream {tag}", max_tokens=400) for tag in range(16)]
             replies = [await session.submit(tag, request) for tag, request in enumerate(requests)]
             for kill in range(10):
-                goal = min(len(reply.ids) for reply in replies) + 3
-                await session.wait(lambda goal=goal: all(len(reply.ids) > goal for reply in replies))  # type: ignore[misc]
+                await session.wait(progressed(replies))
                 os.kill(served.backend.stats().core_pid, signal.SIGKILL)
-                await until(lambda kill=kill: served.backend.stats().core_restarts > kill)  # type: ignore[misc]
+                await until(lambda kill=kill: served.backend.stats().core_restarts > kill)
             for tag, reply in enumerate(replies):
                 await session.end(reply)
                 assert reply.ids == served.expected(requests[tag], 400)
