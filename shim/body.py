@@ -14,6 +14,7 @@ from starlette.types import Receive
 from aiexport_edge.shim.errors import InvalidRequest, Overloaded, RequestTooLarge
 
 IDLE_S = 30.0  # between two pieces of a body
+_CLOSE = ((b"connection", b"close"),)  # the rest may still come, and is no request
 
 
 class ClientDisconnected(Exception):
@@ -69,7 +70,7 @@ async def read_body(headers: list[tuple[bytes, bytes]], receive: Receive, *, max
             async with asyncio.timeout(IDLE_S):
                 message = await receive()
         except TimeoutError:
-            raise InvalidRequest("The request body did not arrive in time.") from None
+            raise InvalidRequest("The request body did not arrive in time.", headers=_CLOSE) from None
         if message["type"] == "http.disconnect":
             raise ClientDisconnected
         piece: bytes = message.get("body", b"")

@@ -13,7 +13,7 @@ from aiexport_edge.shim.errors import InvalidRequest, error_body
 from aiexport_edge.shim.store.keys import new_id
 
 MAX_HEAD_BYTES = 64 << 10
-HEAD_S = 30.0  # for a new connection to send its first request's head
+HEAD_S = 30.0  # from a connection's, or a further request's, first byte to the end of its head
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -21,12 +21,12 @@ class HttpProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._head_bytes = 0  # received since the last whole head
+        self._head_bytes = 0  # of a head that has not ended yet
         self._head_timer: TimerHandle | None = None
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._head_timer = self.loop.call_later(HEAD_S, self._give_up)
+        self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
@@ -37,19 +37,23 @@ class HttpProtocol(HttpToolsProtocol):
             return
         self._head_bytes += len(data)
         super().data_received(data)
-        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+        if self.transport.is_closing() or not self._head_bytes:
+            return
+        if self._head_bytes > MAX_HEAD_BYTES:
             self.send_400_response("The request's head is too long.")
+        elif self._head_timer is None:
+            self._start_timer()
 
     def on_headers_complete(self) -> None:
-        self._stop_timer()
+        self._end_of_head()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        self._head_bytes = 0
+        self._end_of_head()
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._head_bytes = 0
+        self._end_of_head()
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
@@ -63,6 +67,13 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.write(head.encode("ascii") + body)
         self.transport.close()
 
+    def _end_of_head(self) -> None:
+        self._head_bytes = 0
+        self._stop_timer()
+
+    def _start_timer(self) -> None:
+        self._head_timer = self.loop.call_later(HEAD_S, self._give_up)
+
     def _stop_timer(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
@@ -70,5 +81,4 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _give_up(self) -> None:
         self._head_timer = None
-        if not self.transport.is_closing():
-            self.transport.close()
+        self.transport.close()

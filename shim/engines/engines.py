@@ -16,12 +16,14 @@ from enum import StrEnum
 from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.shim.engines.generation import Generation, Refused, SessionLost
 from aiexport_edge.shim.engines.refusals import RETRY_AFTER_S, api_error, can_pass
-from aiexport_edge.shim.engines.session import EngineAccess, Session
-from aiexport_edge.shim.errors import ApiError, Overloaded
+from aiexport_edge.shim.engines.session import MAX_MESSAGE_BYTES, EngineAccess, Session
+from aiexport_edge.shim.errors import ApiError, Overloaded, RequestTooLarge
 
 ANSWER_TIMEOUT_S = 60.0  # a prompt of 200 K tokens is encoded before it is accepted
 RESUME_S = 60.0  # how long a reply may pause while no engine can go on with it
 RESUME_RETRY_S = 0.25
+MAX_LOST = 2  # engines that may be lost while a request waits for their answer: it could be what kills them
+MAX_REQUEST_BYTES = MAX_MESSAGE_BYTES - (512 << 10)  # the output ids of a long reply come on top when it goes on
 
 log = logging.getLogger(__name__)
 
@@ -109,8 +111,11 @@ class Engines:
 
         Raises `ApiError` for a refusal, at once where nothing can serve it, or what `Generation.fail` was called with.
         """
+        if generation.request.ByteSize() > MAX_REQUEST_BYTES:
+            raise RequestTooLarge("The prompt is too large to be sent to a model.")
         refusal: ApiError | None = None
         tried: set[Session] = set()
+        lost = 0
         while (session := self._pick(generation.request.model, tried)) is not None:
             tried.add(session)
             try:
@@ -120,7 +125,9 @@ class Engines:
                 if not can_pass(refused.detail):
                     break
             except SessionLost:
-                continue
+                lost += 1
+                if lost == MAX_LOST:
+                    break
             except TimeoutError:
                 self.abort(generation)
                 raise Overloaded("The model does not answer just now.", retry_after=RETRY_AFTER_S) from None

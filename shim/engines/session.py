@@ -20,9 +20,10 @@ import grpc.aio
 
 from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.proto.engine_pb2_grpc import EngineStub
+from aiexport_edge.proto.units import is_loopback, split_address
 from aiexport_edge.shim.engines.generation import Generation
 
-MAX_MESSAGE_BYTES = 128 << 20  # a body of 32 MiB can grow when it is put into a Submit, and come with its output ids
+MAX_MESSAGE_BYTES = 33 << 20  # as the engine has it; a larger one would end the session
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 0.5
 LOADING_REFRESH_S = 0.1  # while a model is loading
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class EngineAccess:
-    """What an engine beyond this machine wants: a certificate authority (PEM) and a token. Both None on loopback."""
+    """What an engine beyond this machine wants: TLS and a token. `ca` (PEM) None: the authorities that gRPC knows."""
 
     ca: bytes | None = None
     token: str | None = None
@@ -163,7 +164,7 @@ class Session:
             ("grpc.use_local_subchannel_pool", 1),  # else a new channel inherits the backoff of the last one
             ("grpc.enable_http_proxy", 0),
         ]
-        if self._access.ca is None:
+        if self._access.ca is None and _is_local(self.address):
             return grpc.aio.insecure_channel(self.address, options)
         return grpc.aio.secure_channel(self.address, grpc.ssl_channel_credentials(self._access.ca), options)
 
@@ -234,3 +235,8 @@ class Session:
             self._on_change()
         for generation in lost:
             self._on_lost(generation)
+
+
+def _is_local(address: str) -> bool:
+    """Whether the engine is on this machine; elsewhere the connection is encrypted or not made."""
+    return address.startswith("unix:") or is_loopback(split_address(address)[0])

@@ -14,6 +14,9 @@ import pytest
 from support.scripted_engine import CONTEXT_WINDOW, MAX_OUTPUT_TOKENS, ScriptedEngine
 from support.shim_server import HAIKU, ShimServer
 
+from aiexport_edge.shim import body as body_module
+from aiexport_edge.shim import http_protocol
+
 USER = [{"role": "user", "content": "COUNT 2"}]
 DATA = Path(os.environ.get("AIEXPORT_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 SUITE = DATA / "json" / "JSONTestSuite" / "test_parsing"
@@ -210,6 +213,42 @@ def test_body_bytes_in_flight_are_bounded(
         first.read()
         assert client.post("/v2/messages", content=body).status_code == 200
     assert shim.services.bodies.used == 0
+
+
+def test_a_prompt_that_no_engine_takes(
+    make_engine: Callable[..., ScriptedEngine], make_shim: Callable[..., ShimServer]
+) -> None:
+    """With a larger body allowed than an engine's messages may be: refused here, the session lives on."""
+    engine = make_engine()
+    shim = make_shim(engine, max_body_bytes=64 << 20)
+    with shim.client() as client:
+        body = message(messages=[{"role": "user", "content": "x" * (34 << 20)}])
+        check_error(client.post("/v2/messages", json=body), 413, "request_too_large")
+        assert client.post("/v2/messages", json=message()).status_code == 200
+    assert len(engine.seen.hellos) == 1
+
+
+def test_a_head_that_does_not_end(shim: ShimServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection that sends nothing, or a request's head without an end, is closed; also after a first request."""
+    monkeypatch.setattr(http_protocol, "HEAD_S", 0.1)
+    for sent in (b"", b"GET /healthz HTTP/1.1\r\nHost: x\r\n"):
+        with socket.create_connection(shim.address(), timeout=10) as connection:
+            connection.sendall(sent)
+            assert connection.recv(100) == b""
+    with socket.create_connection(shim.address(), timeout=10) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"200 OK" in connection.recv(4096)
+        connection.sendall(b"GET /hea")
+        assert connection.recv(100) == b""
+
+
+def test_a_body_that_does_not_arrive(shim: ShimServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body_module, "IDLE_S", 0.1)
+    head = f"POST /v2/messages HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\nX-API-Key: {shim.key.key}\r\n\r\n"
+    received = exchange(shim, head.encode() + b'{"model"')
+    assert received.startswith(b"HTTP/1.1 400")
+    assert b"did not arrive" in received
+    assert b"connection: close" in received
 
 
 def exchange(shim: ShimServer, sent: bytes) -> bytes:
