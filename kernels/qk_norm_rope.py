@@ -91,6 +91,23 @@ def qk_norm_rope(
     mrope_section: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """See `qk_norm_rope_reference`."""
+    if qkv.device.type == "cpu":
+        from aiexport_edge.kernels.cpu import rope as cpu
+
+        return cpu.qk_norm_rope(
+            qkv,
+            cos_sin,
+            positions,
+            slots,
+            k_cache,
+            v_cache,
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
+            q_weight=q_weight,
+            k_weight=k_weight,
+            eps=eps,
+            mrope_section=mrope_section,
+        )
     return qk_norm_rope_reference(
         qkv,
         cos_sin,

@@ -14,6 +14,10 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """See `rms_norm_reference`."""
+    if x.device.type == "cpu":
+        from aiexport_edge.kernels.cpu import norm as cpu
+
+        return cpu.rms_norm(x, weight, eps)
     return rms_norm_reference(x, weight, eps)
 
 
@@ -29,4 +33,8 @@ def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `add_rms_norm_reference`."""
+    if x.device.type == "cpu":
+        from aiexport_edge.kernels.cpu import norm as cpu
+
+        return cpu.add_rms_norm(x, residual, weight, eps)
     return add_rms_norm_reference(x, residual, weight, eps)

@@ -16,4 +16,8 @@ def swiglu_reference(gate_up: torch.Tensor) -> torch.Tensor:
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """See `swiglu_reference`."""
+    if gate_up.device.type == "cpu":
+        from aiexport_edge.kernels.cpu import swiglu as cpu
+
+        return cpu.swiglu(gate_up)
     return swiglu_reference(gate_up)

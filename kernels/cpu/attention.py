@@ -1,0 +1,432 @@
+"""Paged attention. A unit of work is a tile of queries of one sequence for one KV head, with all query heads of it.
+
+    position   0 . . . . 63 | 64 . . . 127 | ...            blocks of 64 keys, anchored at position 0
+    split      0 . . . . . . . . . . . . . . . . 2047 | ... softmax starts afresh at each split, splits merge in order
+
+Keys and values of a block are read through the block table into float32 scratch, keys transposed, once for all rows of
+the tile. Blocks and splits are places in the sequence, so neither chunking nor batch nor threads change a bit of a row.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from aiexport_edge.kernels.cpu.attention_rows import (
+    BLOCK,
+    COLUMNS,
+    add_values,
+    clear,
+    finish,
+    merge,
+    score_rows,
+    state_size,
+    weigh,
+)
+from aiexport_edge.kernels.cpu.jit import Array, inner, kernel
+from aiexport_edge.kernels.cpu.simd import (
+    LANES,
+    get_int32,
+    get_int64,
+    load,
+    multiply,
+    narrow,
+    prefetch,
+    set_int64,
+    splat,
+    store,
+    widen,
+    widen_columns,
+)
+from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
+from aiexport_edge.kernels.threads import launch, num_threads
+
+SPLIT = 2048
+TILE_ROWS = 64
+CACHE_LINE = 64
+LOG2_E = math.log2(math.e)
+UNITS_PER_THREAD = 4  # with fewer, long sequences are shared out by splits
+
+# Columns of a plan, one row per tile or, where sequences are shared out, per split of a tile.
+SEQUENCE, FIRST_ROW, NUM_QUERIES, POSITION, FIRST_SPLIT, END_SPLIT, SLOT = range(7)
+
+
+@kernel("Tuple((int64[:, ::1], int64, int64, float64))(int64, int64, int64, int64, int64, int64, int64, int64, int64)")
+def plan_tiles(
+    query_start_loc: int,
+    seq_lens: int,
+    num_sequences: int,
+    tile_queries: int,
+    window: int,
+    group: int,
+    num_kv_heads: int,
+    head_dim: int,
+    min_units: int,
+) -> tuple[Array, int, int, float]:
+    """The tiles of all sequences, each sequence's last and longest first; by splits where tiles are too few.
+
+    Also the most queries in a tile, the end of the last sequence's queries, and an estimate of the work in nanoseconds.
+    """
+    num_tiles, num_parts = 0, 0
+    for sequence in range(num_sequences):
+        num_queries = get_int32(query_start_loc, sequence + 1) - get_int32(query_start_loc, sequence)
+        tiles = (num_queries + tile_queries - 1) // tile_queries
+        num_tiles += tiles
+        num_parts += tiles * ((get_int32(seq_lens, sequence) + SPLIT - 1) // SPLIT)
+    by_split = num_tiles * num_kv_heads < min_units and num_parts > num_tiles
+    plan = np.empty((num_parts if by_split else num_tiles, 7), np.int64)
+    row, most_queries, work = 0, 0, 0
+    for sequence in range(num_sequences):
+        start, stop = get_int32(query_start_loc, sequence), get_int32(query_start_loc, sequence + 1)
+        for tile in range((stop - start + tile_queries - 1) // tile_queries - 1, -1, -1):
+            first = start + tile * tile_queries
+            count = min(tile_queries, stop - first)
+            position = get_int32(seq_lens, sequence) - (stop - first)
+            lowest = max(0, position - window + 1) if window > 0 else 0
+            first_split, end_split = lowest // SPLIT, (position + count + SPLIT - 1) // SPLIT
+            step = 1 if by_split else end_split - first_split
+            for split in range(first_split, end_split, step):
+                plan[row, SEQUENCE] = sequence
+                plan[row, FIRST_ROW] = first
+                plan[row, NUM_QUERIES] = count
+                plan[row, POSITION] = position
+                plan[row, FIRST_SPLIT] = split
+                plan[row, END_SPLIT] = split + step
+                plan[row, SLOT] = row if by_split else -1
+                row += 1
+            most_queries = max(most_queries, count)
+            work += (position + count - lowest) * (8 + 2 * count * group)
+    end = get_int32(query_start_loc, num_sequences)
+    return plan[:row], most_queries, end, work * num_kv_heads * head_dim / 48.0
+
+
+@inner
+def _locate(
+    cache: int,
+    page_stride: int,
+    token_stride: int,
+    page_table: int,
+    tokens_per_page: int,
+    base: int,
+    count: int,
+    places: int,
+) -> None:
+    """Addresses of positions base .. base + count - 1 of one head; the last again up to 64."""
+    page_index = base // tokens_per_page
+    offset = base - page_index * tokens_per_page
+    place = 0
+    done = 0
+    while done < count:
+        page = cache + get_int32(page_table, page_index) * page_stride
+        for i in range(offset, min(tokens_per_page, offset + count - done)):
+            place = page + i * token_stride
+            set_int64(places, done, place)
+            done += 1
+        page_index += 1
+        offset = 0
+    for i in range(count, BLOCK):
+        set_int64(places, i, place)
+
+
+@inner
+def _ask_for(
+    key_places: int, key_offset: int, value_places: int, value_offset: int, start: int, end: int, row_bytes: int
+) -> None:
+    """Prefetch the keys and values of places start .. end - 1."""
+    for i in range(start, end):
+        key, value = get_int64(key_places, i) + key_offset, get_int64(value_places, i) + value_offset
+        for line in range(0, row_bytes, CACHE_LINE):
+            prefetch(key + line)
+            prefetch(value + line)
+
+
+@inner
+def _attend_block(
+    here: tuple[int, int],
+    count: int,
+    following: tuple[int, int],
+    next_count: int,
+    dtype: int,
+    head_dim: int,
+    queries: int,
+    rows: int,
+    group: int,
+    high: int,
+    window: int,
+    state: int,
+    scratch: int,
+) -> None:
+    """One block for all rows of a tile; the first row sees keys below `high`.
+
+    `here` and `following` are the places of this block's and the next one's keys and values.
+    """
+    width = (head_dim + COLUMNS - 1) // COLUMNS * COLUMNS
+    state_row = 4 * (width + 2 * LANES)
+    row_bytes = head_dim * (4 if dtype == 0 else 2)
+    scores, columns, wide_values = scratch, scratch + 4 * rows * BLOCK, scratch + 4 * (rows + width) * BLOCK
+    for key in range(0, count, LANES):
+        # Memory is then read while this block is computed: 20 % less time where it does not come from a cache.
+        for place in range(key, min(key + LANES, next_count)):
+            for line in range(0, row_bytes, CACHE_LINE):
+                prefetch(get_int64(following[0], place) + line)
+                prefetch(get_int64(following[1], place) + line)
+        widen_columns(dtype, here[0] + 8 * key, columns + 4 * key, 4 * BLOCK, head_dim)
+    for place in range(count):
+        widen(dtype, get_int64(here[1], place), wide_values + 4 * place * width, head_dim)
+    num_columns = (count + COLUMNS - 1) // COLUMNS * COLUMNS
+    for column in range(0, num_columns, COLUMNS):
+        right, out = columns + 4 * column, scores + 4 * column
+        score_rows(queries, 4 * width, right, 4 * BLOCK, out, 4 * BLOCK, rows, head_dim)
+    for row in range(rows):
+        end = high + row // group
+        low = end - window if window > 0 else 0
+        weigh(scores + 4 * row * BLOCK, num_columns // LANES, low, end, state + row * state_row, width)
+    for column in range(0, width, COLUMNS):
+        right, out = wide_values + 4 * column, state + 4 * column
+        add_values(scores, 4 * BLOCK, right, 4 * width, out, state_row, rows, count)
+
+
+@inner
+def _finish_tile(
+    state: int, rows: int, group: int, out: int, dtype: int, row_bytes: int, head_dim: int, scratch: int
+) -> None:
+    """From the states of a tile's rows to the result; `out` is the first query's first head."""
+    width = (head_dim + COLUMNS - 1) // COLUMNS * COLUMNS
+    head_bytes = head_dim * (4 if dtype == 0 else 2)
+    for row in range(rows):
+        finish(state + row * 4 * (width + 2 * LANES), width, scratch)
+        narrow(dtype, scratch, out + row // group * row_bytes + row % group * head_bytes, head_dim)
+
+
+@kernel(f"void(int64[::1], int64, int64[:, ::1], {', '.join(['int64'] * 23)}, float64)")
+def attend_tiles(
+    control: Array,
+    num_units: int,
+    plan: Array,
+    q: int,
+    out: int,
+    q_dtype: int,
+    keys: int,
+    values: int,
+    kv_dtype: int,
+    k_page: int,
+    k_head: int,
+    k_token: int,
+    v_page: int,
+    v_head: int,
+    v_token: int,
+    block_tables: int,
+    tables_stride: int,
+    tokens_per_page: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_queries: int,
+    window: int,
+    states: int,
+    state_bytes: int,
+    row_bytes: int,
+    scale: float,
+) -> None:
+    """Every unit's attention to `out`, or where the plan gives a slot, its state to slot * num_kv_heads + head."""
+    group = num_q_heads // num_kv_heads
+    max_rows = max_queries * group
+    head_bytes = head_dim * (4 if q_dtype == 0 else 2)
+    width = (head_dim + COLUMNS - 1) // COLUMNS * COLUMNS
+    query_bytes = 4 * max_rows * width
+    scratch_bytes = 4 * max_rows * BLOCK + 8 * BLOCK * width
+    memory = np.zeros((query_bytes + scratch_bytes + 2 * state_bytes) // 4, np.float32)
+    queries = memory.ctypes.data
+    scratch = queries + query_bytes
+    own_state = scratch + scratch_bytes
+    next_split = own_state + state_bytes
+    places = np.empty(4 * BLOCK, np.int64)
+    here = (places.ctypes.data, places.ctypes.data + 8 * BLOCK)
+    following = (here[0] + 16 * BLOCK, here[1] + 16 * BLOCK)
+    factor = splat(np.float32(scale))
+
+    unit = begin(control)
+    while unit < num_units:
+        tile, head = unit // num_kv_heads, unit % num_kv_heads
+        first_head = head * group * head_bytes + plan[tile, FIRST_ROW] * row_bytes
+        position, rows = plan[tile, POSITION], plan[tile, NUM_QUERIES] * group
+        stop = position + plan[tile, NUM_QUERIES]
+        page_table = block_tables + 4 * plan[tile, SEQUENCE] * tables_stride
+        head_keys, head_values = keys + head * k_head, values + head * v_head
+        slot = plan[tile, SLOT]
+        whole = own_state if slot < 0 else states + (slot * num_kv_heads + head) * state_bytes
+
+        for row in range(rows):
+            place = queries + 4 * row * width
+            widen(q_dtype, q + first_head + row // group * row_bytes + row % group * head_bytes, place, head_dim)
+            for i in range(0, width, LANES):
+                store(place + 4 * i, multiply(load(place + 4 * i), factor))
+
+        for split in range(plan[tile, FIRST_SPLIT], plan[tile, END_SPLIT]):
+            state = whole if split == plan[tile, FIRST_SPLIT] else next_split
+            clear(state, width, rows)
+            start, end_key = split * SPLIT, min(stop, (split + 1) * SPLIT)
+            if window > 0:
+                start = max(start, (position - window + 1) // BLOCK * BLOCK)
+            count = min(BLOCK, end_key - start)
+            _locate(head_keys, k_page, k_token, page_table, tokens_per_page, start, count, here[0])
+            _locate(head_values, v_page, v_token, page_table, tokens_per_page, start, count, here[1])
+            for base in range(start, end_key, BLOCK):
+                after = base + BLOCK
+                next_count = max(0, min(BLOCK, end_key - after))
+                if next_count > 0:
+                    _locate(head_keys, k_page, k_token, page_table, tokens_per_page, after, next_count, following[0])
+                    _locate(head_values, v_page, v_token, page_table, tokens_per_page, after, next_count, following[1])
+                high = position + 1 - base
+                _attend_block(
+                    here,
+                    count,
+                    following,
+                    next_count,
+                    kv_dtype,
+                    head_dim,
+                    queries,
+                    rows,
+                    group,
+                    high,
+                    window,
+                    state,
+                    scratch,
+                )
+                here, following, count = following, here, next_count
+            if state != whole:
+                merge(whole, state, width, rows)
+
+        if slot < 0:
+            _finish_tile(whole, rows, group, out + first_head, q_dtype, row_bytes, head_dim, scratch)
+        unit = next_unit(control)
+    end(control)
+
+
+@kernel(f"void(int64[::1], int64, int64[:, ::1], {', '.join(['int64'] * 8)})")
+def merge_tiles(
+    control: Array,
+    num_units: int,
+    plan: Array,
+    out: int,
+    q_dtype: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    states: int,
+    state_bytes: int,
+    row_bytes: int,
+) -> None:
+    """The attention of each tile from the states of its splits, which stand one after the other in the plan."""
+    group = num_q_heads // num_kv_heads
+    width = (head_dim + COLUMNS - 1) // COLUMNS * COLUMNS
+    head_bytes = head_dim * (4 if q_dtype == 0 else 2)
+    scratch = np.empty(width, np.float32)
+    unit = begin(control)
+    while unit < num_units:
+        tile, head = unit // num_kv_heads, unit % num_kv_heads
+        first_row = plan[tile, FIRST_ROW]
+        if tile == 0 or plan[tile - 1, FIRST_ROW] != first_row:
+            rows = plan[tile, NUM_QUERIES] * group
+            whole = states + (plan[tile, SLOT] * num_kv_heads + head) * state_bytes
+            later = tile + 1
+            while later < plan.shape[0] and plan[later, FIRST_ROW] == first_row:
+                merge(whole, states + (plan[later, SLOT] * num_kv_heads + head) * state_bytes, width, rows)
+                later += 1
+            first_head = out + head * group * head_bytes + first_row * row_bytes
+            _finish_tile(whole, rows, group, first_head, q_dtype, row_bytes, head_dim, scratch.ctypes.data)
+        unit = next_unit(control)
+    end(control)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scale: float,
+    sliding_window: int,
+) -> torch.Tensor:
+    """See `aiexport_edge.kernels.paged_attention.paged_attention_reference`."""
+    num_rows, num_q_heads, head_dim = q.shape
+    _, num_kv_heads, tokens_per_page, _ = k_cache.shape
+    group = num_q_heads // num_kv_heads
+    q = q.contiguous()
+    out = torch.empty_like(q)
+    min_units = UNITS_PER_THREAD * num_threads() if num_threads() > 1 else 0
+    plan, most_queries, end_row, work = plan_tiles(
+        query_start_loc.data_ptr(),
+        seq_lens.data_ptr(),
+        seq_lens.shape[0],
+        max(1, TILE_ROWS // group),
+        sliding_window,
+        group,
+        num_kv_heads,
+        head_dim,
+        min_units,
+    )
+    if end_row < num_rows:
+        out[end_row:].zero_()
+    num_tiles = plan.shape[0]
+    if num_tiles == 0:
+        return out
+    num_units = num_tiles * num_kv_heads
+    kv_bytes = k_cache.element_size()
+    k_page, k_head, k_token, k_item = (kv_bytes * stride for stride in k_cache.stride())
+    v_page, v_head, v_token, v_item = (kv_bytes * stride for stride in v_cache.stride())
+    assert k_item == v_item == kv_bytes
+    q_dtype, row_bytes = DTYPES[q.dtype], num_q_heads * head_dim * q.element_size()
+    by_split = plan[0, SLOT] >= 0
+    state_bytes = state_size(head_dim) * most_queries * group
+    states = torch.empty(state_bytes * num_kv_heads * num_tiles if by_split else 0, dtype=torch.uint8)
+    launch(
+        attend_tiles,
+        num_units,
+        work,
+        plan,
+        q.data_ptr(),
+        out.data_ptr(),
+        q_dtype,
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        DTYPES[k_cache.dtype],
+        k_page,
+        k_head,
+        k_token,
+        v_page,
+        v_head,
+        v_token,
+        block_tables.data_ptr(),
+        block_tables.stride(0),
+        tokens_per_page,
+        num_q_heads,
+        num_kv_heads,
+        head_dim,
+        most_queries,
+        sliding_window,
+        states.data_ptr(),
+        state_bytes,
+        row_bytes,
+        scale * LOG2_E,
+    )
+    if by_split:
+        launch(
+            merge_tiles,
+            num_units,
+            0.0,
+            plan,
+            out.data_ptr(),
+            q_dtype,
+            num_q_heads,
+            num_kv_heads,
+            head_dim,
+            states.data_ptr(),
+            state_bytes,
+            row_bytes,
+        )
+    return out

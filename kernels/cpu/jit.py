@@ -1,0 +1,93 @@
+"""How the CPU operations are compiled and where the machine code is kept. Knows no operation.
+
+Importing a module of this package compiles its kernels, or loads them from the cache: each kernel has one signature
+(addresses and sizes as integers), so nothing is ever compiled while serving. numba's parallel loops are not used: they
+double compile time and a launch costs 40 µs; `aiexport_edge.kernels.threads` shares out the work.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numba
+import platformdirs
+
+# An array inside a kernel: numba gives it members that numpy has not.
+Array = Any
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# numba's own key for a cached function covers that function's file alone, not what it calls in others.
+_SOURCES = sorted(Path(__file__).parent.glob("*.py"))
+_DIGEST = hashlib.sha256(
+    b"\0".join([numba.__version__.encode(), *(source.read_bytes() for source in _SOURCES)])
+).hexdigest()[:16]
+
+
+def _is_writable(directory: Path) -> bool:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return True
+    except OSError:
+        return False
+
+
+def _copy_tree(source: Path, target: Path) -> None:
+    """Copy a directory so that another process sees all of it or nothing; does nothing where the target exists."""
+    if not source.is_dir() or target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        copy = shutil.copytree(source, Path(scratch) / "copy")
+        if not target.exists():
+            os.replace(copy, target)
+
+
+def _cache_directory() -> Path:
+    """Beside the code; where that is read-only, the user's cache directory; failing that, one for this process alone.
+
+    Code that was compiled when the package was installed (see `aiexport_edge.kernels.warm`) is taken along.
+    """
+    name = f"kernels-{_DIGEST}"
+    beside = Path(__file__).parent / "__pycache__" / name
+    if _is_writable(beside):
+        return beside
+    user = platformdirs.user_cache_path("aiexport-edge")
+    if _is_writable(user):
+        _copy_tree(beside, user / name)
+        return user / name
+    private = Path(tempfile.mkdtemp(prefix="aiexport-edge-"))
+    atexit.register(shutil.rmtree, private, ignore_errors=True)
+    _copy_tree(beside, private / name)
+    return private / name
+
+
+_settings: Any = numba.config
+if not _settings.CACHE_DIR:  # NUMBA_CACHE_DIR is the user's word
+    _settings.CACHE_DIR = str(_cache_directory())
+
+CACHE_DIRECTORY = Path(_settings.CACHE_DIR)
+
+
+def kernel(signature: str) -> Callable[[Function], Function]:
+    """Compile for this one signature now, or load from the cache. Runs without the GIL."""
+
+    def decorate(function: Function) -> Function:
+        compiled: Any = numba.njit(signature, cache=True, nogil=True, error_model="numpy")(function)
+        return cast(Function, compiled)
+
+    return decorate
+
+
+def inner(function: Function) -> Function:
+    """A function that kernels call; it becomes part of each kernel that does."""
+    compiled: Any = numba.njit(nogil=True, error_model="numpy")(function)
+    return cast(Function, compiled)

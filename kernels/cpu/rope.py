@@ -1,0 +1,196 @@
+"""QK norm, rotary embedding and KV write. A unit of work is a few tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from aiexport_edge.kernels.cpu.jit import Array, inner, kernel
+from aiexport_edge.kernels.cpu.norm import scale_row
+from aiexport_edge.kernels.cpu.simd import (
+    LANES,
+    fma,
+    get_float32,
+    get_int64,
+    load_first,
+    multiply,
+    narrow,
+    negate,
+    set_float32,
+    store_first,
+    widen,
+)
+from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
+from aiexport_edge.kernels.threads import launch
+
+TOKENS_PER_UNIT = 4
+
+
+@inner
+def _find_rotation(
+    cos_sin: int, half: int, positions: int, axis_stride: int, token: int, height_end: int, width_end: int, scratch: int
+) -> int:
+    """Address of the token's cosines, sines behind them; put together in `scratch` where axes differ."""
+    row_bytes = 8 * half
+    time: int = cos_sin + get_int64(positions, token) * row_bytes
+    if height_end == 0 and width_end == 0:
+        return time
+    height = cos_sin + get_int64(positions, axis_stride + token) * row_bytes
+    width = cos_sin + get_int64(positions, 2 * axis_stride + token) * row_bytes
+    for i in range(half):
+        source = time
+        if i % 3 == 1 and i < height_end:
+            source = height
+        elif i % 3 == 2 and i < width_end:
+            source = width
+        set_float32(scratch, i, get_float32(source, i))
+        set_float32(scratch, half + i, get_float32(source, half + i))
+    return scratch
+
+
+@inner
+def _rotate(head: int, rotation: int, half: int) -> None:
+    """Rotate the first 2 * half numbers of a float32 head in place."""
+    for i in range(0, half, LANES):
+        count = half - i
+        first, second = load_first(head + 4 * i, count), load_first(head + 4 * (half + i), count)
+        cos, sin = load_first(rotation + 4 * i, count), load_first(rotation + 4 * (half + i), count)
+        store_first(head + 4 * i, fma(first, cos, negate(multiply(second, sin))), count)
+        store_first(head + 4 * (half + i), fma(second, cos, multiply(first, sin)), count)
+
+
+@kernel(f"void(int64[::1], int64, {', '.join(['int64'] * 27)}, float64)")
+def norm_rope_tokens(
+    control: Array,
+    num_units: int,
+    qkv: int,
+    out: int,
+    dtype: int,
+    num_tokens: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    cos_sin: int,
+    half: int,
+    positions: int,
+    axis_stride: int,
+    height_end: int,
+    width_end: int,
+    slots: int,
+    keys: int,
+    values: int,
+    kv_dtype: int,
+    tokens_per_page: int,
+    k_page: int,
+    k_head: int,
+    k_token: int,
+    v_page: int,
+    v_head: int,
+    v_token: int,
+    q_weight: int,
+    k_weight: int,
+    weight_dtype: int,
+    eps: float,
+) -> None:
+    """q heads to `out`, k and v heads to their pages. A weight of 0 is no norm."""
+    padded = (head_dim + LANES - 1) // LANES * LANES
+    memory = np.empty(3 * padded + 2 * half, np.float32)
+    head = memory.ctypes.data
+    wide_q_weight, wide_k_weight, scratch = head + 4 * padded, head + 8 * padded, head + 12 * padded
+    item = 4 if dtype == 0 else 2
+    unit = begin(control)
+    if unit < num_units and q_weight != 0:
+        widen(weight_dtype, q_weight, wide_q_weight, head_dim)
+    if unit < num_units and k_weight != 0:
+        widen(weight_dtype, k_weight, wide_k_weight, head_dim)
+    while unit < num_units:
+        for token in range(unit * TOKENS_PER_UNIT, min((unit + 1) * TOKENS_PER_UNIT, num_tokens)):
+            rotation = _find_rotation(cos_sin, half, positions, axis_stride, token, height_end, width_end, scratch)
+            source = qkv + token * (num_q_heads + 2 * num_kv_heads) * head_dim * item
+            for number in range(num_q_heads):
+                widen(dtype, source + number * head_dim * item, head, head_dim)
+                if q_weight != 0:
+                    scale_row(head, wide_q_weight, head_dim, eps)
+                _rotate(head, rotation, half)
+                narrow(dtype, head, out + (token * num_q_heads + number) * head_dim * item, head_dim)
+            slot = get_int64(slots, token)
+            if slot < 0:
+                continue
+            page, offset = slot // tokens_per_page, slot % tokens_per_page
+            for number in range(num_kv_heads):
+                key = source + (num_q_heads + number) * head_dim * item
+                widen(dtype, key, head, head_dim)
+                if k_weight != 0:
+                    scale_row(head, wide_k_weight, head_dim, eps)
+                _rotate(head, rotation, half)
+                narrow(kv_dtype, head, keys + page * k_page + number * k_head + offset * k_token, head_dim)
+                widen(dtype, key + num_kv_heads * head_dim * item, head, head_dim)
+                narrow(kv_dtype, head, values + page * v_page + number * v_head + offset * v_token, head_dim)
+        unit = next_unit(control)
+    end(control)
+
+
+def qk_norm_rope(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    mrope_section: Sequence[int] | None,
+) -> torch.Tensor:
+    """See `aiexport_edge.kernels.qk_norm_rope.qk_norm_rope_reference`."""
+    qkv, cos_sin = qkv.contiguous(), cos_sin.contiguous()
+    num_tokens, head_dim = qkv.shape[0], k_cache.shape[3]
+    assert slots.dtype == positions.dtype == torch.int64
+    assert positions.stride(1) == slots.stride(0) == 1 or num_tokens == 1
+    assert cos_sin.dtype == torch.float32
+    assert qkv.shape[1] == (num_q_heads + 2 * num_kv_heads) * head_dim
+    kv_bytes = k_cache.element_size()
+    k_page, k_head, k_token, k_item = (kv_bytes * stride for stride in k_cache.stride())
+    v_page, v_head, v_token, v_item = (kv_bytes * stride for stride in v_cache.stride())
+    assert k_item == v_item == kv_bytes
+    weight = q_weight if k_weight is None else k_weight
+    out = torch.empty((num_tokens, num_q_heads, head_dim), dtype=qkv.dtype)
+    launch(
+        norm_rope_tokens,
+        -(-num_tokens // TOKENS_PER_UNIT),
+        0.5 * qkv.numel(),
+        qkv.data_ptr(),
+        out.data_ptr(),
+        DTYPES[qkv.dtype],
+        num_tokens,
+        num_q_heads,
+        num_kv_heads,
+        head_dim,
+        cos_sin.data_ptr(),
+        cos_sin.shape[1] // 2,
+        positions.data_ptr(),
+        positions.stride(0),
+        0 if mrope_section is None else 3 * mrope_section[1],
+        0 if mrope_section is None else 3 * mrope_section[2],
+        slots.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        DTYPES[k_cache.dtype],
+        k_cache.shape[2],
+        k_page,
+        k_head,
+        k_token,
+        v_page,
+        v_head,
+        v_token,
+        0 if q_weight is None else q_weight.data_ptr(),
+        0 if k_weight is None else k_weight.data_ptr(),
+        0 if weight is None else DTYPES[weight.dtype],
+        eps,
+    )
+    return out

@@ -1,0 +1,56 @@
+"""SwiGLU. A unit of work is a few rows."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from aiexport_edge.kernels.cpu.jit import Array, kernel
+from aiexport_edge.kernels.cpu.simd import LANES, add, divide, exp2, load, multiply, narrow, splat, store, widen
+from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
+from aiexport_edge.kernels.threads import launch
+
+ROWS_PER_UNIT = 4
+
+
+@kernel("void(int64[::1], int64, int64, int64, int64, int64, int64)")
+def swiglu_rows(control: Array, num_units: int, gate_up: int, out: int, dtype: int, num_rows: int, width: int) -> None:
+    """Rows of 2 * width numbers to rows of width."""
+    padded = (width + LANES - 1) // LANES * LANES
+    memory = np.empty(2 * padded, np.float32)
+    gate = memory.ctypes.data
+    up = gate + 4 * padded
+    item = 4 if dtype == 0 else 2
+    one, minus_log2_e = splat(np.float32(1.0)), splat(np.float32(-math.log2(math.e)))
+    unit = begin(control)
+    while unit < num_units:
+        for row in range(unit * ROWS_PER_UNIT, min((unit + 1) * ROWS_PER_UNIT, num_rows)):
+            widen(dtype, gate_up + 2 * row * width * item, gate, width)
+            widen(dtype, gate_up + (2 * row + 1) * width * item, up, width)
+            for i in range(0, width, LANES):
+                x = load(gate + 4 * i)
+                silu = divide(x, add(one, exp2(multiply(x, minus_log2_e))))
+                store(gate + 4 * i, multiply(silu, load(up + 4 * i)))
+            narrow(dtype, gate, out + row * width * item, width)
+        unit = next_unit(control)
+    end(control)
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """See `aiexport_edge.kernels.swiglu.swiglu_reference`."""
+    gate_up = gate_up.contiguous()
+    num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((num_rows, width), dtype=gate_up.dtype)
+    launch(
+        swiglu_rows,
+        -(-num_rows // ROWS_PER_UNIT),
+        0.5 * num_rows * width,
+        gate_up.data_ptr(),
+        out.data_ptr(),
+        DTYPES[gate_up.dtype],
+        num_rows,
+        width,
+    )
+    return out
