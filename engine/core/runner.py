@@ -19,6 +19,7 @@ from aiexport_edge.engine.core.request import Request
 from aiexport_edge.engine.models.config import ModelError
 from aiexport_edge.engine.models.loader import LoadedModel, load_model
 from aiexport_edge.kernels.sampler import sample
+from aiexport_edge.kernels.threads import set_num_threads
 
 WARM_UP_TOKENS = 64
 
@@ -121,8 +122,7 @@ def load(
     Raises ModelError with a sentence for the operator.
     """
     device = _device(config.device)
-    if config.num_threads:
-        torch.set_num_threads(config.num_threads)
+    set_num_threads(config.num_threads or torch.get_num_threads())
     models = []
     for index, model in enumerate(config.models):
 
