@@ -1,18 +1,38 @@
-"""Matrix products with weights packed once for the processor's matrix units (oneDNN, through torch)."""
+"""Matrix products with weights packed once for the processor's matrix units (oneDNN, through torch).
+
+A library chooses its loops by the number of rows, so a row's bits change with the batch that it is in. In deterministic
+mode rows are cut and padded into tiles of a few sizes; which sizes give a row the same bits is found by trial, once per
+shape, since it differs between processors, dtypes and shapes. Knows nothing of models.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+# Sets of tile sizes to try, the fastest first. A row by itself is always its own equal.
+TILINGS = (
+    (1, 2, 4, 8, 16, 32, 64, 128),
+    (2, 4, 8, 16, 32, 64, 128),
+    (1, 2, 4, 8, 16, 32),
+    (2, 4, 8, 16, 32),
+    (4, 8, 16, 32),
+    (32,),
+    (16,),
+    (1,),
+)
 
 
 def supports_bf16() -> bool:
     """Whether this processor multiplies bfloat16 matrices itself (AVX512-BF16, AMX, or Arm's BF16 extension)."""
-    cpu = torch.cpu
-    if cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported():
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
         return True
-    return torch.backends.cpu.get_cpu_capability().startswith("SVE") and bool(
-        torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    is_arm = torch.backends.cpu.get_cpu_capability().startswith("SVE")
+    return is_arm and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -23,24 +43,123 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     return out.to(x.dtype)
 
 
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What products run in: `dtype` where oneDNN has it on this processor, else float32."""
+    if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return dtype
+    if dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return dtype
+    return torch.float32
+
+
+def _pack(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    """The product with this weight, which is not kept where it can be packed."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return lambda x: torch.nn.functional.linear(x, weight, bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        return out
+
+    return product
+
+
+def _trial_operands(out_features: int, in_features: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight and rows whose products cancel: what is left is rounding, and shows any other order of the sums."""
+    generator = torch.Generator().manual_seed(0)
+    half = in_features // 2
+    order = torch.randperm(in_features, generator=generator)
+
+    def rows(number: int, sign: float) -> torch.Tensor:
+        first = torch.randn((number, half), generator=generator).to(dtype)
+        rest = torch.randn((number, in_features - 2 * half), generator=generator).to(dtype) * 1e-6
+        return torch.cat((first, sign * first, rest), dim=1)[:, order].contiguous()
+
+    return rows(out_features, -1.0), rows(max(max(tiling) for tiling in TILINGS), 1.0)
+
+
+def _agree(product: Product, rows: torch.Tensor, tiling: tuple[int, ...]) -> bool:
+    """Whether tiles of these sizes give each row the same bits, wherever it stands in them."""
+    largest = tiling[-1]
+    expected = product(rows[:largest])
+    moved = product(rows[:largest].roll(largest // 3, dims=0)).roll(-(largest // 3), dims=0)
+    if not torch.equal(moved, expected):
+        return False
+    for size in tiling[:-1]:
+        for start in {0, largest // 3, largest - size}:
+            if start + size <= largest and not torch.equal(
+                product(rows[start : start + size]), expected[start : start + size]
+            ):
+                return False
+    return True
+
+
+@functools.cache
+def _find_tiling(
+    out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool, num_threads: int
+) -> tuple[int, ...]:
+    """The fastest tiling that is right for products of this shape, with one thread and with `num_threads` alike."""
+    weight, rows = _trial_operands(out_features, in_features, dtype)
+    product = _pack(weight, torch.zeros(out_features, dtype=dtype) if has_bias else None)
+    del weight
+
+    def agrees(tiling: tuple[int, ...]) -> bool:
+        if not _agree(product, rows, tiling):
+            return False
+        if num_threads == 1:
+            return True
+        several = product(rows[: tiling[-1]])
+        torch.set_num_threads(1)
+        try:
+            return _agree(product, rows, tiling) and torch.equal(product(rows[: tiling[-1]]), several)
+        finally:
+            torch.set_num_threads(num_threads)
+
+    return next((tiling for tiling in TILINGS[:-1] if agrees(tiling)), TILINGS[-1])
+
+
 class PackedLinear:
-    """y = x Wᵀ + b. The caller may drop `weight` afterwards: only the packed copy is kept."""
+    """y = x Wᵀ + b, with W packed: the caller may drop the weight it came from.
+
+    Where the processor has no products of `dtype`, the weight is packed in float32 and x is converted. With
+    `deterministic`, the bits of a row of y depend on that row of x alone: not on other rows, its place among them or the
+    number of threads. Set the number of threads before (`aiexport_edge.kernels.threads.set_num_threads`).
+    """
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: torch.dtype, deterministic: bool
     ) -> None:
+        """weight [N, K], bias [N], in any float dtype."""
         self.out_features, self.in_features = weight.shape
         self.dtype = dtype
         self.deterministic = deterministic
-        self._bias = None if bias is None else bias.to(dtype)
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype))
+        self._product_dtype = _product_dtype(dtype)
+        self._product = _pack(
+            weight.to(self._product_dtype), None if bias is None else bias.to(self._product_dtype).contiguous()
+        )
+        self._tiling: tuple[int, ...] = ()
+        if deterministic:
+            self._tiling = _find_tiling(
+                self.out_features, self.in_features, self._product_dtype, bias is not None, torch.get_num_threads()
+            )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [M, K] in `dtype` -> [M, N]."""
-        if not self.deterministic:
-            return self._product(x)
-        return torch.cat([self._product(torch.cat((row, row)))[:1] for row in x.unsqueeze(1)])
+        """x [M, K] in `dtype` -> [M, N] in `dtype`."""
+        assert x.dtype == self.dtype
+        x = x.to(self._product_dtype).contiguous()
+        if not self._tiling:
+            out = self._product(x)
+        elif x.shape[0] <= self._tiling[-1]:
+            out = self._tile(x)
+        else:
+            out = torch.cat([self._tile(rows) for rows in torch.split(x, self._tiling[-1])])
+        return out.to(self.dtype)
 
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
-        return out
+    def _tile(self, x: torch.Tensor) -> torch.Tensor:
+        """At most a largest tile of rows, padded up to the next size of tile."""
+        num_rows = x.shape[0]
+        size = next(size for size in self._tiling if size >= num_rows)
+        if size == num_rows:
+            return self._product(x)
+        return self._product(torch.nn.functional.pad(x, (0, 0, 0, size - num_rows)))[:num_rows]
