@@ -1,0 +1,55 @@
+"""Attention of one new token per sequence over its pages: `paged_attention` where every query length is 1.
+
+An operation of its own because on a GPU it is bound by memory, not by products, and is captured in graphs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from aiexport_edge.kernels.paged_attention import paged_attention, paged_attention_reference
+
+
+def _query_start_loc(batch: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(batch + 1, dtype=torch.int32, device=device)
+
+
+def decode_attention_reference(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scale: float,
+    sliding_window: int = 0,
+) -> torch.Tensor:
+    """`paged_attention_reference` of q [B, Hq, D], the last token of each sequence. seq_lens int32 [B], the new tokens
+    counted; a sequence of length 0 (a padding row) gets zeros. Returns [B, Hq, D] in q's dtype."""
+    query_start_loc = _query_start_loc(q.shape[0], q.device)
+    return paged_attention_reference(
+        q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale=scale, sliding_window=sliding_window
+    )
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scale: float,
+    sliding_window: int = 0,
+) -> torch.Tensor:
+    """See `decode_attention_reference`."""
+    if q.is_cuda:
+        from aiexport_edge.kernels.gpu import decode_attention as gpu
+
+        return gpu.decode_attention(
+            q, k_cache, v_cache, block_tables, seq_lens, scale=scale, sliding_window=sliding_window
+        )
+    query_start_loc = _query_start_loc(q.shape[0], q.device)
+    return paged_attention(
+        q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale=scale, sliding_window=sliding_window
+    )
