@@ -15,9 +15,10 @@ from aiexport_edge.shim.errors import InvalidRequest, UnsupportedMediaType
 
 JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, JsonValue] | None"
 
-MAX_VALUES = 1_000_000  # a body of 32 MiB can spell 11 million empty objects, which is 700 MB once parsed
+MAX_VALUES = 250_000  # a body of 32 MiB can spell 11 million empty objects, which is 700 MB once parsed
+MAX_DEPTH = 200  # what the messages API allows has six levels
 MAX_INTEGER_DIGITS = 400  # longer ones are out of any field's range, and `int` is quadratic
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # possessive: no backtracking over megabytes
+_STRING_OR_BRACKET = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[][{}]', re.DOTALL)  # possessive: no backtracking
 
 
 def require_json(content_type: bytes | None, content_encoding: bytes | None) -> None:
@@ -39,7 +40,7 @@ def parse(body: bytes) -> JsonValue:
     """
     if not body.strip(b" \t\r\n"):
         raise InvalidRequest("The request body is empty; it must be a JSON object.")
-    _check_size(body)
+    _check_structure(body)
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -60,22 +61,35 @@ def _without_mark(text: str) -> str:
     return text
 
 
-def _check_size(body: bytes) -> None:
-    """Bounds the number of values before any is built: each but the first follows one of `[ { ,` or `:`."""
-    if _num_marks(body) <= MAX_VALUES:
+def _check_structure(body: bytes) -> None:
+    """Bounds depth and number of values before any is built.
+
+    A value but the first follows one of `[ { , :`. Most bodies have so few of them that counting bytes settles it; else
+    what stands in strings is told apart from what does not.
+    """
+    num_openings = body.count(b"[") + body.count(b"{")
+    if num_openings <= MAX_DEPTH and num_openings + body.count(b",") + body.count(b":") <= MAX_VALUES:
         return
-    num_values, start = 0, 0  # commas in a long text are no values: look again, outside strings
-    for match in _STRING.finditer(body):
-        num_values += 1 + _num_marks(body[start : match.start()])
-        start = match.end()
-        if num_values > MAX_VALUES:
+    depth = num_marks = num_pieces = end = 0
+    for match in _STRING_OR_BRACKET.finditer(body):
+        start = match.start()
+        num_pieces += 1
+        num_marks += body.count(b",", end, start) + body.count(b":", end, start)
+        end = match.end()
+        first = body[start]
+        if first in b"[{":
+            num_marks += 1
+            depth += 1
+        elif first in b"]}":
+            depth -= 1
+        if depth > MAX_DEPTH:
+            raise InvalidRequest(f"The request body is nested more than {MAX_DEPTH} levels deep.")
+        if num_marks > MAX_VALUES or num_pieces > 3 * MAX_VALUES:  # a value has a key and two brackets at most
             break
-    if num_values + _num_marks(body[start:] if num_values <= MAX_VALUES else b"") > MAX_VALUES:
+    else:
+        num_marks += body.count(b",", end) + body.count(b":", end)
+    if num_marks > MAX_VALUES or num_pieces > 3 * MAX_VALUES:
         raise InvalidRequest(f"The request body holds more than {MAX_VALUES:,} JSON values.")
-
-
-def _num_marks(part: bytes) -> int:
-    return part.count(b",") + part.count(b"[") + part.count(b"{") + part.count(b":")
 
 
 def _integer(digits: str) -> int | float:

@@ -166,9 +166,11 @@ class Messages:
         await send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
         try:
             async with asyncio.timeout(None) as stalled:
-                more = True
+                more, moved = True, 0.0
                 while more:
-                    stalled.reschedule(loop.time() + STALL_S)
+                    if loop.time() > moved + 1.0:  # not for every event: that costs as much as making the event
+                        moved = loop.time()
+                        stalled.reschedule(moved + STALL_S)
                     if await reply.generation.wait(self._ping_s):
                         events, more = reply.events()
                     else:

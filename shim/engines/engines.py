@@ -211,7 +211,9 @@ class Engines:
             log.warning("%s could not go on within %.0f s", request_id, self._resume_s)
             if generation.session is not None:
                 generation.session.abort(generation.tag)
-            generation.fail(Overloaded("The model's engine was lost and did not come back in time."))
+            generation.fail(
+                Overloaded("The model's engine was lost and did not come back in time.", retry_after=RETRY_AFTER_S)
+            )
 
     async def _session_for(self, generation: Generation) -> Session:
         """Waits for an engine with the model of this request, of the same revision if there is any."""

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aiexport_edge.shim.errors import InvalidRequest, UnsupportedMediaType
-from aiexport_edge.shim.json_body import MAX_VALUES, parse, require_json
+from aiexport_edge.shim.json_body import MAX_DEPTH, MAX_VALUES, parse, require_json
 
 DATA = Path(os.environ.get("AIEXPORT_TEST_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 SUITE = DATA / "json" / "JSONTestSuite" / "test_parsing"
@@ -72,12 +72,26 @@ def test_accepted() -> None:
     assert parse(b"1e999") == float("inf")
 
 
+def test_depth_is_bounded() -> None:
+    """Alike with every version of Python, whose own limits differ."""
+    for opening, closing in ((b"[", b"]"), (b'{"a":', b"}")):
+        assert parse(opening * MAX_DEPTH + b"1" + closing * MAX_DEPTH)
+        with pytest.raises(InvalidRequest, match="nested"):
+            parse(opening * (MAX_DEPTH + 1) + b"1" + closing * (MAX_DEPTH + 1))
+    wide = b"[" + b'[{"[[":"{"}],' * 1000 + b"1]"
+    assert len(parse(wide)) == 1001  # type: ignore[arg-type]
+    assert parse(b'"' + b"[" * 10_000 + b'"') == "[" * 10_000
+
+
 def test_number_of_values_is_bounded() -> None:
     """A body of millions of tiny values would need hundreds of megabytes; commas in a text are no values."""
-    with pytest.raises(InvalidRequest, match="1,000,000"):
+    with pytest.raises(InvalidRequest, match="250,000"):
         parse(b"[" + b"{}," * MAX_VALUES + b"{}]")
-    with pytest.raises(InvalidRequest, match="1,000,000"):
-        parse(b'{"' + b"a,:" * MAX_VALUES + b'":' + b'["",' * MAX_VALUES)
+    with pytest.raises(InvalidRequest, match="250,000"):
+        parse(b'{"' + b"a,:" * MAX_VALUES + b'":' + b'["",' + b'"",' * MAX_VALUES)
+    assert parse(b"[" + b"1," * (MAX_VALUES - 1) + b"1]") == [1] * MAX_VALUES
+    with pytest.raises(InvalidRequest, match="250,000"):
+        parse(b'"' + b"," * 2 * MAX_VALUES + b'"' + b'""' * 3 * MAX_VALUES)
     text = "a,\\\\b:[{" * MAX_VALUES
     assert parse(f'{{"text": "{text}"}}'.encode()) == {"text": text.replace("\\\\", "\\")}
 
