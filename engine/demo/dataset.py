@@ -27,15 +27,15 @@ def quotes_from(folder: Path | None) -> list[str]:
 
 def _segment(rng: random.Random, quotes: list[str]) -> list[Turn]:
     r = rng.random()
-    if r < 0.25:
+    if r < 0.23:
         return conversations.conversation(rng, quotes)
-    if r < 0.29:
+    if r < 0.26:
         return conversations.own_name(rng)
-    if r < 0.295:
+    if r < 0.265:
         return [conversations.nameless(rng)]
-    if r < 0.53:
+    if r < 0.47:
         return arithmetic.conversation(rng)
-    if r < 0.68:
+    if r < 0.64:
         return structured.conversation(rng)
     if r < 0.88:
         return echoes.conversation(rng, quotes)
