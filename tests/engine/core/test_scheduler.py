@@ -181,6 +181,59 @@ def test_two_that_do_not_fit_together_take_turns_without_thrashing() -> None:
     assert core.num_steps <= 2 * 78 + 10
 
 
+def test_batch_makes_room_for_growing_interactive_requests() -> None:
+    """However little its tenant has been served."""
+    core = FakeCore(num_pages=13, max_step_tokens=64, batch_floor_share=0.0)
+    core.add(add_request(0, prompt_of(rng, 16), max_tokens=30, tenant="greedy"))
+    core.step()
+    core.add(add_request(1, prompt_of(rng, 12), max_tokens=30, tenant="modest", priority=Priority.BATCH))
+    while not core.scheduler.num_preemptions:
+        core.step()
+    assert core.scheduler.requests[1].status is Status.PREEMPTED
+    core.run()
+    core.check_outputs()
+
+
+def test_a_preempted_request_resumes_before_later_ones_of_its_tenant() -> None:
+    core = FakeCore(num_pages=17, max_step_tokens=64)
+    for handle in range(2):
+        core.add(add_request(handle, prompt_of(rng, 24), max_tokens=36))
+    core.step()
+    core.add(add_request(2, prompt_of(rng, 24), max_tokens=36))
+    while core.scheduler.requests:
+        core.step()
+        if core.replies[1].reason is None and core.scheduler.requests[1].status is Status.PREEMPTED:
+            assert not core.replies[2].started
+    assert core.scheduler.num_preemptions >= 1
+    core.check_outputs()
+
+
+def test_nobody_is_admitted_into_the_page_that_a_running_request_needs_next() -> None:
+    core = FakeCore(num_pages=11, max_step_tokens=64)
+    core.add(add_request(0, prompt_of(rng, 18), max_tokens=6))
+    core.step()
+    core.add(add_request(1, prompt_of(rng, 20), max_tokens=5))  # as many pages as are available now
+    core.run()
+    core.check_outputs()
+    assert core.scheduler.num_preemptions == 0
+
+
+def test_nobody_is_admitted_in_the_step_of_a_famine() -> None:
+    core = FakeCore(num_pages=17, max_step_tokens=64)
+    for handle in range(2):
+        core.add(add_request(handle, prompt_of(rng, 24), max_tokens=36))
+    while core.pool.num_available:
+        core.step()
+    core.add(add_request(2, prompt_of(rng, 3), max_tokens=1, tenant="small"))
+    while not core.scheduler.num_preemptions:
+        core.step()
+    assert 2 not in planned(core)
+    core.step()
+    assert 2 in planned(core)
+    core.run()
+    core.check_outputs()
+
+
 def test_many_that_do_not_fit_together_all_finish() -> None:
     core = FakeCore(num_pages=21, max_step_tokens=32, max_num_running=16)
     for handle in range(30):
@@ -355,6 +408,22 @@ def test_probation_waits_for_a_place_before_anyone_new() -> None:
         started += [s.handle for s in core.step().started]
     assert started == [2, 1]
     core.check_outputs()
+
+
+def test_a_large_request_on_probation_is_not_starved_by_small_ones() -> None:
+    core = FakeCore(num_pages=21, max_num_running=6, max_step_tokens=16)
+    for handle in range(1, 7):
+        core.add(add_request(handle, prompt_of(rng, 8), max_tokens=8, tenant=f"t{handle}"))
+    core.step()
+    core.add(add_request(0, prompt_of(rng, 70), max_tokens=5, probation=True))
+    handle = 10
+    while core.replies[0].reason is None:
+        while core.scheduler.num_waiting < 6:
+            core.add(add_request(handle, prompt_of(rng, 8), max_tokens=8, tenant=f"t{handle % 7}"))
+            handle += 1
+        core.step()
+        assert core.num_steps < 100
+    assert core.replies[0].output == undisturbed(core.replies[0].message)[0]
 
 
 def test_probation_can_be_aborted_and_preempted() -> None:
