@@ -156,7 +156,7 @@ def test_deterministic_logits_are_bitwise_the_same(name: str, dtype: str, tmp_pa
 @pytest.mark.parametrize("name", ["llama3", "demo"])
 def test_deterministic_in_batches_larger_than_a_tile(name: str, dtype: str, tmp_path: Path) -> None:
     """70 sequences decode at once: more rows than the matrix units take in one tile."""
-    runner = load_runner(checkpoint(name, tmp_path), dtype=dtype, deterministic=True)
+    runner = load_runner(checkpoint(name, tmp_path), dtype=dtype, deterministic=True, max_num_running=70)
     texts = prompts(list(range(1, 71)))
     driver = Driver(runner)
     apart = [driver.add(text) for text in texts]
