@@ -123,8 +123,8 @@ class PackedLinear:
     """y = x Wᵀ + b, with W packed: the caller may drop the weight it came from.
 
     Where the processor has no products of `dtype`, the weight is packed in float32 and x is converted. With
-    `deterministic`, the bits of a row of y depend on that row of x alone: not on other rows, its place among them or the
-    number of threads. Set the number of threads before (`aiexport_edge.kernels.threads.set_num_threads`).
+    `deterministic`, the bits of a row of y depend on that row of x alone: not on other rows, its place among them or
+    the number of threads. Set that number before (`aiexport_edge.kernels.threads.set_num_threads`).
     """
 
     def __init__(

@@ -166,4 +166,8 @@ def sample(
     output_index: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `sample_reference`."""
+    if logits.device.type == "cpu":
+        from aiexport_edge.kernels.cpu import sampler as cpu
+
+        return cpu.sample(logits, temperature, top_k, top_p, seeds, output_index)
     return sample_reference(logits, temperature, top_k, top_p, seeds, output_index)

@@ -40,7 +40,7 @@ from aiexport_edge.kernels.cpu.simd import (
     widen,
     widen_columns,
 )
-from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
+from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, keep, next_unit
 from aiexport_edge.kernels.threads import launch, num_threads
 
 SPLIT = 2048
@@ -303,6 +303,8 @@ def attend_tiles(
             _finish_tile(whole, rows, group, out + first_head, q_dtype, row_bytes, head_dim, scratch)
         unit = next_unit(control)
     end(control)
+    keep(memory)
+    keep(places)
 
 
 @kernel(f"void(int64[::1], int64, int64[:, ::1], {', '.join(['int64'] * 8)})")
@@ -339,6 +341,7 @@ def merge_tiles(
             _finish_tile(whole, rows, group, first_head, q_dtype, row_bytes, head_dim, scratch.ctypes.data)
         unit = next_unit(control)
     end(control)
+    keep(scratch)
 
 
 def paged_attention(

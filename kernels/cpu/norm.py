@@ -9,7 +9,7 @@ import torch
 
 from aiexport_edge.kernels.cpu.jit import Array, inner, kernel
 from aiexport_edge.kernels.cpu.simd import LANES, add, fma, load, multiply, narrow, splat, store, sum_lanes, widen
-from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
+from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, keep, next_unit
 from aiexport_edge.kernels.threads import launch
 
 ROWS_PER_UNIT = 8
@@ -69,6 +69,7 @@ def norm_rows(
             narrow(dtype, row, out + offset, width)
         unit = next_unit(control)
     end(control)
+    keep(memory)
 
 
 def _run(x: torch.Tensor, residual: int, weight: torch.Tensor, total: int, eps: float) -> torch.Tensor:

@@ -22,7 +22,7 @@ from aiexport_edge.kernels.cpu.simd import (
     store_first,
     widen,
 )
-from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
+from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, keep, next_unit
 from aiexport_edge.kernels.threads import launch
 
 TOKENS_PER_UNIT = 4
@@ -130,6 +130,7 @@ def norm_rope_tokens(
                 narrow(kv_dtype, head, values + page * v_page + number * v_head + offset * v_token, head_dim)
         unit = next_unit(control)
     end(control)
+    keep(memory)
 
 
 def qk_norm_rope(

@@ -83,7 +83,7 @@ def broadcast(builder: Any, value: Any, form: Any) -> Any:
     return builder.shuffle_vector(single, single, constant(_WORDS, 0))
 
 
-def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+def call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
     """Call an LLVM intrinsic by its full name."""
     function = builder.module.globals.get(name)
     if function is None:
@@ -106,13 +106,13 @@ def _read_first(builder: Any, address: Any, count: Any, form: Any, suffix: str, 
     """The first `count` items of a vector, zero in the other lanes; nothing past them is touched."""
     place, alignment = pointer(builder, address, form), ir.Constant(_I32, width)
     mask, zero = _lanes_below(builder, count), constant(form, 0)
-    return _call(builder, f"llvm.masked.load.{suffix}.p0", form, place, alignment, mask, zero)
+    return call(builder, f"llvm.masked.load.{suffix}.p0", form, place, alignment, mask, zero)
 
 
 def _write_first(builder: Any, address: Any, value: Any, count: Any, suffix: str, width: int) -> None:
     place, alignment = pointer(builder, address, value.type), ir.Constant(_I32, width)
     name = f"llvm.masked.store.{suffix}.p0"
-    _call(builder, name, ir.VoidType(), value, place, alignment, _lanes_below(builder, count))
+    call(builder, name, ir.VoidType(), value, place, alignment, _lanes_below(builder, count))
 
 
 def _from_bfloat16(builder: Any, halves: Any) -> Any:
@@ -140,7 +140,7 @@ def _to_float16(builder: Any, value: Any) -> Any:
 
 def fused(builder: Any, left: Any, right: Any, addend: Any) -> Any:
     """left * right + addend, rounded once."""
-    return _call(builder, "llvm.fma.v16f32", _FLOATS, left, right, addend)
+    return call(builder, "llvm.fma.v16f32", _FLOATS, left, right, addend)
 
 
 def _fold(builder: Any, value: Any, combine: Callable[[Any, Any], Any]) -> Any:
@@ -375,7 +375,7 @@ _columns_float16 = _columns(_unpack_float16, 2)
 def prefetch(builder: Any, address: Any) -> None:
     """Ask for a cache line, into the second-level cache."""
     read, level_2, data = (ir.Constant(_I32, value) for value in (0, 2, 1))
-    _call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer(builder, address, _F32), read, level_2, data)
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer(builder, address, _F32), read, level_2, data)
 
 
 @operation(float32, int64, int64)

@@ -9,7 +9,7 @@ import torch
 
 from aiexport_edge.kernels.cpu.jit import Array, kernel
 from aiexport_edge.kernels.cpu.simd import LANES, add, divide, exp2, load, multiply, narrow, splat, store, widen
-from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
+from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, keep, next_unit
 from aiexport_edge.kernels.threads import launch
 
 ROWS_PER_UNIT = 4
@@ -36,6 +36,7 @@ def swiglu_rows(control: Array, num_units: int, gate_up: int, out: int, dtype: i
             narrow(dtype, gate, out + row * width * item, width)
         unit = next_unit(control)
     end(control)
+    keep(memory)
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:

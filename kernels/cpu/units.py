@@ -29,6 +29,11 @@ def next_unit(control: Array) -> int:
 
 
 @inner
+def keep(memory: Array) -> None:
+    """Keep an array until here: numba frees it after its last mention, and knows nothing of addresses taken from it."""
+
+
+@inner
 def end(control: Array) -> None:
     """Say that this thread is done."""
     fetch_add(control.ctypes.data, 1, -1)

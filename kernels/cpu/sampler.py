@@ -1,0 +1,348 @@
+"""Sampling. A unit of work is a row of logits.
+
+Top-k and top-p search their threshold with histograms of the scores' bits (a radix select: no sorting), and only in
+rows that ask. Everything that decides rounds exactly as the reference does.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir  # type: ignore[import-untyped]
+
+from aiexport_edge.kernels import philox
+from aiexport_edge.kernels import sampler as definition
+from aiexport_edge.kernels.cpu import simd
+from aiexport_edge.kernels.cpu.jit import Array, inner, kernel
+from aiexport_edge.kernels.cpu.simd import (
+    LANES,
+    add,
+    constant,
+    get_float32,
+    get_int32,
+    get_int64,
+    keep_lanes,
+    load,
+    load_first,
+    max_lanes,
+    maximum,
+    multiply,
+    operation,
+    set_float32,
+    set_int64,
+    splat,
+    store,
+    sum_lanes,
+)
+from aiexport_edge.kernels.cpu.units import begin, end, keep, next_unit
+from aiexport_edge.kernels.threads import launch
+
+CHUNK = 4 * LANES  # tokens of 16 Philox counters
+MASS_ONE = definition.MASS_ONE
+MAX_INVERSE_TEMPERATURE = definition.MAX_INVERSE_TEMPERATURE
+
+_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+_FLOATS, _WORDS, _LONGS = (ir.VectorType(item, LANES) for item in (_F32, _I32, _I64))
+
+
+def _exp(builder: Any, x: Any) -> Any:
+    """`definition._exp`, operation by operation."""
+    lowest = constant(_FLOATS, definition.EXP_UNDERFLOW)
+    underflow = builder.fcmp_ordered("<", x, lowest)
+    clamped = builder.select(underflow, lowest, x)
+    n = builder.fadd(builder.fmul(clamped, constant(_FLOATS, definition.LOG2_E)), constant(_FLOATS, 0.5))
+    n = simd.call(builder, "llvm.floor.v16f32", _FLOATS, n)
+    r = builder.fsub(clamped, builder.fmul(n, constant(_FLOATS, definition.LN2_HIGH)))
+    r = builder.fsub(r, builder.fmul(n, constant(_FLOATS, definition.LN2_LOW)))
+    y = constant(_FLOATS, definition.EXP_COEFFICIENTS[0])
+    for coefficient in definition.EXP_COEFFICIENTS[1:]:
+        y = builder.fadd(builder.fmul(y, r), constant(_FLOATS, coefficient))
+    y = builder.fadd(builder.fadd(builder.fmul(y, builder.fmul(r, r)), r), constant(_FLOATS, 1.0))
+    exponent = builder.add(builder.fptosi(n, _WORDS), constant(_WORDS, 127))
+    power = builder.bitcast(builder.shl(exponent, constant(_WORDS, 23)), _FLOATS)
+    return builder.select(underflow, constant(_FLOATS, 0.0), builder.fmul(y, power))
+
+
+def _log(builder: Any, x: Any) -> Any:
+    """`definition._log`, operation by operation."""
+    bits = builder.bitcast(x, _WORDS)
+    exponent = builder.sub(builder.ashr(bits, constant(_WORDS, 23)), constant(_WORDS, 126))
+    mantissa = builder.or_(builder.and_(bits, constant(_WORDS, 0x007FFFFF)), constant(_WORDS, 0x3F000000))
+    mantissa = builder.bitcast(mantissa, _FLOATS)
+    small = builder.fcmp_ordered("<", mantissa, constant(_FLOATS, definition.SQRT_HALF))
+    exponent = builder.sitofp(builder.sub(exponent, builder.zext(small, _WORDS)), _FLOATS)
+    f = builder.select(small, builder.fadd(mantissa, mantissa), mantissa)
+    f = builder.fsub(f, constant(_FLOATS, 1.0))
+    square = builder.fmul(f, f)
+    y = constant(_FLOATS, definition.LOG_COEFFICIENTS[0])
+    for coefficient in definition.LOG_COEFFICIENTS[1:]:
+        y = builder.fadd(builder.fmul(y, f), constant(_FLOATS, coefficient))
+    y = builder.fmul(builder.fmul(y, f), square)
+    y = builder.fadd(y, builder.fmul(exponent, constant(_FLOATS, definition.LN2_LOW)))
+    y = builder.fsub(y, builder.fmul(square, constant(_FLOATS, 0.5)))
+    return builder.fadd(builder.fadd(f, y), builder.fmul(exponent, constant(_FLOATS, definition.LN2_HIGH)))
+
+
+def _masses(builder: Any, scores: Any) -> Any:
+    return builder.fptosi(builder.fmul(_exp(builder, scores), constant(_FLOATS, MASS_ONE)), _LONGS)
+
+
+@operation(simd.none, simd.int64, simd.vector)
+def add_masses(builder: Any, target: Any, scores: Any) -> None:
+    """Add the masses of sixteen scores to sixteen int64."""
+    place = simd.pointer(builder, target, _LONGS)
+    builder.store(builder.add(builder.load(place, align=8, typ=_LONGS), _masses(builder, scores)), place, align=8)
+
+
+@operation(simd.none, simd.int64, simd.vector)
+def store_masses(builder: Any, target: Any, scores: Any) -> None:
+    """The masses of sixteen scores as int64."""
+    builder.store(_masses(builder, scores), simd.pointer(builder, target, _LONGS), align=8)
+
+
+@operation(simd.vector, simd.vector, simd.vector)
+def keep_nan(builder: Any, found: Any, value: Any) -> Any:
+    """`value` where it is NaN, else `found`."""
+    return builder.select(builder.fcmp_unordered("uno", value, value), value, found)
+
+
+@operation(simd.none, simd.int64, simd.int64, simd.int64, simd.int64)
+def draw_words(builder: Any, target: Any, seed: Any, first_counter: Any, output_index: Any) -> None:
+    """Philox4x32-10 of sixteen counters: 64 words, in the order of the tokens they belong to."""
+
+    def halves(value: Any) -> tuple[Any, Any]:
+        high = builder.trunc(builder.lshr(value, ir.Constant(_I64, 32)), _I32)
+        return builder.trunc(value, _I32), high
+
+    def multiply_words(number: int, words: Any) -> tuple[Any, Any]:
+        product = builder.mul(builder.zext(words, _LONGS), constant(_LONGS, number))
+        return builder.trunc(builder.lshr(product, constant(_LONGS, 32)), _WORDS), builder.trunc(product, _WORDS)
+
+    c0 = simd.broadcast(builder, builder.trunc(first_counter, _I32), _WORDS)
+    c0 = builder.add(c0, ir.Constant(_WORDS, list(range(LANES))))
+    c1, c2 = (simd.broadcast(builder, half, _WORDS) for half in halves(output_index))
+    c3 = constant(_WORDS, 0)
+    key_a, key_b = (simd.broadcast(builder, half, _WORDS) for half in halves(seed))
+    for _ in range(philox.NUM_ROUNDS):
+        high_a, low_a = multiply_words(philox.ROUND_A, c0)
+        high_b, low_b = multiply_words(philox.ROUND_B, c2)
+        c0, c1 = builder.xor(builder.xor(high_b, c1), key_a), low_b
+        c2, c3 = builder.xor(builder.xor(high_a, c3), key_b), low_a
+        key_a = builder.add(key_a, constant(_WORDS, philox.KEY_A))
+        key_b = builder.add(key_b, constant(_WORDS, philox.KEY_B))
+
+    def interleave(left: Any, right: Any, run: int) -> Any:
+        """Runs of `run` words in turn from left and right."""
+        size = left.type.count
+        order = [(side * size + i + j) for i in range(0, size, run) for side in (0, 1) for j in range(run)]
+        return builder.shuffle_vector(left, right, ir.Constant(ir.VectorType(_I32, 2 * size), order))
+
+    words = interleave(interleave(c0, c1, 1), interleave(c2, c3, 1), 2)
+    builder.store(words, simd.pointer(builder, target, words.type), align=4)
+
+
+@operation(simd.vector, simd.int64)
+def load_gumbel(builder: Any, words: Any) -> Any:
+    """-log(-log(u)) of sixteen random words in memory."""
+    bits = builder.lshr(simd.read(builder, words, _WORDS), constant(_WORDS, 9))
+    uniform = builder.fadd(builder.sitofp(bits, _FLOATS), constant(_FLOATS, 0.5))
+    uniform = builder.fmul(uniform, constant(_FLOATS, 2.0**-23))
+    exponential = builder.fneg(_log(builder, uniform))
+    return builder.fneg(_log(builder, exponential))
+
+
+@inner
+def _first_equal(values: int, count: int, wanted: float) -> int:
+    """Index of the first of `count` float32 (padded to 16) that equals `wanted`, which is the largest."""
+    for i in range(0, count, LANES):
+        if max_lanes(load(values + 4 * i)) == wanted:
+            for lane in range(i, i + LANES):
+                if get_float32(values, lane) == wanted:
+                    return lane
+    return 0
+
+
+@inner
+def _score_row(logits: int, count: int, padded: int, temperature: float, scores: int) -> bool:
+    """(logit - highest) / temperature to `scores`, -inf beyond `count`; false where the row has no distribution."""
+    highest, odd = splat(np.float32(-np.inf)), splat(np.float32(0.0))
+    for i in range(0, padded, LANES):
+        if i + LANES <= count:
+            v = load(logits + 4 * i)
+        else:
+            v = keep_lanes(load_first(logits + 4 * i, count - i), 0, count - i)
+        highest, odd = maximum(v, highest), keep_nan(odd, v)
+        store(scores + 4 * i, v)
+    largest = max_lanes(highest)
+    if not (math.isfinite(largest) and math.isfinite(sum_lanes(odd))):
+        return False
+    inverse = np.float32(1.0)
+    if temperature > 0.0:
+        inverse = min(np.float32(1.0) / np.float32(temperature), np.float32(MAX_INVERSE_TEMPERATURE))
+    shift, factor = splat(-largest), splat(inverse)
+    for i in range(0, padded, LANES):
+        store(scores + 4 * i, multiply(add(load(scores + 4 * i), shift), factor))
+    return True
+
+
+@inner
+def _bits(scores: int, i: int) -> int:
+    """Scores are at most 0, so the bits of their magnitude rise as they fall."""
+    bits: int = get_int32(scores, i) & 0x7FFFFFFF
+    return bits
+
+
+@inner
+def _keep_top(scores: int, padded: int, masses: int, limit: int, histogram: int) -> None:
+    """Set to -inf every score before which, by falling score and rising id, `limit` of weight has gone.
+
+    A token's weight is its mass; 1 where `masses` is 0. No weight is left to set where all of it is below `limit`.
+    """
+    prefix, before = 0, 0
+    for level in range(3):
+        shift = 20 - 10 * level
+        for digit in range(2048):
+            set_int64(histogram, digit, 0)
+        for i in range(padded):
+            bits = _bits(scores, i)
+            if level == 0 or bits >> (shift + 10) == prefix:
+                digit = (bits >> shift) & (2047 if level == 0 else 1023)
+                weight = get_int64(masses, i) if masses != 0 else 1
+                set_int64(histogram, digit, get_int64(histogram, digit) + weight)
+        digit = 0
+        while before + get_int64(histogram, digit) < limit:
+            before += get_int64(histogram, digit)
+            digit += 1
+            if digit == 2048:
+                return
+        prefix = prefix << 10 | digit
+    for i in range(padded):
+        bits = _bits(scores, i)
+        if bits == prefix and before < limit:
+            before += get_int64(masses, i) if masses != 0 else 1
+        elif bits >= prefix:
+            set_float32(scores, i, np.float32(-np.inf))
+
+
+@inner
+def _draw(scores: int, padded: int, seed: int, output_index: int, words: int) -> int:
+    """The id with the largest score plus noise."""
+    best, token = np.float32(-np.inf), 0
+    for i in range(0, padded, CHUNK):
+        place = scores + 4 * i
+        highest = maximum(maximum(load(place), load(place + 64)), maximum(load(place + 128), load(place + 192)))
+        if max_lanes(highest) == np.float32(-np.inf):
+            continue
+        draw_words(words, seed, i // 4, output_index)
+        highest = splat(np.float32(-np.inf))
+        for j in range(0, 4 * CHUNK, 4 * LANES):
+            noisy = add(load(place + j), load_gumbel(words + j))
+            store(words + j, noisy)
+            highest = maximum(noisy, highest)
+        if max_lanes(highest) > best:
+            best = max_lanes(highest)
+            token = i + _first_equal(words, CHUNK, best)
+    return token
+
+
+@kernel(f"void(int64[::1], int64, {', '.join(['int64'] * 10)})")
+def sample_rows(
+    control: Array,
+    num_units: int,
+    logits: int,
+    row_bytes: int,
+    vocabulary: int,
+    temperature: int,
+    top_k: int,
+    top_p: int,
+    seeds: int,
+    output_index: int,
+    ids: int,
+    logprobs: int,
+) -> None:
+    """One id and log-probability for each row."""
+    padded = (vocabulary + CHUNK - 1) // CHUNK * CHUNK
+    score_memory = np.empty(padded, np.float32)
+    small_memory = np.empty(2048 + LANES + CHUNK, np.int64)
+    scores = score_memory.ctypes.data
+    histogram = small_memory.ctypes.data
+    sums = histogram + 8 * 2048
+    words = sums + 8 * LANES
+    unit = begin(control)
+    while unit < num_units:
+        heat = get_float32(temperature, unit)
+        if not _score_row(logits + unit * row_bytes, vocabulary, padded, heat, scores):
+            set_int64(ids, unit, 0)
+            set_float32(logprobs, unit, np.float32(np.nan))
+            unit = next_unit(control)
+            continue
+        for lane in range(LANES):
+            set_int64(sums, lane, 0)
+        for i in range(0, padded, LANES):
+            add_masses(sums, load(scores + 4 * i))
+        total = 0
+        for lane in range(LANES):
+            total += get_int64(sums, lane)
+
+        if heat > 0.0:
+            share, most = get_float32(top_p, unit), get_int32(top_k, unit)
+            if 0 < most < vocabulary:
+                _keep_top(scores, padded, 0, most, histogram)
+            if share < 1.0:
+                mass_memory = np.empty(padded, np.int64)
+                masses = mass_memory.ctypes.data
+                kept = 0
+                for i in range(0, padded, LANES):
+                    store_masses(masses + 8 * i, load(scores + 4 * i))
+                for i in range(padded):
+                    kept += get_int64(masses, i)
+                _keep_top(scores, padded, masses, max(1, int(float(kept) * float(share))), histogram)
+                keep(mass_memory)
+            token = _draw(scores, padded, get_int64(seeds, unit), get_int64(output_index, unit), words)
+        else:
+            token = _first_equal(scores, padded, 0.0)
+        set_int64(ids, unit, token)
+        score = float(get_float32(scores, token))
+        set_float32(logprobs, unit, np.float32(score - math.log(float(total) / MASS_ONE)))
+        unit = next_unit(control)
+    end(control)
+    keep(score_memory)
+    keep(small_memory)
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    seeds: torch.Tensor,
+    output_index: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `aiexport_edge.kernels.sampler.sample_reference`."""
+    num_rows, vocabulary = logits.shape
+    assert logits.dtype == temperature.dtype == top_p.dtype == torch.float32
+    assert top_k.dtype == torch.int32
+    assert seeds.dtype == output_index.dtype == torch.int64
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    ids = torch.empty(num_rows, dtype=torch.int64)
+    logprobs = torch.empty(num_rows, dtype=torch.float32)
+    launch(
+        sample_rows,
+        num_rows,
+        4.0 * num_rows * vocabulary,
+        logits.data_ptr(),
+        4 * logits.stride(0),
+        vocabulary,
+        temperature.data_ptr(),
+        top_k.data_ptr(),
+        top_p.data_ptr(),
+        seeds.data_ptr(),
+        output_index.data_ptr(),
+        ids.data_ptr(),
+        logprobs.data_ptr(),
+    )
+    return ids, logprobs
