@@ -71,17 +71,24 @@ class CoreProcess:
         """Handles of the requests in the step that runs, or ran when the core died."""
         return self._suspects.read()
 
-    async def end(self) -> int:
-        """Kills it if it still lives, reaps it, frees what it used. Returns its exit status, as `subprocess` has it."""
-        if self._popen.poll() is None:
-            self._popen.kill()
-        status = await asyncio.to_thread(self._popen.wait)
+    async def end(self, *, patience_s: float = 0.0) -> int:
+        """Kills it if it still lives after so long, reaps it, frees what it used. Returns its exit status, as
+        `subprocess` has it. A core that has closed its socket is given a moment, so that the status is its own.
+        """
+        status = await asyncio.to_thread(self._reap, patience_s)
         if self._transport is not None:
             self._transport.close()
         else:
             self._socket.close()
         self._suspects.close()
         return status
+
+    def _reap(self, patience_s: float) -> int:
+        try:
+            return self._popen.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            self._popen.kill()
+            return self._popen.wait()
 
 
 class _Frames(asyncio.Protocol):

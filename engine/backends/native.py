@@ -46,8 +46,9 @@ log = logging.getLogger(__name__)
 MAX_DEATHS = 2
 # A request can bring SIGKILL upon its core by exhausting memory alone; mostly it comes from a person. So it takes more.
 MAX_KILLS = 5
-DEAF_FAILURES = 3  # cores in a row that brought nothing, after which models count as failed until one does
-BACKOFF_S = (0.0, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
+MAX_CRASHES = 3  # cores in a row that ended by themselves before they were ready: then models count as failed
+PATIENCE_S = 5.0  # for a core that has closed its socket to be gone
+BACKOFF_S = (0.0, 0.0, 0.25, 0.5, 1.0, 2.0, 5.0)
 
 
 @dataclass(slots=True, eq=False)
@@ -82,10 +83,12 @@ class NativeBackend:
         self._outgoing: list[ToCore] = []
         self._core_stats: CoreStats | None = None
         self._restarts = 0
-        self._failures = 0  # lives in a row that brought nothing
+        self._failures = 0  # lives in a row that brought no token
+        self._crashes = 0  # of these, in a row, ends that were not SIGKILL and before Ready
+        self._blind_crashes = 0  # in a row, without a token: ends with requests there, but none in a step
         self._ended = asyncio.Event()
         self._load_error = ""
-        self._last_report = 0.0
+        self._last_word = time.monotonic()
         self._task: asyncio.Task[None] | None = None
 
     # ------------------------------------------------------------------------------------------------ what is asked
@@ -150,32 +153,43 @@ class NativeBackend:
                 await self._ended.wait()
             except OSError as error:  # no process, no descriptors, no memory: passing faults
                 log.error("the core process cannot be started: %s", error)
-            self._serving = False
-            self._outgoing.clear()
-            if core is not None:
-                suspects = core.in_step()
-                pid, status = core.pid, await core.end()
-                self._core = None
-                age = time.monotonic() - self._last_report if self._last_report else 0.0
-                log.error(
-                    "core %d ended with status %d, %.3f s after its last step; in its step: %d",
-                    pid,
-                    status,
-                    age,
-                    len(suspects),
-                )
-                self._settle(suspects, killed=status == -signal.SIGKILL)
-            self._last_report = 0.0
+            await self._outlive(core)
             if self._load_error:
                 self._fail(self._load_error)
                 if not self._was_ready:
                     return
-            elif self._failures >= DEAF_FAILURES:
+            elif self._crashes >= MAX_CRASHES:
                 self._fail("the core process ends again and again without a word; the engine's log says more.")
             delay = BACKOFF_S[min(self._failures, len(BACKOFF_S) - 1)]
             self._failures += 1
             self._restarts += 1
             await asyncio.sleep(delay)
+
+    async def _outlive(self, core: CoreProcess | None) -> None:
+        """Buries a core (None: there was none to be had) and settles what that means for its requests."""
+        was_serving, self._serving = self._serving, False
+        self._outgoing.clear()
+        suspects: list[int] = []
+        status = 1
+        if core is not None:
+            suspects, pid, status = core.in_step(), core.pid, await core.end(patience_s=PATIENCE_S)
+            self._core = None
+            log.error(
+                "core %d ended with status %d; %d requests in its step, %.3f s since it last reported",
+                pid,
+                status,
+                len(suspects),
+                time.monotonic() - self._last_word,
+            )
+        killed = status == -signal.SIGKILL
+        self._crashes += not killed
+        self._settle(suspects, killed=killed)
+        if was_serving and not killed and not suspects and self._live:
+            self._blind_crashes += 1
+            if self._blind_crashes >= MAX_CRASHES:
+                # Some request does it, between steps, and nobody knows which.
+                for handle in list(self._live):
+                    self._give_up(handle)
 
     def _settle(self, suspects: list[int], *, killed: bool) -> None:
         """After a core's death: counts it against those in its step, and ends what needs no other core."""
@@ -187,13 +201,7 @@ class NativeBackend:
             live.kills += killed
             live.deaths += not killed
             if live.deaths >= MAX_DEATHS or live.kills >= MAX_KILLS:
-                del self._live[handle]
-                log.error(
-                    "the request with handle %d has ended %d cores and is failed", handle, live.deaths + live.kills
-                )
-                live.listener.failed(
-                    "The engine failed again and again while it worked on this request, so it is given up."
-                )
+                self._give_up(handle)
         for handle, live in list(self._live.items()):
             # Its last token had been told, its end had not.
             if live.output and live.output[-1] in live.request.stop_ids:
@@ -202,6 +210,11 @@ class NativeBackend:
             elif len(live.output) >= live.request.max_tokens:
                 del self._live[handle]
                 live.listener.finished(FinishReason.MAX_TOKENS)
+
+    def _give_up(self, handle: int) -> None:
+        live = self._live.pop(handle)
+        log.error("the request with handle %d is failed: cores end again and again while they have it", handle)
+        live.listener.failed("The engine failed again and again while it worked on this request, so it is given up.")
 
     def _fail(self, message: str) -> None:
         self._set_statuses([ModelStatus(ModelState.FAILED, message)] * len(self._config.models))
@@ -226,6 +239,7 @@ class NativeBackend:
 
     def _on_frame(self, body: bytes) -> None:
         message = decode_from_core(body)
+        self._last_word = time.monotonic()
         match message:
             case StepReport():
                 self._on_step(message)
@@ -239,6 +253,7 @@ class NativeBackend:
 
     def _on_ready(self, ready: Ready) -> None:
         self._serving = self._was_ready = True
+        self._crashes = 0
         self._core_stats = ready.stats
         for handle, live in self._live.items():
             self._send(_add(handle, live))
@@ -251,7 +266,6 @@ class NativeBackend:
         )
 
     def _on_step(self, report: StepReport) -> None:
-        self._last_report = time.monotonic()
         if report.stats is not None:
             self._core_stats = report.stats
         for started in report.started:
@@ -260,7 +274,7 @@ class NativeBackend:
                 live.started = True
                 live.listener.started(started.cached_tokens)
         for tokens in report.tokens:
-            self._failures = 0
+            self._failures = self._blind_crashes = 0
             live = self._live.get(tokens.handle)
             if live is not None:
                 live.deaths = live.kills = 0

@@ -333,6 +333,28 @@ def test_a_reply_whose_end_was_not_told_ends(tmp_path: Path) -> None:
     run(test())
 
 
+def test_requests_that_end_cores_between_steps_are_given_up(tmp_path: Path) -> None:
+    """Nobody was in a step, so nobody is suspected; but it must not go on for ever."""
+    script = tmp_path / "dies_of_any_request.py"
+    script.write_text(
+        HALF_A_WORD.replace("for add in decode_to_core(receive()):", "receive(); sys.exit(3)\nfor add in []:")
+    )
+
+    async def test() -> None:
+        backend = NativeBackend(core_config(), command=(sys.executable, str(script)))
+        await backend.start()
+        try:
+            listener = Listener()
+            backend.submit(request([1], 3), listener)
+            assert "given up" in str(await listener.end())
+            await state(backend, ModelState.READY)
+            assert backend.stats().core_restarts == 3
+        finally:
+            await backend.stop()
+
+    run(test())
+
+
 def test_the_core_ends_with_its_backend() -> None:
     async def test() -> None:
         async with running() as backend:
