@@ -73,7 +73,9 @@ class BackendRequest:
 
 @dataclass(frozen=True, slots=True)
 class BackendStats:
-    """`core` is the latest that the core said, None before its first word. `core_pid` 0: there is none just now."""
+    """`core`: the gauges that the core said last, and counters over all its lives; None before the first word.
+    `core_pid` 0: there is none just now.
+    """
 
     core: CoreStats | None
     core_restarts: int

@@ -17,6 +17,8 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from aiexport_edge.engine.backends.base import (
     BackendRequest,
     BackendStats,
@@ -81,7 +83,8 @@ class NativeBackend:
         self._live: dict[int, _Live] = {}
         self._next_handle = 1
         self._outgoing: list[ToCore] = []
-        self._core_stats: CoreStats | None = None
+        self._core_stats: CoreStats | None = None  # of this life
+        self._past: CoreStats | None = None  # counters of the lives before, gauges 0
         self._restarts = 0
         self._failures = 0  # lives in a row that brought no token
         self._crashes = 0  # of these, in a row, ends that were not SIGKILL and before Ready
@@ -129,7 +132,9 @@ class NativeBackend:
         return self._statuses
 
     def stats(self) -> BackendStats:
-        return BackendStats(self._core_stats, self._restarts, self._core.pid if self._core is not None else 0)
+        now = self._core_stats
+        total = _add_counters(now, self._past) if now is not None and self._past is not None else now or self._past
+        return BackendStats(total, self._restarts, self._core.pid if self._core is not None else 0)
 
     def on_status(self, callback: Callable[[], None]) -> None:
         self._status_callbacks.append(callback)
@@ -181,6 +186,10 @@ class NativeBackend:
                 len(suspects),
                 time.monotonic() - self._last_word,
             )
+        if self._core_stats is not None:
+            ended = _without_gauges(self._core_stats)
+            self._past = ended if self._past is None else _add_counters(ended, self._past)
+            self._core_stats = None
         killed = status == -signal.SIGKILL
         self._crashes += not killed
         self._settle(suspects, killed=killed)
@@ -285,6 +294,37 @@ class NativeBackend:
             live = self._live.pop(finished.handle, None)
             if live is not None:
                 live.listener.finished(FinishReason(finished.reason))
+
+
+def _without_gauges(stats: CoreStats) -> CoreStats:
+    """What is left of a core that is no more: its counters, and how much memory there was."""
+    nobody = [0] * len(stats.model_running)
+    return msgspec.structs.replace(
+        stats,
+        running=0,
+        waiting=0,
+        pages_used=0,
+        pages_cached=0,
+        pages_free=stats.pages_total,
+        model_running=nobody,
+        model_waiting=nobody,
+    )
+
+
+def _add_counters(stats: CoreStats, past: CoreStats) -> CoreStats:
+    """`stats` with the counters of `past` added."""
+
+    def added(name: str) -> list[int]:
+        return [a + b for a, b in zip(getattr(stats, name), getattr(past, name), strict=True)]
+
+    return msgspec.structs.replace(
+        stats,
+        steps=stats.steps + past.steps,
+        preemptions=stats.preemptions + past.preemptions,
+        model_prompt_tokens=added("model_prompt_tokens"),
+        model_cached_tokens=added("model_cached_tokens"),
+        model_output_tokens=added("model_output_tokens"),
+    )
 
 
 def _add(handle: int, live: _Live) -> AddRequest:

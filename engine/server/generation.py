@@ -63,7 +63,7 @@ class Generations:
         generation = Generation(self, request, outbox, tag, on_end)
         self._live.add(generation)
         self._idle.clear()
-        generation.begin()
+        generation.begin(request)
         return generation
 
     async def count_tokens(self, request: pb.CountTokensRequest) -> int:
@@ -101,7 +101,8 @@ class Generation:
         self, owner: Generations, request: pb.GenerateRequest, outbox: Outbox, tag: int, on_end: Callable[[], None]
     ) -> None:
         self._owner = owner
-        self._request = request
+        self._request_id = request.request_id
+        self._model_name = request.model
         self._outbox = outbox
         self._tag = tag
         self._on_end = on_end
@@ -119,32 +120,31 @@ class Generation:
 
     # ------------------------------------------------------------------------------------------------ beginning
 
-    def begin(self) -> None:
+    def begin(self, request: pb.GenerateRequest) -> None:
         """Answers with Accepted or Refused: at once, or when a thread has tokenized a long prompt."""
         try:
             if self._owner.draining:
                 raise RequestError(pb.ERROR_QUEUE_FULL, "The engine is draining: it takes no new requests.")
-            model, text = check_model(self._owner.models, self._request.model)
-            check_request(self._request, model, text)
+            model, text = check_model(self._owner.models, request.model)
+            check_request(request, model, text)
             self._owner.admission.enter(self._tenant)
             self._waiting = True
-            if num_characters(self._request) <= INLINE_CHARACTERS:
-                self._accept(model, text, encode_prompt(self._request, model, text))
+            if num_characters(request) <= INLINE_CHARACTERS:
+                self._accept(request, model, text, encode_prompt(request, model, text))
             else:
-                self._owner.start_task(asyncio.create_task(self._begin_long(model, text)))
+                self._owner.start_task(asyncio.create_task(self._begin_long(request, model, text)))
         except Exception as error:
             self._refuse(error)
 
-    async def _begin_long(self, model: Model, text: ModelText) -> None:
+    async def _begin_long(self, request: pb.GenerateRequest, model: Model, text: ModelText) -> None:
         try:
-            prompt_ids = await self._owner.in_thread(encode_prompt, self._request, model, text)
+            prompt_ids = await self._owner.in_thread(encode_prompt, request, model, text)
             if not self.ended:
-                self._accept(model, text, prompt_ids)
+                self._accept(request, model, text, prompt_ids)
         except Exception as error:
             self._refuse(error)
 
-    def _accept(self, model: Model, text: ModelText, prompt_ids: list[int]) -> None:
-        request = self._request
+    def _accept(self, request: pb.GenerateRequest, model: Model, text: ModelText, prompt_ids: list[int]) -> None:
         max_tokens = budget(request, model, len(prompt_ids))
         sampling = request.sampling
         seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(64)
@@ -213,7 +213,7 @@ class Generation:
         try:
             text, taken, stop = self._text_of(ids)
         except Exception:  # a bug with this text: the others' go on
-            log.exception("text of request %s", self._request.request_id)
+            log.exception("a reply could not be written", extra={"fields": {"request_id": self._request_id}})
             self._owner.backend.abort(self._handle)
             self.failed("The engine could not write this reply's text.")
             return
@@ -297,10 +297,14 @@ class Generation:
     def _refuse(self, error: Exception) -> None:
         if self.ended:
             return
+        if self._num_prompt_tokens:  # a bug past Accepted
+            log.error("a request could not begin", exc_info=error, extra={"fields": {"request_id": self._request_id}})
+            self.failed("The engine could not begin this request.")
+            return
         if isinstance(error, RequestError):
             detail = error.detail
         else:
-            log.error("request %s", self._request.request_id, exc_info=error)
+            log.error("a request could not be read", exc_info=error, extra={"fields": {"request_id": self._request_id}})
             detail = pb.ErrorDetail(code=pb.ERROR_INTERNAL, message="The engine could not read this request.")
         self._outbox.refused(self._tag, detail)
         self._end(pb.ErrorCode.Name(detail.code))
@@ -328,8 +332,8 @@ class Generation:
             "request ended",
             extra={
                 "fields": {
-                    "request_id": self._request.request_id,
-                    "model": self._request.model,
+                    "request_id": self._request_id,
+                    "model": self._model_name,
                     "outcome": outcome,
                     "prompt_tokens": self._num_prompt_tokens,
                     "cached_tokens": self._cached_tokens,

@@ -8,6 +8,8 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
+MAX_CHARACTERS = 200
+
 
 def set_up(level: str, format: str) -> None:
     """`level` is debug, info, warning or error; `format` is text or json."""
@@ -19,19 +21,25 @@ def set_up(level: str, format: str) -> None:
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    """What a call gave as `extra={"fields": …}`."""
+    """What a call gave as `extra={"fields": …}`; what a client chose is cut to a length for logs."""
     fields: dict[str, Any] = getattr(record, "fields", {})
-    return fields
+    return {name: value[:MAX_CHARACTERS] if isinstance(value, str) else value for name, value in fields.items()}
 
 
 def _time(record: logging.LogRecord) -> str:
     return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def _word(value: object) -> str:
+    """A value as one word: what a client chose (a request id) cannot begin a line of its own."""
+    text = str(value)
+    return text if text.isprintable() and text and not set(text) & set(' "=') else json.dumps(text)
+
+
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = f"{_time(record)} {record.levelname.lower():7} engine {record.getMessage()}"
-        line += "".join(f" {name}={value}" for name, value in _fields(record).items())
+        line += "".join(f" {name}={_word(value)}" for name, value in _fields(record).items())
         return line + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
 
 

@@ -121,6 +121,9 @@ async def _load_texts(models: Sequence[Model], changed: asyncio.Event) -> None:
         except TokenizerError as error:
             log.error("%s: %s", model.facts.name, error)
             model.set_text(error)
+        except Exception as error:  # a file of the directory that nobody has foreseen
+            log.exception("tokenizer or template of %s", model.facts.name)
+            model.set_text(TokenizerError(f"its tokenizer or template cannot be read ({type(error).__name__})."))
         changed.set()
 
     await asyncio.gather(*map(load, models))

@@ -118,6 +118,13 @@ async def pages_free(backend: NativeBackend) -> None:
     await until(free)
 
 
+def counters(backend: NativeBackend) -> tuple[int, int, int]:
+    """Steps, prompt tokens and output tokens of all cores."""
+    core = backend.stats().core
+    assert core is not None
+    return core.steps, core.model_prompt_tokens[0], core.model_output_tokens[0]
+
+
 async def new_core(backend: NativeBackend, old: int) -> int:
     """Waits until another process than `old` is the core."""
     await until(lambda: backend.stats().core_pid not in (0, old))
@@ -186,7 +193,8 @@ def test_requests_outlive_their_core(number: signal.Signals) -> None:
             for index, listener in enumerate(listeners):
                 backend.submit(request([index, 7], 40 + index), listener)
             await listeners[3].count(10)
-            pid = backend.stats().core_pid
+            await until(lambda: counters(backend)[0] >= 5)
+            pid, before = backend.stats().core_pid, counters(backend)
             os.kill(pid, number)
             late = Listener()
             backend.submit(request([99], 5), late)  # to a core that is no more
@@ -198,6 +206,9 @@ def test_requests_outlive_their_core(number: signal.Signals) -> None:
             assert await late.end() is FinishReason.MAX_TOKENS
             assert late.ids == undisturbed([99], 5)
             assert backend.stats().core_restarts == 1
+            # Counters go on over the lives of cores.
+            await pages_free(backend)
+            assert all(now > then for now, then in zip(counters(backend), before, strict=True))
 
     run(test())
 
