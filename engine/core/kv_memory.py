@@ -22,7 +22,8 @@ from aiexport_edge.engine.models.config import ModelError
 ALIGNMENT = 64  # bytes: a page begins on a cache line
 AUTO_TOKENS_PER_PAGE = 16  # of the model with the most bytes per token
 AUTO_MOST_BYTES = 4 << 30
-AUTO_SHARE_OF_MEMORY = 0.25
+AUTO_SHARE, AUTO_LARGEST_SHARE = 0.25, 0.75  # of the memory that is free
+FEWEST_PAGES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,9 @@ def pool_shape(
     """Choose what is 0 (auto) of `page_bytes` and `pool_bytes`.
 
     A page is rounded up to 64 bytes; auto holds 16 tokens of the model with the most bytes per token. An auto pool
-    takes what `max_num_running` full contexts need, at most 4 GiB and a quarter of `available_bytes`, and at least one
-    full context and two pages. Raises ModelError where a size that was given is too small.
+    takes what `max_num_running` full contexts need, at most 4 GiB and a quarter of `available_bytes`; where that is
+    less than one full context, it takes one, up to three quarters of `available_bytes`. A pool that holds less serves
+    shorter requests only (`Scheduler.capacity_tokens`). Raises ModelError where it would hold next to nothing.
     """
     largest = max(needs, key=lambda need: need.kv_bytes_per_token)
     page_bytes = _round_up(page_bytes or AUTO_TOKENS_PER_PAGE * largest.kv_bytes_per_token)
@@ -59,19 +61,19 @@ def pool_shape(
             f"page_bytes is {page_bytes}, but one token of model {largest.name} takes {largest.kv_bytes_per_token}"
         )
     tokens_per_page = tuple(page_bytes // need.kv_bytes_per_token for need in needs)
-    full_contexts = [-(-need.context_window // tokens) for need, tokens in zip(needs, tokens_per_page, strict=True)]
-    fewest = max(full_contexts) + 2
-    if pool_bytes:
-        num_pages = pool_bytes // page_bytes
-        source = f"pool_bytes {pool_bytes}"
-    else:
-        limit = min(int(available_bytes * AUTO_SHARE_OF_MEMORY), AUTO_MOST_BYTES)
-        num_pages = max(fewest, min(limit // page_bytes, max(full_contexts) * max_num_running + 1))
-        source = f"the memory that is free ({available_bytes} bytes)"
-    if num_pages < fewest or (not pool_bytes and num_pages * page_bytes > available_bytes):
+    source = "pool_bytes"
+    if not pool_bytes:
+        source = "the memory that is free"
+        full_context = max(
+            -(-need.context_window // tokens) for need, tokens in zip(needs, tokens_per_page, strict=True)
+        )
+        wanted = min(AUTO_SHARE * available_bytes, AUTO_MOST_BYTES, (full_context * max_num_running + 1) * page_bytes)
+        fewest = min(AUTO_LARGEST_SHARE * available_bytes, (full_context + 2) * page_bytes)
+        pool_bytes = int(max(wanted, fewest))
+    num_pages = pool_bytes // page_bytes
+    if num_pages < FEWEST_PAGES:
         raise ModelError(
-            f"{source} does not hold one full context: {fewest * page_bytes} bytes are needed; "
-            "set a smaller context_window"
+            f"{source} is enough for {num_pages} pages of {page_bytes} bytes; at least {FEWEST_PAGES} are needed"
         )
     return PoolShape(page_bytes, num_pages, tokens_per_page)
 

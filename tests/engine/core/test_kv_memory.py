@@ -39,16 +39,23 @@ def test_an_auto_pool_is_bounded_by_memory_but_holds_a_context() -> None:
     assert shape.num_pages * shape.page_bytes == 4 * GIB
     shape = pool_shape(needs, page_bytes=0, pool_bytes=0, max_num_running=1000, available_bytes=GIB)
     assert shape.num_pages * shape.page_bytes == GIB // 4
-    shape = pool_shape(needs, page_bytes=0, pool_bytes=0, max_num_running=1000, available_bytes=80 << 20)
-    assert shape.num_pages == (1 << 20) // 16 + 2
+    shape = pool_shape(needs, page_bytes=0, pool_bytes=0, max_num_running=1000, available_bytes=100 << 20)
+    assert shape.num_pages == (1 << 20) // 16 + 2  # one full context is more than a quarter, and less than all
+    shape = pool_shape(needs, page_bytes=0, pool_bytes=0, max_num_running=1000, available_bytes=40 << 20)
+    assert shape.num_pages * shape.page_bytes == 30 << 20  # not even that: shorter requests are served
+
+
+def test_a_pool_of_given_size_is_taken_as_it_is() -> None:
+    shape = pool_shape([LARGE], page_bytes=0, pool_bytes=200_000, max_num_running=4, available_bytes=0)
+    assert shape.num_pages == 200_000 // 16000
 
 
 @pytest.mark.parametrize(
     ("page_bytes", "pool_bytes", "available", "complaint"),
     [
         (64, 0, GIB, "page_bytes is 64, but one token of model large takes 1000"),
-        (0, 100_000, GIB, "pool_bytes 100000 does not hold one full context: 544000 bytes are needed"),
-        (0, 0, 400_000, "the memory that is free \\(400000 bytes\\) does not hold"),
+        (0, 40_000, GIB, "pool_bytes is enough for 2 pages of 16000 bytes; at least 3 are needed"),
+        (0, 0, 60_000, "the memory that is free is enough for 2 pages of 16000 bytes"),
     ],
 )
 def test_sizes_that_are_too_small(page_bytes: int, pool_bytes: int, available: int, complaint: str) -> None:
