@@ -29,10 +29,10 @@ help:
 	@echo 'make clean    remove the virtual environment and all caches'
 	@echo 'Options: the first lines of the Makefile.'
 
-serve: $(VENV)/.engine
+serve: $(VENV)/.warm
 	@exec $(BIN)/aiexport-edge serve $(ARGS)
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(VENV)/.warm
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.dev
@@ -45,7 +45,7 @@ format: $(VENV)/.dev
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.dev $(VENV)/.warm
 	@$(BIN)/python -m benchmarks.quick $(ARGS)
 
 clean:
@@ -68,4 +68,10 @@ $(VENV)/.engine: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	@echo 'Installing what serving and the tests need (the first time takes a few minutes).' >&2
 	@$(PIP) --editable '.[dev]'
-	@touch $@ $(VENV)/.engine
+	@touch $(VENV)/.engine $@
+
+# The processor's kernels as machine code; again whenever they change. Without it the first start would do this.
+$(VENV)/.warm: $(VENV)/.engine $(wildcard kernels/cpu/*.py)
+	@echo 'Compiling the kernels for this processor (about half a minute).' >&2
+	@$(BIN)/python -m aiexport_edge.kernels.warm
+	@touch $@
