@@ -28,8 +28,8 @@ class Runner:
     """Every model of one core, on one device, over one pool of pages.
 
     `num_pages` (page 0 included, which is never to be handed out), `page_bytes`; `tokens_per_page` and `weight_bytes`
-    by model; `memory` is what the pages lie in. With `keep_logits`, `last_logits` holds the float32 logits [vocabulary] that each id of the last step was
-    drawn from, by request handle: for tests.
+    by model; `memory` is what the pages lie in. With `keep_logits`, `last_logits` holds the float32 logits [vocabulary]
+    that each id of the last step was drawn from, by request handle: for tests.
     """
 
     def __init__(
