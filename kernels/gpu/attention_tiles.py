@@ -25,6 +25,20 @@ CAUSAL = tl.constexpr(2)  # those, up to each row's own position and within its 
 
 
 @triton.jit
+def owner_of_block(starts, count, block, TOKENS: tl.constexpr):
+    """Whose the block is, where owner i has tokens starts[i] … starts[i+1] and at most one block partly filled."""
+    low = 0
+    high = count
+    while low < high:  # the last owner whose first block is not after this one
+        middle = (low + high) // 2
+        if tl.load(starts + middle) // TOKENS + middle <= block:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
+@triton.jit
 def attend_tile(
     q,
     highest,

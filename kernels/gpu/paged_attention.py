@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from aiexport_edge.kernels.gpu.attention_tiles import ALL, CAUSAL, attend_tile, score_factor
+from aiexport_edge.kernels.gpu.attention_tiles import ALL, CAUSAL, attend_tile, owner_of_block, score_factor
 from aiexport_edge.kernels.gpu.elementwise import E4M3_DECODED_SCALE
 from aiexport_edge.kernels.gpu.launch import Architecture, Launch, architecture_of, ceil_div, next_power_of_2
 
@@ -33,7 +33,7 @@ class PrefillSettings:
 # (rows, tile, warps, stages) by most padded head dim, for 16-bit elements. 90 and 100 have 227 KiB of shared memory a
 # block and multiply 64 rows a warp group; 80 has 163 KiB; 86, 89 and 120 have 99.
 _LARGE = {64: (128, 64, 8, 5), 128: (128, 64, 8, 5), 256: (64, 64, 8, 3)}
-_MEDIUM = {64: (128, 64, 8, 5), 128: (128, 64, 8, 3), 256: (64, 32, 8, 3)}
+_MEDIUM = {64: (128, 64, 8, 5), 128: (128, 32, 8, 5), 256: (64, 32, 8, 3)}
 _SMALL = {64: (128, 64, 8, 3), 128: (64, 32, 4, 3), 256: (64, 16, 8, 3)}
 
 
@@ -95,15 +95,7 @@ def _paged_attention(
     kv_head = tl.program_id(0)
     # The last blocks of a long chunk see the most keys: first in, so that they are not what everything waits for.
     block = tl.num_programs(1) - 1 - tl.program_id(1)
-    low = 0
-    high = num_sequences
-    while low < high:  # the last sequence whose first block is not after this one
-        middle = (low + high) // 2
-        if tl.load(query_start_loc + middle) // TOKENS + middle <= block:
-            low = middle + 1
-        else:
-            high = middle
-    sequence = (low - 1).to(tl.int64)
+    sequence = owner_of_block(query_start_loc, num_sequences, block, TOKENS).to(tl.int64)
     chunk_start = tl.load(query_start_loc + sequence)
     chunk_len = tl.load(query_start_loc + sequence + 1) - chunk_start
     first_token = (block - (chunk_start // TOKENS + sequence).to(tl.int32)) * TOKENS
