@@ -89,6 +89,7 @@ def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: st
         models=facts,
         queue_size=engine.queue_size,
         tenant_queue_share=engine.tenant_queue_share,
+        drain_s=engine.drain.total_seconds(),
         ready_fd=ready_fd,
     )
     try:

@@ -55,6 +55,7 @@ class EngineConfig:
     tls_cert: Path | None
     tls_key: Path | None
     token_file: Path | None
+    drain: timedelta  # how long running requests may go on after SIGTERM
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +302,7 @@ def _engine(table: _Table, base: Path) -> EngineConfig:
         tls_cert=table.take("tls_cert", values.path(base), None),
         tls_key=table.take("tls_key", values.path(base), None),
         token_file=table.take("token_file", values.path(base), None),
+        drain=table.take("drain", parse_duration, timedelta(seconds=30)),
     )
     table.end()
     if (engine.tls_cert is None) != (engine.tls_key is None):

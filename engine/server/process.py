@@ -24,19 +24,20 @@ from aiexport_edge.engine.text.tokenizer import TokenizerError
 
 log = logging.getLogger(__name__)
 
-DRAIN_S = 30.0
 LAST_WORDS_S = 0.2  # for the end of calls to reach their clients
 
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """What the server needs to know. `ready_fd`: told one line when the first model serves; None: nobody asks."""
+    """What the server needs to know. `drain_s`: how long running requests may go on after SIGTERM. `ready_fd`: told one
+    line when the first model serves; None: nobody asks.
+    """
 
     listener: ListenerConfig
     models: Sequence[ModelFacts]
     queue_size: int
     tenant_queue_share: float
-    drain_s: float = DRAIN_S
+    drain_s: float
     outbox: OutboxBound = DEFAULT_BOUND
     ready_fd: int | None = None
 
