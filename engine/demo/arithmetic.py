@@ -44,7 +44,7 @@ def held_out(a: int, b: int) -> bool:
 def _pair(rng: random.Random) -> tuple[int, int]:
     while True:
         r = rng.random()
-        top = 9 if r < 0.12 else 20 if r < 0.25 else 50 if r < 0.82 else LIMIT
+        top = 9 if r < 0.12 else 20 if r < 0.25 else 50 if r < 0.7 else LIMIT
         a, b = rng.randint(0, top), rng.randint(0, top)
         if not held_out(a, b):
             return a, b
