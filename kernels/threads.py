@@ -8,13 +8,13 @@ runs operations should be started with `ENVIRONMENT` (it is read when torch is l
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 
@@ -22,20 +22,50 @@ ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 MIN_SHARED_NANOSECONDS = 150_000.0
 
 Kernel = Callable[..., None]
+_Control = ctypes.c_int64 * 2  # the next unit, the number of threads at work
+_CACHE_LINE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One launch, for all threads that take part."""
+
+    kernel: Kernel
+    control: ctypes.Array[ctypes.c_int64]
+    scratch_bytes: int
+    num_units: int
+    arguments: tuple[Any, ...]
+
+    def run(self) -> None:
+        scratch = _thread.scratch(self.scratch_bytes)
+        self.kernel(ctypes.addressof(self.control), scratch, self.num_units, *self.arguments)
+
+
+class _Thread(threading.local):
+    """What each thread keeps from launch to launch: memory for its kernels, as much as the largest wanted."""
+
+    def __init__(self) -> None:
+        self._memory = ctypes.create_string_buffer(0)
+
+    def scratch(self, num_bytes: int) -> int:
+        """Address of that much memory, at a cache line."""
+        if len(self._memory) < num_bytes + _CACHE_LINE:
+            self._memory = ctypes.create_string_buffer(num_bytes + _CACHE_LINE)
+        return -(-ctypes.addressof(self._memory) // _CACHE_LINE) * _CACHE_LINE
 
 
 class _Team:
-    """The threads that help the launching one. They share a queue of (kernel, arguments)."""
+    """The threads that help the launching one, with one queue for all."""
 
     def __init__(self, num_helpers: int) -> None:
         self.num_helpers = num_helpers
-        self._jobs: queue.SimpleQueue[tuple[Kernel, tuple[Any, ...]] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         for number in range(num_helpers):
             threading.Thread(target=self._help, name=f"kernel-{number + 1}", daemon=True).start()
 
-    def call(self, num_helpers: int, kernel: Kernel, arguments: tuple[Any, ...]) -> None:
+    def call(self, num_helpers: int, job: _Job) -> None:
         for _ in range(num_helpers):
-            self._jobs.put((kernel, arguments))
+            self._jobs.put(job)
 
     def dismiss(self) -> None:
         for _ in range(self.num_helpers):
@@ -43,11 +73,10 @@ class _Team:
 
     def _help(self) -> None:
         while (job := self._jobs.get()) is not None:
-            kernel, arguments = job
-            kernel(*arguments)
-            del job, kernel, arguments  # hold no tensors while asleep
+            job.run()
 
 
+_thread = _Thread()
 _team: _Team | None = None
 
 
@@ -72,19 +101,17 @@ def num_threads() -> int:
     return _team.num_helpers + 1
 
 
-def launch(kernel: Kernel, num_units: int, nanoseconds: float, *arguments: Any) -> None:
-    """Run `kernel(control, num_units, *arguments)` on this thread, and on helpers too where it takes long enough.
+def launch(kernel: Kernel, num_units: int, nanoseconds: float, scratch_bytes: int, *arguments: Any) -> None:
+    """Run `kernel(control, scratch, num_units, *arguments)` here, and on helpers too where it takes long enough.
 
-    Every thread that runs the kernel takes the next unit from control[0] until there is none; control[1] counts the
-    threads at work. So a helper that wakes too late finds nothing left to do, and touches no memory but `control`.
-    `nanoseconds` is an estimate for one thread.
+    `control` and `scratch` are addresses. Every thread takes the next unit from the first int64 of `control` until none
+    is left; the second counts the threads at work. So a helper that wakes too late finds nothing to do, and touches no
+    memory but `control`. `scratch` is the thread's own. `nanoseconds` is an estimate of the time one thread needs.
     """
-    control = np.zeros(2, np.int64)
-    if nanoseconds < MIN_SHARED_NANOSECONDS or num_units == 1 or num_threads() == 1:
-        kernel(control, num_units, *arguments)
-        return
-    assert _team is not None
-    _team.call(min(_team.num_helpers, num_units - 1), kernel, (control, num_units, *arguments))
-    kernel(control, num_units, *arguments)
-    while control[1] != 0:
+    job = _Job(kernel, _Control(), scratch_bytes, num_units, arguments)
+    if nanoseconds >= MIN_SHARED_NANOSECONDS and num_units > 1 and num_threads() > 1:
+        assert _team is not None
+        _team.call(min(_team.num_helpers, num_units - 1), job)
+    job.run()
+    while job.control[1] != 0:
         time.sleep(20e-6)  # lets go of the GIL, which a helper needs to come to an end

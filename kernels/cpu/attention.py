@@ -25,7 +25,7 @@ from aiexport_edge.kernels.cpu.attention_rows import (
     state_size,
     weigh,
 )
-from aiexport_edge.kernels.cpu.jit import Array, inner, kernel
+from aiexport_edge.kernels.cpu.jit import inner, kernel
 from aiexport_edge.kernels.cpu.simd import (
     LANES,
     get_int32,
@@ -40,7 +40,7 @@ from aiexport_edge.kernels.cpu.simd import (
     widen,
     widen_columns,
 )
-from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, keep, next_unit
+from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
 from aiexport_edge.kernels.threads import launch, num_threads
 
 SPLIT = 2048
@@ -49,12 +49,15 @@ CACHE_LINE = 64
 LOG2_E = math.log2(math.e)
 UNITS_PER_THREAD = 4  # with fewer, long sequences are shared out by splits
 
-# Columns of a plan, one row per tile or, where sequences are shared out, per split of a tile.
-SEQUENCE, FIRST_ROW, NUM_QUERIES, POSITION, FIRST_SPLIT, END_SPLIT, SLOT = range(7)
+# A plan: its header, then one record per tile or, where sequences are shared out, per split of a tile; all int64.
+NUM_RECORDS, MOST_QUERIES, END_ROW, BY_SPLIT, NANOSECONDS = range(5)
+SEQUENCE, FIRST_ROW, NUM_QUERIES, POSITION, FIRST_SPLIT, END_SPLIT = range(6)
+HEADER_SIZE, RECORD_SIZE = 5, 6
 
 
-@kernel("Tuple((int64[:, ::1], int64, int64, float64))(int64, int64, int64, int64, int64, int64, int64, int64, int64)")
+@kernel
 def plan_tiles(
+    plan: int,
     query_start_loc: int,
     seq_lens: int,
     num_sequences: int,
@@ -64,20 +67,15 @@ def plan_tiles(
     num_kv_heads: int,
     head_dim: int,
     min_units: int,
-) -> tuple[Array, int, int, float]:
-    """The tiles of all sequences, each sequence's last and longest first; by splits where tiles are too few.
-
-    Also the most queries in a tile, the end of the last sequence's queries, and an estimate of the work in nanoseconds.
-    """
-    num_tiles, num_parts = 0, 0
+) -> None:
+    """The tiles of all sequences, each sequence's last and longest first; by splits where tiles are too few."""
+    num_tiles, longest = 0, 0
     for sequence in range(num_sequences):
         num_queries = get_int32(query_start_loc, sequence + 1) - get_int32(query_start_loc, sequence)
-        tiles = (num_queries + tile_queries - 1) // tile_queries
-        num_tiles += tiles
-        num_parts += tiles * ((get_int32(seq_lens, sequence) + SPLIT - 1) // SPLIT)
-    by_split = num_tiles * num_kv_heads < min_units and num_parts > num_tiles
-    plan = np.empty((num_parts if by_split else num_tiles, 7), np.int64)
-    row, most_queries, work = 0, 0, 0
+        num_tiles += (num_queries + tile_queries - 1) // tile_queries
+        longest = max(longest, get_int32(seq_lens, sequence))
+    by_split = 1 if num_tiles * num_kv_heads < min_units and longest > SPLIT else 0
+    records, most_queries, work = 0, 0, 0
     for sequence in range(num_sequences):
         start, stop = get_int32(query_start_loc, sequence), get_int32(query_start_loc, sequence + 1)
         for tile in range((stop - start + tile_queries - 1) // tile_queries - 1, -1, -1):
@@ -88,18 +86,21 @@ def plan_tiles(
             first_split, end_split = lowest // SPLIT, (position + count + SPLIT - 1) // SPLIT
             step = 1 if by_split else end_split - first_split
             for split in range(first_split, end_split, step):
-                plan[row, SEQUENCE] = sequence
-                plan[row, FIRST_ROW] = first
-                plan[row, NUM_QUERIES] = count
-                plan[row, POSITION] = position
-                plan[row, FIRST_SPLIT] = split
-                plan[row, END_SPLIT] = split + step
-                plan[row, SLOT] = row if by_split else -1
-                row += 1
+                record = plan + 8 * (HEADER_SIZE + records * RECORD_SIZE)
+                set_int64(record, SEQUENCE, sequence)
+                set_int64(record, FIRST_ROW, first)
+                set_int64(record, NUM_QUERIES, count)
+                set_int64(record, POSITION, position)
+                set_int64(record, FIRST_SPLIT, split)
+                set_int64(record, END_SPLIT, split + step)
+                records += 1
             most_queries = max(most_queries, count)
             work += (position + count - lowest) * (8 + 2 * count * group)
-    end = get_int32(query_start_loc, num_sequences)
-    return plan[:row], most_queries, end, work * num_kv_heads * head_dim / 48.0
+    set_int64(plan, NUM_RECORDS, records)
+    set_int64(plan, MOST_QUERIES, most_queries)
+    set_int64(plan, END_ROW, get_int32(query_start_loc, num_sequences))
+    set_int64(plan, BY_SPLIT, by_split)
+    set_int64(plan, NANOSECONDS, work * num_kv_heads * head_dim // 48)
 
 
 @inner
@@ -144,9 +145,9 @@ def _ask_for(
 
 @inner
 def _attend_block(
-    here: tuple[int, int],
+    here: int,
     count: int,
-    following: tuple[int, int],
+    following: int,
     next_count: int,
     dtype: int,
     head_dim: int,
@@ -160,7 +161,7 @@ def _attend_block(
 ) -> None:
     """One block for all rows of a tile; the first row sees keys below `high`.
 
-    `here` and `following` are the places of this block's and the next one's keys and values.
+    `here` and `following` hold the places of this block's and the next one's 64 keys, then of their values.
     """
     width = (head_dim + COLUMNS - 1) // COLUMNS * COLUMNS
     state_row = 4 * (width + 2 * LANES)
@@ -170,11 +171,11 @@ def _attend_block(
         # Memory is then read while this block is computed: 20 % less time where it does not come from a cache.
         for place in range(key, min(key + LANES, next_count)):
             for line in range(0, row_bytes, CACHE_LINE):
-                prefetch(get_int64(following[0], place) + line)
-                prefetch(get_int64(following[1], place) + line)
-        widen_columns(dtype, here[0] + 8 * key, columns + 4 * key, 4 * BLOCK, head_dim)
+                prefetch(get_int64(following, place) + line)
+                prefetch(get_int64(following, BLOCK + place) + line)
+        widen_columns(dtype, here + 8 * key, columns + 4 * key, 4 * BLOCK, head_dim)
     for place in range(count):
-        widen(dtype, get_int64(here[1], place), wide_values + 4 * place * width, head_dim)
+        widen(dtype, get_int64(here, BLOCK + place), wide_values + 4 * place * width, head_dim)
     num_columns = (count + COLUMNS - 1) // COLUMNS * COLUMNS
     for column in range(0, num_columns, COLUMNS):
         right, out = columns + 4 * column, scores + 4 * column
@@ -200,11 +201,12 @@ def _finish_tile(
         narrow(dtype, scratch, out + row // group * row_bytes + row % group * head_bytes, head_dim)
 
 
-@kernel(f"void(int64[::1], int64, int64[:, ::1], {', '.join(['int64'] * 23)}, float64)")
+@kernel
 def attend_tiles(
-    control: Array,
+    control: int,
+    scratch: int,
     num_units: int,
-    plan: Array,
+    plan: int,
     q: int,
     out: int,
     q_dtype: int,
@@ -223,63 +225,59 @@ def attend_tiles(
     num_q_heads: int,
     num_kv_heads: int,
     head_dim: int,
-    max_queries: int,
     window: int,
     states: int,
     state_bytes: int,
     row_bytes: int,
     scale: float,
 ) -> None:
-    """Every unit's attention to `out`, or where the plan gives a slot, its state to slot * num_kv_heads + head."""
+    """Every unit's attention to `out`, or in a plan by splits its state to record * num_kv_heads + head of `states`."""
     group = num_q_heads // num_kv_heads
-    max_rows = max_queries * group
+    max_rows = get_int64(plan, MOST_QUERIES) * group
+    by_split = get_int64(plan, BY_SPLIT)
     head_bytes = head_dim * (4 if q_dtype == 0 else 2)
     width = (head_dim + COLUMNS - 1) // COLUMNS * COLUMNS
-    query_bytes = 4 * max_rows * width
-    scratch_bytes = 4 * max_rows * BLOCK + 8 * BLOCK * width
-    memory = np.zeros((query_bytes + scratch_bytes + 2 * state_bytes) // 4, np.float32)
-    queries = memory.ctypes.data
-    scratch = queries + query_bytes
-    own_state = scratch + scratch_bytes
+    queries = scratch
+    own_state = queries + 4 * max_rows * width
     next_split = own_state + state_bytes
-    places = np.empty(4 * BLOCK, np.int64)
-    here = (places.ctypes.data, places.ctypes.data + 8 * BLOCK)
-    following = (here[0] + 16 * BLOCK, here[1] + 16 * BLOCK)
+    here = next_split + state_bytes
+    following = here + 16 * BLOCK
+    work_space = following + 16 * BLOCK
     factor = splat(np.float32(scale))
 
     unit = begin(control)
     while unit < num_units:
-        tile, head = unit // num_kv_heads, unit % num_kv_heads
-        first_head = head * group * head_bytes + plan[tile, FIRST_ROW] * row_bytes
-        position, rows = plan[tile, POSITION], plan[tile, NUM_QUERIES] * group
-        stop = position + plan[tile, NUM_QUERIES]
-        page_table = block_tables + 4 * plan[tile, SEQUENCE] * tables_stride
+        record, head = plan + 8 * (HEADER_SIZE + unit // num_kv_heads * RECORD_SIZE), unit % num_kv_heads
+        first_head = head * group * head_bytes + get_int64(record, FIRST_ROW) * row_bytes
+        position, rows = get_int64(record, POSITION), get_int64(record, NUM_QUERIES) * group
+        stop = position + get_int64(record, NUM_QUERIES)
+        page_table = block_tables + 4 * get_int64(record, SEQUENCE) * tables_stride
         head_keys, head_values = keys + head * k_head, values + head * v_head
-        slot = plan[tile, SLOT]
-        whole = own_state if slot < 0 else states + (slot * num_kv_heads + head) * state_bytes
+        whole = states + unit * state_bytes if by_split else own_state
 
         for row in range(rows):
             place = queries + 4 * row * width
             widen(q_dtype, q + first_head + row // group * row_bytes + row % group * head_bytes, place, head_dim)
-            for i in range(0, width, LANES):
+            for i in range(0, head_dim, LANES):
                 store(place + 4 * i, multiply(load(place + 4 * i), factor))
 
-        for split in range(plan[tile, FIRST_SPLIT], plan[tile, END_SPLIT]):
-            state = whole if split == plan[tile, FIRST_SPLIT] else next_split
+        first_split = get_int64(record, FIRST_SPLIT)
+        for split in range(first_split, get_int64(record, END_SPLIT)):
+            state = whole if split == first_split else next_split
             clear(state, width, rows)
             start, end_key = split * SPLIT, min(stop, (split + 1) * SPLIT)
             if window > 0:
                 start = max(start, (position - window + 1) // BLOCK * BLOCK)
             count = min(BLOCK, end_key - start)
-            _locate(head_keys, k_page, k_token, page_table, tokens_per_page, start, count, here[0])
-            _locate(head_values, v_page, v_token, page_table, tokens_per_page, start, count, here[1])
+            _locate(head_keys, k_page, k_token, page_table, tokens_per_page, start, count, here)
+            _locate(head_values, v_page, v_token, page_table, tokens_per_page, start, count, here + 8 * BLOCK)
             for base in range(start, end_key, BLOCK):
                 after = base + BLOCK
                 next_count = max(0, min(BLOCK, end_key - after))
                 if next_count > 0:
-                    _locate(head_keys, k_page, k_token, page_table, tokens_per_page, after, next_count, following[0])
-                    _locate(head_values, v_page, v_token, page_table, tokens_per_page, after, next_count, following[1])
-                high = position + 1 - base
+                    after_values = following + 8 * BLOCK
+                    _locate(head_keys, k_page, k_token, page_table, tokens_per_page, after, next_count, following)
+                    _locate(head_values, v_page, v_token, page_table, tokens_per_page, after, next_count, after_values)
                 _attend_block(
                     here,
                     count,
@@ -290,28 +288,27 @@ def attend_tiles(
                     queries,
                     rows,
                     group,
-                    high,
+                    position + 1 - base,
                     window,
                     state,
-                    scratch,
+                    work_space,
                 )
                 here, following, count = following, here, next_count
             if state != whole:
                 merge(whole, state, width, rows)
 
-        if slot < 0:
-            _finish_tile(whole, rows, group, out + first_head, q_dtype, row_bytes, head_dim, scratch)
+        if not by_split:
+            _finish_tile(whole, rows, group, out + first_head, q_dtype, row_bytes, head_dim, work_space)
         unit = next_unit(control)
     end(control)
-    keep(memory)
-    keep(places)
 
 
-@kernel(f"void(int64[::1], int64, int64[:, ::1], {', '.join(['int64'] * 8)})")
+@kernel
 def merge_tiles(
-    control: Array,
+    control: int,
+    scratch: int,
     num_units: int,
-    plan: Array,
+    plan: int,
     out: int,
     q_dtype: int,
     num_q_heads: int,
@@ -325,23 +322,22 @@ def merge_tiles(
     group = num_q_heads // num_kv_heads
     width = (head_dim + COLUMNS - 1) // COLUMNS * COLUMNS
     head_bytes = head_dim * (4 if q_dtype == 0 else 2)
-    scratch = np.empty(width, np.float32)
     unit = begin(control)
     while unit < num_units:
-        tile, head = unit // num_kv_heads, unit % num_kv_heads
-        first_row = plan[tile, FIRST_ROW]
-        if tile == 0 or plan[tile - 1, FIRST_ROW] != first_row:
-            rows = plan[tile, NUM_QUERIES] * group
-            whole = states + (plan[tile, SLOT] * num_kv_heads + head) * state_bytes
-            later = tile + 1
-            while later < plan.shape[0] and plan[later, FIRST_ROW] == first_row:
-                merge(whole, states + (plan[later, SLOT] * num_kv_heads + head) * state_bytes, width, rows)
+        number, head = unit // num_kv_heads, unit % num_kv_heads
+        record = plan + 8 * (HEADER_SIZE + number * RECORD_SIZE)
+        first_row, rows = get_int64(record, FIRST_ROW), get_int64(record, NUM_QUERIES) * group
+        if number == 0 or get_int64(record, FIRST_ROW - RECORD_SIZE) != first_row:
+            later = number + 1
+            while later < get_int64(plan, NUM_RECORDS):
+                if get_int64(plan, HEADER_SIZE + later * RECORD_SIZE + FIRST_ROW) != first_row:
+                    break
+                merge(states + unit * state_bytes, states + (later * num_kv_heads + head) * state_bytes, width, rows)
                 later += 1
             first_head = out + head * group * head_bytes + first_row * row_bytes
-            _finish_tile(whole, rows, group, first_head, q_dtype, row_bytes, head_dim, scratch.ctypes.data)
+            _finish_tile(states + unit * state_bytes, rows, group, first_head, q_dtype, row_bytes, head_dim, scratch)
         unit = next_unit(control)
     end(control)
-    keep(scratch)
 
 
 def paged_attention(
@@ -358,40 +354,52 @@ def paged_attention(
     """See `aiexport_edge.kernels.paged_attention.paged_attention_reference`."""
     num_rows, num_q_heads, head_dim = q.shape
     _, num_kv_heads, tokens_per_page, _ = k_cache.shape
+    num_sequences = seq_lens.shape[0]
+    assert block_tables.dtype == query_start_loc.dtype == seq_lens.dtype == torch.int32
+    assert block_tables.stride(1) == 1 or block_tables.shape[1] <= 1
     group = num_q_heads // num_kv_heads
     q = q.contiguous()
     out = torch.empty_like(q)
-    min_units = UNITS_PER_THREAD * num_threads() if num_threads() > 1 else 0
-    plan, most_queries, end_row, work = plan_tiles(
+
+    tile_queries = max(1, TILE_ROWS // group)
+    most_splits = -(-block_tables.shape[1] * tokens_per_page // SPLIT)
+    most_records = (num_sequences + num_rows // tile_queries) * max(1, most_splits)
+    plan = np.empty(HEADER_SIZE + most_records * RECORD_SIZE, np.int64)
+    plan_address = plan.ctypes.data
+    plan_tiles(
+        plan_address,
         query_start_loc.data_ptr(),
         seq_lens.data_ptr(),
-        seq_lens.shape[0],
-        max(1, TILE_ROWS // group),
+        num_sequences,
+        tile_queries,
         sliding_window,
         group,
         num_kv_heads,
         head_dim,
-        min_units,
+        UNITS_PER_THREAD * num_threads() if num_threads() > 1 else 0,
     )
+    num_records, most_queries, end_row, by_split, nanoseconds = plan[:HEADER_SIZE].tolist()
     if end_row < num_rows:
         out[end_row:].zero_()
-    num_tiles = plan.shape[0]
-    if num_tiles == 0:
+    if num_records == 0:
         return out
-    num_units = num_tiles * num_kv_heads
+
     kv_bytes = k_cache.element_size()
     k_page, k_head, k_token, k_item = (kv_bytes * stride for stride in k_cache.stride())
     v_page, v_head, v_token, v_item = (kv_bytes * stride for stride in v_cache.stride())
     assert k_item == v_item == kv_bytes
     q_dtype, row_bytes = DTYPES[q.dtype], num_q_heads * head_dim * q.element_size()
-    by_split = plan[0, SLOT] >= 0
-    state_bytes = state_size(head_dim) * most_queries * group
-    states = torch.empty(state_bytes * num_kv_heads * num_tiles if by_split else 0, dtype=torch.uint8)
+    num_units = num_records * num_kv_heads
+    most_rows = most_queries * group
+    width = -(-head_dim // COLUMNS) * COLUMNS
+    state_bytes = state_size(width) * most_rows
+    states = torch.empty(state_bytes * num_units if by_split else 0, dtype=torch.uint8)
     launch(
         attend_tiles,
         num_units,
-        work,
-        plan,
+        nanoseconds,
+        4 * most_rows * (width + BLOCK) + 2 * state_bytes + 32 * BLOCK + 8 * BLOCK * width,
+        plan_address,
         q.data_ptr(),
         out.data_ptr(),
         q_dtype,
@@ -410,7 +418,6 @@ def paged_attention(
         num_q_heads,
         num_kv_heads,
         head_dim,
-        most_queries,
         sliding_window,
         states.data_ptr(),
         state_bytes,
@@ -422,7 +429,8 @@ def paged_attention(
             merge_tiles,
             num_units,
             0.0,
-            plan,
+            4 * width,
+            plan_address,
             out.data_ptr(),
             q_dtype,
             num_q_heads,

@@ -185,6 +185,6 @@ def finish(state: int, width: int, scratch: int) -> None:
         store(scratch + 4 * i, fma(load(state + 4 * i), scale, zero))
 
 
-def state_size(head_dim: int) -> int:
+def state_size(width: int) -> int:
     """Bytes of a row's state."""
-    return 4 * ((head_dim + COLUMNS - 1) // COLUMNS * COLUMNS + 2 * LANES)
+    return 4 * (width + 2 * LANES)

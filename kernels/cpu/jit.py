@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import inspect
 import os
 import shutil
 import tempfile
@@ -19,10 +20,10 @@ from typing import Any, TypeVar, cast
 import numba
 import platformdirs
 
-# An array inside a kernel: numba gives it members that numpy has not.
-Array = Any
-
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+_njit: Any = numba.njit  # its options are not all in its types
 
 # numba's own key for a cached function covers that function's file alone, not what it calls in others.
 _SOURCES = sorted(Path(__file__).parent.glob("*.py"))
@@ -77,17 +78,13 @@ if not _settings.CACHE_DIR:  # NUMBA_CACHE_DIR is the user's word
 CACHE_DIRECTORY = Path(_settings.CACHE_DIR)
 
 
-def kernel(signature: str) -> Callable[[Function], Function]:
-    """Compile for this one signature now, or load from the cache. Runs without the GIL."""
-
-    def decorate(function: Function) -> Function:
-        compiled: Any = numba.njit(signature, cache=True, nogil=True, error_model="numpy")(function)
-        return cast(Function, compiled)
-
-    return decorate
+def kernel(function: Function) -> Function:
+    """Compile now, or load from the cache. Parameters are int (int64) or float (float64). Runs without the GIL."""
+    forms = {"int": numba.int64, "float": numba.float64}
+    parameters = [forms[parameter.annotation] for parameter in inspect.signature(function).parameters.values()]
+    return cast(Function, _njit(numba.void(*parameters), cache=True, **_OPTIONS)(function))
 
 
 def inner(function: Function) -> Function:
     """A function that kernels call; it becomes part of each kernel that does."""
-    compiled: Any = numba.njit(nogil=True, error_model="numpy")(function)
-    return cast(Function, compiled)
+    return cast(Function, _njit(no_cpython_wrapper=True, **_OPTIONS)(function))

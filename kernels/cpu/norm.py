@@ -7,9 +7,9 @@ import math
 import numpy as np
 import torch
 
-from aiexport_edge.kernels.cpu.jit import Array, inner, kernel
+from aiexport_edge.kernels.cpu.jit import inner, kernel
 from aiexport_edge.kernels.cpu.simd import LANES, add, fma, load, multiply, narrow, splat, store, sum_lanes, widen
-from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, keep, next_unit
+from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
 from aiexport_edge.kernels.threads import launch
 
 ROWS_PER_UNIT = 8
@@ -31,9 +31,10 @@ def scale_row(row: int, weight: int, count: int, eps: float) -> None:
         store(row + 4 * i, multiply(multiply(load(row + 4 * i), scale), load(weight + 4 * i)))
 
 
-@kernel("void(int64[::1], int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, float64)")
+@kernel
 def norm_rows(
-    control: Array,
+    control: int,
+    scratch: int,
     num_units: int,
     x: int,
     residual: int,
@@ -48,9 +49,7 @@ def norm_rows(
 ) -> None:
     """Rows of `width` numbers, one after the other; `residual` 0: none, and `total` is not written."""
     padded = (width + LANES - 1) // LANES * LANES
-    memory = np.empty(3 * padded, np.float32)
-    row = memory.ctypes.data
-    other, wide_weight = row + 4 * padded, row + 8 * padded
+    row, other, wide_weight = scratch, scratch + 4 * padded, scratch + 8 * padded
     row_bytes = width * (4 if dtype == 0 else 2)
     unit = begin(control)
     if unit < num_units:
@@ -69,7 +68,6 @@ def norm_rows(
             narrow(dtype, row, out + offset, width)
         unit = next_unit(control)
     end(control)
-    keep(memory)
 
 
 def _run(x: torch.Tensor, residual: int, weight: torch.Tensor, total: int, eps: float) -> torch.Tensor:
@@ -79,6 +77,7 @@ def _run(x: torch.Tensor, residual: int, weight: torch.Tensor, total: int, eps: 
         norm_rows,
         -(-num_rows // ROWS_PER_UNIT),
         0.3 * num_rows * width,
+        12 * (width + LANES),
         x.data_ptr(),
         residual,
         weight.data_ptr(),

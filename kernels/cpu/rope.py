@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
-from aiexport_edge.kernels.cpu.jit import Array, inner, kernel
+from aiexport_edge.kernels.cpu.jit import inner, kernel
 from aiexport_edge.kernels.cpu.norm import scale_row
 from aiexport_edge.kernels.cpu.simd import (
     LANES,
@@ -22,7 +21,7 @@ from aiexport_edge.kernels.cpu.simd import (
     store_first,
     widen,
 )
-from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, keep, next_unit
+from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
 from aiexport_edge.kernels.threads import launch
 
 TOKENS_PER_UNIT = 4
@@ -30,9 +29,9 @@ TOKENS_PER_UNIT = 4
 
 @inner
 def _find_rotation(
-    cos_sin: int, half: int, positions: int, axis_stride: int, token: int, height_end: int, width_end: int, scratch: int
+    cos_sin: int, half: int, positions: int, axis_stride: int, token: int, height_end: int, width_end: int, mixed: int
 ) -> int:
-    """Address of the token's cosines, sines behind them; put together in `scratch` where axes differ."""
+    """Address of the token's cosines, sines behind them; put together in `mixed` where axes differ."""
     row_bytes = 8 * half
     time: int = cos_sin + get_int64(positions, token) * row_bytes
     if height_end == 0 and width_end == 0:
@@ -45,9 +44,9 @@ def _find_rotation(
             source = height
         elif i % 3 == 2 and i < width_end:
             source = width
-        set_float32(scratch, i, get_float32(source, i))
-        set_float32(scratch, half + i, get_float32(source, half + i))
-    return scratch
+        set_float32(mixed, i, get_float32(source, i))
+        set_float32(mixed, half + i, get_float32(source, half + i))
+    return mixed
 
 
 @inner
@@ -61,9 +60,10 @@ def _rotate(head: int, rotation: int, half: int) -> None:
         store_first(head + 4 * (half + i), fma(second, cos, multiply(first, sin)), count)
 
 
-@kernel(f"void(int64[::1], int64, {', '.join(['int64'] * 27)}, float64)")
+@kernel
 def norm_rope_tokens(
-    control: Array,
+    control: int,
+    scratch: int,
     num_units: int,
     qkv: int,
     out: int,
@@ -96,9 +96,8 @@ def norm_rope_tokens(
 ) -> None:
     """q heads to `out`, k and v heads to their pages. A weight of 0 is no norm."""
     padded = (head_dim + LANES - 1) // LANES * LANES
-    memory = np.empty(3 * padded + 2 * half, np.float32)
-    head = memory.ctypes.data
-    wide_q_weight, wide_k_weight, scratch = head + 4 * padded, head + 8 * padded, head + 12 * padded
+    head, wide_q_weight, wide_k_weight = scratch, scratch + 4 * padded, scratch + 8 * padded
+    mixed = scratch + 12 * padded
     item = 4 if dtype == 0 else 2
     unit = begin(control)
     if unit < num_units and q_weight != 0:
@@ -107,7 +106,7 @@ def norm_rope_tokens(
         widen(weight_dtype, k_weight, wide_k_weight, head_dim)
     while unit < num_units:
         for token in range(unit * TOKENS_PER_UNIT, min((unit + 1) * TOKENS_PER_UNIT, num_tokens)):
-            rotation = _find_rotation(cos_sin, half, positions, axis_stride, token, height_end, width_end, scratch)
+            rotation = _find_rotation(cos_sin, half, positions, axis_stride, token, height_end, width_end, mixed)
             source = qkv + token * (num_q_heads + 2 * num_kv_heads) * head_dim * item
             for number in range(num_q_heads):
                 widen(dtype, source + number * head_dim * item, head, head_dim)
@@ -130,7 +129,6 @@ def norm_rope_tokens(
                 narrow(kv_dtype, head, values + page * v_page + number * v_head + offset * v_token, head_dim)
         unit = next_unit(control)
     end(control)
-    keep(memory)
 
 
 def qk_norm_rope(
@@ -165,6 +163,7 @@ def qk_norm_rope(
         norm_rope_tokens,
         -(-num_tokens // TOKENS_PER_UNIT),
         0.5 * qkv.numel(),
+        12 * (head_dim + LANES) + 4 * cos_sin.shape[1],
         qkv.data_ptr(),
         out.data_ptr(),
         DTYPES[qkv.dtype],

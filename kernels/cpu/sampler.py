@@ -16,7 +16,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from aiexport_edge.kernels import philox
 from aiexport_edge.kernels import sampler as definition
 from aiexport_edge.kernels.cpu import simd
-from aiexport_edge.kernels.cpu.jit import Array, inner, kernel
+from aiexport_edge.kernels.cpu.jit import inner, kernel
 from aiexport_edge.kernels.cpu.simd import (
     LANES,
     add,
@@ -37,7 +37,7 @@ from aiexport_edge.kernels.cpu.simd import (
     store,
     sum_lanes,
 )
-from aiexport_edge.kernels.cpu.units import begin, end, keep, next_unit
+from aiexport_edge.kernels.cpu.units import begin, end, next_unit
 from aiexport_edge.kernels.threads import launch
 
 CHUNK = 4 * LANES  # tokens of 16 Philox counters
@@ -197,10 +197,7 @@ def _bits(scores: int, i: int) -> int:
 
 @inner
 def _keep_top(scores: int, padded: int, masses: int, limit: int, histogram: int) -> None:
-    """Set to -inf every score before which, by falling score and rising id, `limit` of weight has gone.
-
-    A token's weight is its mass; 1 where `masses` is 0. No weight is left to set where all of it is below `limit`.
-    """
+    """Set to -inf every score before which, by falling score and rising id, `limit` of mass (int64) has gone."""
     prefix, before = 0, 0
     for level in range(3):
         shift = 20 - 10 * level
@@ -210,8 +207,7 @@ def _keep_top(scores: int, padded: int, masses: int, limit: int, histogram: int)
             bits = _bits(scores, i)
             if level == 0 or bits >> (shift + 10) == prefix:
                 digit = (bits >> shift) & (2047 if level == 0 else 1023)
-                weight = get_int64(masses, i) if masses != 0 else 1
-                set_int64(histogram, digit, get_int64(histogram, digit) + weight)
+                set_int64(histogram, digit, get_int64(histogram, digit) + get_int64(masses, i))
         digit = 0
         while before + get_int64(histogram, digit) < limit:
             before += get_int64(histogram, digit)
@@ -222,7 +218,7 @@ def _keep_top(scores: int, padded: int, masses: int, limit: int, histogram: int)
     for i in range(padded):
         bits = _bits(scores, i)
         if bits == prefix and before < limit:
-            before += get_int64(masses, i) if masses != 0 else 1
+            before += get_int64(masses, i)
         elif bits >= prefix:
             set_float32(scores, i, np.float32(-np.inf))
 
@@ -248,9 +244,10 @@ def _draw(scores: int, padded: int, seed: int, output_index: int, words: int) ->
     return token
 
 
-@kernel(f"void(int64[::1], int64, {', '.join(['int64'] * 10)})")
+@kernel
 def sample_rows(
-    control: Array,
+    control: int,
+    scratch: int,
     num_units: int,
     logits: int,
     row_bytes: int,
@@ -265,12 +262,11 @@ def sample_rows(
 ) -> None:
     """One id and log-probability for each row."""
     padded = (vocabulary + CHUNK - 1) // CHUNK * CHUNK
-    score_memory = np.empty(padded, np.float32)
-    small_memory = np.empty(2048 + LANES + CHUNK, np.int64)
-    scores = score_memory.ctypes.data
-    histogram = small_memory.ctypes.data
+    masses = scratch
+    histogram = masses + 8 * padded
     sums = histogram + 8 * 2048
     words = sums + 8 * LANES
+    scores = words + 4 * CHUNK
     unit = begin(control)
     while unit < num_units:
         heat = get_float32(temperature, unit)
@@ -290,17 +286,16 @@ def sample_rows(
         if heat > 0.0:
             share, most = get_float32(top_p, unit), get_int32(top_k, unit)
             if 0 < most < vocabulary:
-                _keep_top(scores, padded, 0, most, histogram)
+                for i in range(padded):
+                    set_int64(masses, i, 1)
+                _keep_top(scores, padded, masses, most, histogram)
             if share < 1.0:
-                mass_memory = np.empty(padded, np.int64)
-                masses = mass_memory.ctypes.data
-                kept = 0
                 for i in range(0, padded, LANES):
                     store_masses(masses + 8 * i, load(scores + 4 * i))
+                kept = 0
                 for i in range(padded):
                     kept += get_int64(masses, i)
                 _keep_top(scores, padded, masses, max(1, int(float(kept) * float(share))), histogram)
-                keep(mass_memory)
             token = _draw(scores, padded, get_int64(seeds, unit), get_int64(output_index, unit), words)
         else:
             token = _first_equal(scores, padded, 0.0)
@@ -309,8 +304,6 @@ def sample_rows(
         set_float32(logprobs, unit, np.float32(score - math.log(float(total) / MASS_ONE)))
         unit = next_unit(control)
     end(control)
-    keep(score_memory)
-    keep(small_memory)
 
 
 def sample(
@@ -334,6 +327,7 @@ def sample(
         sample_rows,
         num_rows,
         4.0 * num_rows * vocabulary,
+        12 * (vocabulary + CHUNK) + 8 * (2048 + LANES) + 4 * CHUNK,
         logits.data_ptr(),
         4 * logits.stride(0),
         vocabulary,

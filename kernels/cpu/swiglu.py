@@ -7,21 +7,21 @@ import math
 import numpy as np
 import torch
 
-from aiexport_edge.kernels.cpu.jit import Array, kernel
+from aiexport_edge.kernels.cpu.jit import kernel
 from aiexport_edge.kernels.cpu.simd import LANES, add, divide, exp2, load, multiply, narrow, splat, store, widen
-from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, keep, next_unit
+from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
 from aiexport_edge.kernels.threads import launch
 
 ROWS_PER_UNIT = 4
 
 
-@kernel("void(int64[::1], int64, int64, int64, int64, int64, int64)")
-def swiglu_rows(control: Array, num_units: int, gate_up: int, out: int, dtype: int, num_rows: int, width: int) -> None:
+@kernel
+def swiglu_rows(
+    control: int, scratch: int, num_units: int, gate_up: int, out: int, dtype: int, num_rows: int, width: int
+) -> None:
     """Rows of 2 * width numbers to rows of width."""
     padded = (width + LANES - 1) // LANES * LANES
-    memory = np.empty(2 * padded, np.float32)
-    gate = memory.ctypes.data
-    up = gate + 4 * padded
+    gate, up = scratch, scratch + 4 * padded
     item = 4 if dtype == 0 else 2
     one, minus_log2_e = splat(np.float32(1.0)), splat(np.float32(-math.log2(math.e)))
     unit = begin(control)
@@ -36,7 +36,6 @@ def swiglu_rows(control: Array, num_units: int, gate_up: int, out: int, dtype: i
             narrow(dtype, gate, out + row * width * item, width)
         unit = next_unit(control)
     end(control)
-    keep(memory)
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
@@ -48,6 +47,7 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
         swiglu_rows,
         -(-num_rows // ROWS_PER_UNIT),
         0.5 * num_rows * width,
+        8 * (width + LANES),
         gate_up.data_ptr(),
         out.data_ptr(),
         DTYPES[gate_up.dtype],
