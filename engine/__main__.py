@@ -118,6 +118,7 @@ def _facts(config: Config) -> list[ModelFacts]:
                 name=weights.name,
                 directory=directory,
                 revision=model_revision(directory),
+                vocab_size=model.vocab_size,
                 context_window=window,
                 max_output_tokens=min(max(limits), window),
                 deterministic=weights.deterministic,

@@ -17,6 +17,7 @@ class ModelFacts:
     name: str
     directory: Path
     revision: str
+    vocab_size: int  # ids that the model knows; it may be more than its tokenizer has
     context_window: int
     max_output_tokens: int
     deterministic: bool

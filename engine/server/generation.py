@@ -126,7 +126,7 @@ class Generation:
             if self._owner.draining:
                 raise RequestError(pb.ERROR_QUEUE_FULL, "The engine is draining: it takes no new requests.")
             model, text = check_model(self._owner.models, request.model)
-            check_request(request, model, text)
+            check_request(request, model)
             self._owner.admission.enter(self._tenant)
             self._waiting = True
             if num_characters(request) <= INLINE_CHARACTERS:

@@ -78,7 +78,7 @@ def check_sampling(sampling: pb.SamplingParams) -> None:
             )
 
 
-def check_request(request: pb.GenerateRequest, model: Model, text: ModelText) -> None:
+def check_request(request: pb.GenerateRequest, model: Model) -> None:
     """Everything that can be said without tokenizing. Raises `RequestError`."""
     check_sampling(request.sampling)
     if request.priority not in _PRIORITIES:
@@ -96,20 +96,11 @@ def check_request(request: pb.GenerateRequest, model: Model, text: ModelText) ->
                 limit=limit,
                 actual=request.max_tokens,
             )
-    if request.WhichOneof("prompt") == "token_ids":
-        ids = request.token_ids.ids
-        if ids and max(ids) >= text.tokenizer.vocab_size:
-            raise InvalidRequest(
-                f"A token id is {max(ids)}; {model.facts.name} has ids below {text.tokenizer.vocab_size}.",
-                "token_ids.ids",
-                limit=text.tokenizer.vocab_size - 1,
-                actual=max(ids),
-            )
     if request.HasField("resume"):
-        _check_resume(request, model, text)
+        _check_resume(request, model)
 
 
-def _check_resume(request: pb.GenerateRequest, model: Model, text: ModelText) -> None:
+def _check_resume(request: pb.GenerateRequest, model: Model) -> None:
     resume = request.resume
     if resume.model_revision != model.facts.revision:
         raise RequestError(
@@ -119,7 +110,7 @@ def _check_resume(request: pb.GenerateRequest, model: Model, text: ModelText) ->
         )
     if resume.max_tokens < 1:
         raise InvalidRequest("resume.max_tokens must be the budget that Accepted said.", "resume.max_tokens")
-    if resume.forced_ids and max(resume.forced_ids) >= text.tokenizer.vocab_size:
+    if resume.forced_ids and max(resume.forced_ids) >= model.facts.vocab_size:
         raise InvalidRequest("resume.forced_ids has an id that this model does not have.", "resume.forced_ids")
     if len(resume.forced_ids) > resume.max_tokens:
         raise InvalidRequest(
@@ -162,6 +153,13 @@ def encode_prompt(request: pb.GenerateRequest | pb.CountTokensRequest, model: Mo
         raise _too_long(model, error.at_least, f"at least {error.at_least}") from error
     if not ids:
         raise InvalidRequest("The prompt is empty; send at least one token.", request.WhichOneof("prompt") or "prompt")
+    if max(ids) >= model.facts.vocab_size:
+        raise InvalidRequest(
+            f"The prompt has the token id {max(ids)}; {model.facts.name} has ids below {model.facts.vocab_size}.",
+            request.WhichOneof("prompt") or "prompt",
+            limit=model.facts.vocab_size - 1,
+            actual=max(ids),
+        )
     return ids
 
 

@@ -96,7 +96,6 @@ class Tokenizer:
         self.eos_id: int | None = whole.token_to_id(eos) if eos else None
         self.bos_ids: list[int] = [bos_id] if add_bos and bos_id is not None else []
 
-        self.vocab_size = whole.get_vocab_size(with_added_tokens=True)
         self._bytes, self.strips_leading_space = _bytes_per_id(whole, spec)
 
     @classmethod

@@ -26,6 +26,7 @@ from aiexport_edge.proto.engine_pb2_grpc import EngineStub
 
 CONTEXT_WINDOW = 4096
 MAX_OUTPUT_TOKENS = 2048
+VOCAB_SIZE = 600  # more than the tokenizer has, as with real models
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
@@ -94,7 +95,7 @@ async def engine(
     served_directory: Path | None = None,
 ) -> AsyncIterator[Engine]:
     """Serves one model `m0` with the tokenizer of `directory` (or, to break it, of another) on a free port."""
-    facts = ModelFacts("m0", served_directory or directory, "revision-0", CONTEXT_WINDOW, MAX_OUTPUT_TOKENS, True, ())
+    facts = ModelFacts("m0", served_directory or directory, "revision-0", VOCAB_SIZE, CONTEXT_WINDOW, MAX_OUTPUT_TOKENS, True, ())
     backend = NativeBackend(core_config(max_num_running=max_num_running), command=command(*core_options))
     config = ServerConfig(
         listener=ListenerConfig("127.0.0.1:0"),

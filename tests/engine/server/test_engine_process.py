@@ -95,7 +95,7 @@ def ask(text: str, *, max_tokens: int = 60, temperature: float = 0.0, request_id
 
 def generate(stub: EngineStub, request: pb.GenerateRequest) -> tuple[str, list[int], pb.Finished]:
     text, ids, finished = "", list[int](), pb.Finished()
-    for event in stub.Generate(request, timeout=120):
+    for event in stub.Generate(request, timeout=200):
         text += event.delta.text
         ids += event.delta.token_ids
         if event.HasField("finished"):
@@ -118,7 +118,7 @@ def wait_until_ended(pid: int) -> None:
 
 
 def test_it_serves_logs_without_texts_and_drains_on_sigterm(tmp_path: Path) -> None:
-    with engine(tmp_path, '[telemetry]\nlog_format = "json"\n') as running:
+    with engine(tmp_path, '[engine]\ndrain = "3m"\n[telemetry]\nlog_format = "json"\n') as running:
         text, ids, finished = generate(running.stub, ask("Tell me a secret story.", request_id="req_one"))
         assert text
         assert len(ids) == finished.output_tokens == 60
@@ -129,7 +129,7 @@ def test_it_serves_logs_without_texts_and_drains_on_sigterm(tmp_path: Path) -> N
         # Neither torch nor another device library is loaded here: that is the core's.
         assert "libtorch" not in Path(f"/proc/{running.process.pid}/maps").read_text()
 
-        stream = running.stub.Generate(ask("Once upon a time", max_tokens=300), timeout=60)
+        stream = running.stub.Generate(ask("Once upon a time", max_tokens=120), timeout=200)
         events = [next(stream), next(stream), next(stream)]
         core = running.stats().core_pid
         running.process.send_signal(signal.SIGTERM)
@@ -138,8 +138,8 @@ def test_it_serves_logs_without_texts_and_drains_on_sigterm(tmp_path: Path) -> N
             generate(running.stub, ask("Too late"))
         assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
         events += list(stream)
-        assert events[-1].finished.output_tokens == 300
-        assert running.process.wait(30) == 0
+        assert events[-1].finished.output_tokens == 120
+        assert running.process.wait(100) == 0
         wait_until_ended(core)
         assert not any("secret" in line or "Once upon" in line for line in running.log)
 

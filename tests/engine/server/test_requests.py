@@ -53,7 +53,7 @@ REFUSALS: list[tuple[pb.GenerateRequest, Any, str]] = [
     (NO_BLOCK, pb.ERROR_INVALID, "chat.messages.0.content.0"),
     (pb.GenerateRequest(model="m0", text=""), pb.ERROR_INVALID, "text"),
     (pb.GenerateRequest(model="m0", token_ids=pb.TokenIds()), pb.ERROR_INVALID, "token_ids"),
-    (pb.GenerateRequest(model="m0", token_ids=pb.TokenIds(ids=[1, 999_999])), pb.ERROR_INVALID, "token_ids.ids"),
+    (pb.GenerateRequest(model="m0", token_ids=pb.TokenIds(ids=[1, 600])), pb.ERROR_INVALID, "token_ids"),
     (chat("a", max_tokens=0), pb.ERROR_INVALID, "max_tokens"),
     (chat("a", max_tokens=MAX_OUTPUT_TOKENS + 1), pb.ERROR_INVALID, "max_tokens"),
     (chat("a", sampling=S(temperature=-1)), pb.ERROR_INVALID, "sampling.temperature"),
