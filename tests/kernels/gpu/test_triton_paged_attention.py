@@ -120,7 +120,8 @@ def test_fp8_cache() -> None:
     generator = torch.Generator().manual_seed(3)
     pages = page_layout(generator, [90, 17], num_kv_heads=2, tokens_per_page=18, head_dim=80, dtype=torch.bfloat16)
     scales = 0.02 + 0.02 * torch.rand(2, 2, generator=generator)
-    codes, values = [], []
+    codes: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
     for cache, scale in zip((pages.k_cache, pages.v_cache), scales, strict=True):
         per_head = scale[None, :, None, None]
         codes.append((cache.float() / per_head).to(torch.float8_e4m3fn))
@@ -129,8 +130,12 @@ def test_fp8_cache() -> None:
     q = randn(generator, 67, 8, 80, dtype=torch.bfloat16)
     options: dict[str, Any] = {"k_scale": scales[0], "v_scale": scales[1], "architecture": SMALL}
     with poisoned():
-        actual = paged_attention(q, *codes, pages.block_tables, starts, pages.seq_lens, scale=0.1, **options)
-    expected = paged_attention_reference(q.float(), *values, pages.block_tables, starts, pages.seq_lens, scale=0.1)
+        actual = paged_attention(
+            q, codes[0], codes[1], pages.block_tables, starts, pages.seq_lens, scale=0.1, **options
+        )
+    expected = paged_attention_reference(
+        q.float(), values[0], values[1], pages.block_tables, starts, pages.seq_lens, scale=0.1
+    )
     assert_close(actual, expected, torch.bfloat16)
 
 
