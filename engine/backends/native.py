@@ -132,8 +132,14 @@ class NativeBackend:
         return self._statuses
 
     def stats(self) -> BackendStats:
-        now = self._core_stats
-        total = _add_counters(now, self._past) if now is not None and self._past is not None else now or self._past
+        now, past = self._core_stats, self._past
+        if now is None and past is not None:  # no core has spoken yet since the last one ended: everybody waits
+            waiting = [0] * len(self._config.models)
+            for live in self._live.values():
+                waiting[live.request.model] += 1
+            total: CoreStats | None = msgspec.structs.replace(past, waiting=len(self._live), model_waiting=waiting)
+        else:
+            total = _add_counters(now, past) if now is not None and past is not None else now
         return BackendStats(total, self._restarts, self._core.pid if self._core is not None else 0)
 
     def on_status(self, callback: Callable[[], None]) -> None:

@@ -17,10 +17,6 @@ class Admission:
         self._waiting = 0
         self._by_tenant: dict[str, int] = {}
 
-    @property
-    def waiting(self) -> int:
-        return self._waiting
-
     def enter(self, tenant: str) -> None:
         """Takes a place; `leave` gives it back. Raises `RequestError`."""
         of_tenant = self._by_tenant.get(tenant, 0)

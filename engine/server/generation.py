@@ -29,8 +29,7 @@ from aiexport_edge.engine.server.prompt import (
     num_characters,
     priority_of,
 )
-from aiexport_edge.engine.text.detokenizer import Detokenizer
-from aiexport_edge.engine.text.stops import StopMatcher
+from aiexport_edge.engine.text.reply import ReplyText
 from aiexport_edge.proto import engine_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -115,8 +114,6 @@ class Generation:
         self._started_at = self._first_token_at = 0.0
         self._num_prompt_tokens = self._cached_tokens = self._output_tokens = 0
         self._replayed = ""  # text of an earlier attempt's ids, until Started is told
-        self._emitted_bytes = 0  # of the reply's text so far
-        self._sent_bytes = request.resume.emitted_bytes  # of it, what the client has already
 
     # ------------------------------------------------------------------------------------------------ beginning
 
@@ -150,9 +147,13 @@ class Generation:
         seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(64)
         self._num_prompt_tokens = len(prompt_ids)
         self._stop_ids = frozenset() if sampling.ignore_eos else text.stop_ids
-        strip = text.tokenizer.strips_leading_space and not continues_text(request, text, prompt_ids)
-        self._detokenizer = Detokenizer(text.tokenizer.decode_bytes, strip_space=strip)
-        self._stops = StopMatcher(sampling.stop_sequences) if sampling.stop_sequences else None
+        self._text = ReplyText(
+            text.tokenizer.decode_bytes,
+            strip_space=text.tokenizer.strips_leading_space and not continues_text(request, text, prompt_ids),
+            stop_ids=self._stop_ids,
+            stops=sampling.stop_sequences,
+            sent_bytes=request.resume.emitted_bytes,
+        )
         self._outbox.accepted(
             self._tag,
             pb.Accepted(
@@ -188,13 +189,16 @@ class Generation:
 
     def _replay(self, forced: list[int], max_tokens: int) -> bool:
         """Puts the ids of an earlier attempt through text and stops anew; whether the reply ends with them already."""
-        self._replayed, self._output_tokens, stop = self._text_of(forced)
-        if stop is not None:
-            self._deliver(self._replayed, ())
-            self._finish(pb.FINISH_STOP_SEQUENCE, stop)
+        piece = self._text.feed(forced)
+        self._output_tokens = piece.num_ids
+        if piece.stop is not None:
+            self._deliver(piece.text, ())
+            self._finish(pb.FINISH_STOP_SEQUENCE, piece.stop)
         elif forced[-1] in self._stop_ids or len(forced) >= max_tokens:
-            self._deliver(self._replayed, ())
+            self._deliver(piece.text, ())
             self.finished(FinishReason.END_TURN if forced[-1] in self._stop_ids else FinishReason.MAX_TOKENS)
+        else:
+            self._replayed = piece.text
         return self.ended
 
     # ------------------------------------------------------------------------------------------------ from the backend
@@ -211,28 +215,23 @@ class Generation:
         if not self._first_token_at:
             self._first_token_at = time.monotonic()
         try:
-            text, taken, stop = self._text_of(ids)
+            piece = self._text.feed(ids)
         except Exception:  # a bug with this text: the others' go on
             log.exception("a reply could not be written", extra={"fields": {"request_id": self._request_id}})
             self._owner.backend.abort(self._handle)
             self.failed("The engine could not write this reply's text.")
             return
-        self._output_tokens += taken
-        self._deliver(text, ids[:taken])
-        if stop is not None:
+        self._output_tokens += piece.num_ids
+        self._deliver(piece.text, ids[: piece.num_ids])
+        if piece.stop is not None:
             self._owner.backend.finish(self._handle)
-            self._finish(pb.FINISH_STOP_SEQUENCE, stop)
+            self._finish(pb.FINISH_STOP_SEQUENCE, piece.stop)
 
     def finished(self, reason: FinishReason) -> None:
-        text = self._detokenizer.flush()
-        stop = None
-        if self._stops is not None:
-            text, stop = self._stops.feed(text)
-            if stop is None:
-                text += self._stops.flush()
-        self._deliver(text, ())
-        if stop is not None:
-            self._finish(pb.FINISH_STOP_SEQUENCE, stop)
+        piece = self._text.flush()
+        self._deliver(piece.text, ())
+        if piece.stop is not None:
+            self._finish(pb.FINISH_STOP_SEQUENCE, piece.stop)
         else:
             self._finish(_REASONS[reason])
 
@@ -240,38 +239,10 @@ class Generation:
         self._outbox.failed(self._tag, pb.ErrorDetail(code=pb.ERROR_INTERNAL, message=message))
         self._end("failed")
 
-    def _text_of(self, ids: Sequence[int]) -> tuple[str, int, str | None]:
-        """Text that becomes certain by `ids`, how many of them the reply takes, and the stop sequence that ends it."""
-        detokenizer, stops = self._detokenizer, self._stops
-        parts: list[str] = []
-        for taken, token_id in enumerate(ids, start=1):
-            if token_id in self._stop_ids:  # an end of turn is no text, whatever its spelling
-                return "".join(parts), taken, None
-            text = detokenizer.feed(token_id)
-            if stops is not None and text:
-                text, stop = stops.feed(text)
-                if stop is not None:
-                    return "".join([*parts, text]), taken, stop
-            parts.append(text)
-        return "".join(parts), len(ids), None
-
     def _deliver(self, text: str, ids: Sequence[int]) -> None:
-        """One delta; of its text, only what the client has not had from an earlier attempt."""
-        if text:
-            before = self._emitted_bytes
-            num_bytes = len(text) if text.isascii() else len(text.encode())
-            self._emitted_bytes += num_bytes
-            if self._emitted_bytes <= self._sent_bytes:
-                text = ""
-            elif before < self._sent_bytes:
-                text = text.encode()[self._sent_bytes - before :].decode("utf-8", "replace")
         if text or ids:
             self._outbox.delta(
-                self._tag,
-                text,
-                ids,
-                output_tokens=self._output_tokens,
-                emitted_bytes=max(self._emitted_bytes, self._sent_bytes),
+                self._tag, text, ids, output_tokens=self._output_tokens, emitted_bytes=self._text.emitted_bytes
             )
 
     # ------------------------------------------------------------------------------------------------ ends

@@ -7,7 +7,7 @@ however the ids are dealt out.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 _new_decoder = codecs.getincrementaldecoder("utf-8")
 
@@ -31,8 +31,3 @@ class Detokenizer:
     def flush(self) -> str:
         """U+FFFD for the bytes of a character that never came whole; then nothing is held any more."""
         return self._decoder.decode(b"", final=True)
-
-
-def decode(token_ids: Iterable[int], decode_bytes: Callable[[int], bytes]) -> str:
-    """All of it at once."""
-    return b"".join(map(decode_bytes, token_ids)).decode("utf-8", "replace")

@@ -6,7 +6,7 @@ The chat templates do what the chat part of the named models' templates does, to
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +212,11 @@ class LoadedTokenizers(dict[str, tuple[OurTokenizer, Tokenizer]]):
 
     def __repr__(self) -> str:
         return f"tokenizers {sorted(self)}"
+
+
+def decode(ids: Iterable[int], decode_bytes: Callable[[int], bytes]) -> str:
+    """Text of all ids at once."""
+    return b"".join(map(decode_bytes, ids)).decode("utf-8", "replace")
 
 
 def save_tokenizer(kind: str, directory: Path) -> Path:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tiny_tokenizers import MAKERS, LoadedTokenizers
+from support.tiny_tokenizers import MAKERS, LoadedTokenizers, decode
 
-from aiexport_edge.engine.text.detokenizer import Detokenizer, decode
+from aiexport_edge.engine.text.detokenizer import Detokenizer
 from aiexport_edge.engine.text.tokenizer import Tokenizer
 
 KINDS = sorted(MAKERS)

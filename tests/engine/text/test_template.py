@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tiny_tokenizers import CORPUS, MAKERS, LoadedTokenizers
+from support.tiny_tokenizers import CORPUS, MAKERS, LoadedTokenizers, decode
 from transformers import PreTrainedTokenizerFast
 
-from aiexport_edge.engine.text.detokenizer import decode
 from aiexport_edge.engine.text.template import ChatTemplate, Message, TemplateError
 from aiexport_edge.engine.text.tokenizer import Tokenizer, TokenizerError, TooManyTokens
 

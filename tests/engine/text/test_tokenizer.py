@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tiny_tokenizers import CORPUS, MAKERS, LoadedTokenizers
+from support.tiny_tokenizers import CORPUS, MAKERS, LoadedTokenizers, decode
 from tokenizers import Tokenizer as HFTokenizer
 
-from aiexport_edge.engine.text.detokenizer import decode
 from aiexport_edge.engine.text.tokenizer import Tokenizer, TokenizerError, TooManyTokens
 
 KINDS = sorted(MAKERS)
