@@ -60,7 +60,7 @@ def _mend_conversions() -> None:
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
         old, new = source.dtype.scalar, target.scalar
-        if old == new:
+        if old == new == tl.bfloat16:
             return Handle(source.data, new)
         if new == tl.bfloat16:
             return Handle(_narrow(source.data.astype(np.float32)), new)
