@@ -17,8 +17,6 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import msgspec
-
 from aiexport_edge.engine.backends.base import (
     BackendRequest,
     BackendStats,
@@ -27,11 +25,11 @@ from aiexport_edge.engine.backends.base import (
     RequestListener,
 )
 from aiexport_edge.engine.backends.core_process import CORE_COMMAND, CoreProcess
+from aiexport_edge.engine.backends.counters import LifeCounters
 from aiexport_edge.engine.core.protocol import (
     AbortRequest,
     AddRequest,
     CoreConfig,
-    CoreStats,
     FinishReason,
     FinishRequest,
     LoadFailed,
@@ -83,8 +81,7 @@ class NativeBackend:
         self._live: dict[int, _Live] = {}
         self._next_handle = 1
         self._outgoing: list[ToCore] = []
-        self._core_stats: CoreStats | None = None  # of this life
-        self._past: CoreStats | None = None  # counters of the lives before, gauges 0
+        self._counters = LifeCounters()
         self._restarts = 0
         self._failures = 0  # lives in a row that brought no token
         self._crashes = 0  # of these, in a row, ends that were not SIGKILL and before Ready
@@ -132,15 +129,11 @@ class NativeBackend:
         return self._statuses
 
     def stats(self) -> BackendStats:
-        now, past = self._core_stats, self._past
-        if now is None and past is not None:  # no core has spoken yet since the last one ended: everybody waits
-            waiting = [0] * len(self._config.models)
-            for live in self._live.values():
-                waiting[live.request.model] += 1
-            total: CoreStats | None = msgspec.structs.replace(past, waiting=len(self._live), model_waiting=waiting)
-        else:
-            total = _add_counters(now, past) if now is not None and past is not None else now
-        return BackendStats(total, self._restarts, self._core.pid if self._core is not None else 0)
+        waiting = [0] * len(self._config.models)
+        for live in self._live.values():
+            waiting[live.request.model] += 1
+        pid = self._core.pid if self._core is not None else 0
+        return BackendStats(self._counters.total(waiting), self._restarts, pid)
 
     def on_status(self, callback: Callable[[], None]) -> None:
         self._status_callbacks.append(callback)
@@ -192,10 +185,7 @@ class NativeBackend:
                 len(suspects),
                 time.monotonic() - self._last_word,
             )
-        if self._core_stats is not None:
-            ended = _without_gauges(self._core_stats)
-            self._past = ended if self._past is None else _add_counters(ended, self._past)
-            self._core_stats = None
+        self._counters.bury()
         killed = status == -signal.SIGKILL
         self._crashes += not killed
         self._settle(suspects, killed=killed)
@@ -269,7 +259,7 @@ class NativeBackend:
     def _on_ready(self, ready: Ready) -> None:
         self._serving = self._was_ready = True
         self._crashes = 0
-        self._core_stats = ready.stats
+        self._counters.report(ready.stats)
         for handle, live in self._live.items():
             self._send(_add(handle, live))
         capacities = {model.model: model.capacity_tokens for model in ready.models}
@@ -282,7 +272,7 @@ class NativeBackend:
 
     def _on_step(self, report: StepReport) -> None:
         if report.stats is not None:
-            self._core_stats = report.stats
+            self._counters.report(report.stats)
         for started in report.started:
             live = self._live.get(started.handle)
             if live is not None and not live.started:
@@ -300,37 +290,6 @@ class NativeBackend:
             live = self._live.pop(finished.handle, None)
             if live is not None:
                 live.listener.finished(FinishReason(finished.reason))
-
-
-def _without_gauges(stats: CoreStats) -> CoreStats:
-    """What is left of a core that is no more: its counters, and how much memory there was."""
-    nobody = [0] * len(stats.model_running)
-    return msgspec.structs.replace(
-        stats,
-        running=0,
-        waiting=0,
-        pages_used=0,
-        pages_cached=0,
-        pages_free=stats.pages_total,
-        model_running=nobody,
-        model_waiting=nobody,
-    )
-
-
-def _add_counters(stats: CoreStats, past: CoreStats) -> CoreStats:
-    """`stats` with the counters of `past` added."""
-
-    def added(name: str) -> list[int]:
-        return [a + b for a, b in zip(getattr(stats, name), getattr(past, name), strict=True)]
-
-    return msgspec.structs.replace(
-        stats,
-        steps=stats.steps + past.steps,
-        preemptions=stats.preemptions + past.preemptions,
-        model_prompt_tokens=added("model_prompt_tokens"),
-        model_cached_tokens=added("model_cached_tokens"),
-        model_output_tokens=added("model_output_tokens"),
-    )
 
 
 def _add(handle: int, live: _Live) -> AddRequest:
