@@ -6,6 +6,7 @@ Owns the order in which they start and end.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -160,7 +161,8 @@ class _Readiness:
             ready = any_ready(self._models)
             await self._listener.set_serving(ready)
             if ready and self._ready_fd is not None:
-                os.write(self._ready_fd, b"ready\n")
+                with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
+                    os.write(self._ready_fd, b"ready\n")
                 os.close(self._ready_fd)
                 self._ready_fd = None
             await self.changed.wait()
