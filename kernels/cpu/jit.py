@@ -19,11 +19,14 @@ from typing import Any, TypeVar, cast
 
 import numba
 import platformdirs
+from numba.core import compiler, types
+from numba.extending import intrinsic
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
-_njit: Any = numba.njit  # its options are not all in its types
+_TYPES: dict[str, Any] = {"int": types.int64, "float": types.float64, "bool": types.boolean, "None": types.none}
+_njit: Any = numba.njit  # numba is typed only in part
+_compiler: Any = compiler
 
 # numba's own key for a cached function covers that function's file alone, not what it calls in others.
 _SOURCES = sorted(Path(__file__).parent.glob("*.py"))
@@ -80,11 +83,57 @@ CACHE_DIRECTORY = Path(_settings.CACHE_DIR)
 
 def kernel(function: Function) -> Function:
     """Compile now, or load from the cache. Parameters are int (int64) or float (float64). Runs without the GIL."""
-    forms = {"int": numba.int64, "float": numba.float64}
-    parameters = [forms[parameter.annotation] for parameter in inspect.signature(function).parameters.values()]
-    return cast(Function, _njit(numba.void(*parameters), cache=True, **_OPTIONS)(function))
+    compiled = _njit(_signature(function), cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True)(function)
+    return cast(Function, compiled)
 
 
 def inner(function: Function) -> Function:
-    """A function that kernels call; it becomes part of each kernel that does."""
-    return cast(Function, _njit(no_cpython_wrapper=True, **_OPTIONS)(function))
+    """A function that kernels call, with parameters as theirs; returns int, bool, float or None.
+
+    It is compiled into each kernel that calls it, once, and not inlined: to inline these takes a third longer to
+    compile and runs no faster. (numba's own way, a dispatcher each, compiles every function by itself first.)
+    """
+    signature = _signature(function)
+
+    def typer(_context: Any, *_arguments: Any) -> Any:
+        def generate(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+            library = context.active_code_library
+            compiled = vars(library).setdefault("aiexport_edge_inner", {})
+            if function not in compiled:
+                compiled[function] = _compiler.compile_internal(
+                    context.typing_context,
+                    context,
+                    library,
+                    function,
+                    signature.args,
+                    signature.return_type,
+                    _flags(),
+                    {},
+                ).fndesc
+            callee = context.declare_function(builder.module, compiled[function])
+            _, result = context.call_conv.call_function(
+                builder, callee, signature.return_type, signature.args, values, attrs=("noinline",)
+            )
+            return result
+
+        return signature, generate
+
+    typer.__name__, typer.__doc__ = function.__name__, function.__doc__
+    named = inspect.signature(function)
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    typer.__signature__ = named.replace(parameters=[context, *named.parameters.values()])  # type: ignore[attr-defined]
+    return cast(Function, intrinsic(typer))
+
+
+def _signature(function: Callable[..., Any]) -> Any:
+    """numba's types for a function's annotations."""
+    named = inspect.signature(function)
+    parameters = [_TYPES[parameter.annotation] for parameter in named.parameters.values()]
+    return _TYPES[named.return_annotation](*parameters)
+
+
+def _flags() -> Any:
+    flags: Any = _compiler.Flags()
+    flags.nrt = flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
+    flags.error_model = "numpy"
+    return flags
