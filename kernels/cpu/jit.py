@@ -28,11 +28,9 @@ _TYPES: dict[str, Any] = {"int": types.int64, "float": types.float64, "bool": ty
 _njit: Any = numba.njit  # numba is typed only in part
 _compiler: Any = compiler
 
-# numba's own key for a cached function covers that function's file alone, not what it calls in others.
-_SOURCES = sorted(Path(__file__).parent.glob("*.py"))
-_DIGEST = hashlib.sha256(
-    b"\0".join([numba.__version__.encode(), *(source.read_bytes() for source in _SOURCES)])
-).hexdigest()[:16]
+_HERE = Path(__file__).parent
+# What machine code is made from. numba's own key for a cached function covers that function's file alone.
+_SOURCES = [*sorted(_HERE.glob("*.py")), _HERE.parent / "philox.py", _HERE.parent / "sampler.py"]
 
 
 def _is_writable(directory: Path) -> bool:
@@ -45,40 +43,41 @@ def _is_writable(directory: Path) -> bool:
 
 
 def _copy_tree(source: Path, target: Path) -> None:
-    """Copy a directory so that another process sees all of it or nothing; does nothing where the target exists."""
+    """Copy a directory so that other processes see all of it or nothing; does nothing where the target exists."""
     if not source.is_dir() or target.exists():
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         copy = shutil.copytree(source, Path(scratch) / "copy")
-        if not target.exists():
-            os.replace(copy, target)
+        try:
+            copy.rename(target)
+        except OSError:
+            if not target.is_dir():  # another process was faster
+                raise
 
 
-def _cache_directory() -> Path:
-    """Beside the code; where that is read-only, the user's cache directory; failing that, one for this process alone.
+def find_cache_directory() -> Path:
+    """NUMBA_CACHE_DIR, beside the code, the user's cache directory, or a directory of this process alone.
 
-    Code that was compiled when the package was installed (see `aiexport_edge.kernels.warm`) is taken along.
+    The first of them that can be written, and in it a directory for this very code. What was compiled when the package
+    was installed (`kernels.warm`) lies beside the code and is taken along where that place is read-only.
     """
-    name = f"kernels-{_DIGEST}"
-    beside = Path(__file__).parent / "__pycache__" / name
-    if _is_writable(beside):
-        return beside
-    user = platformdirs.user_cache_path("aiexport-edge")
-    if _is_writable(user):
-        _copy_tree(beside, user / name)
-        return user / name
-    private = Path(tempfile.mkdtemp(prefix="aiexport-edge-"))
-    atexit.register(shutil.rmtree, private, ignore_errors=True)
-    _copy_tree(beside, private / name)
-    return private / name
+    code = [numba.__version__.encode(), *(source.read_bytes() for source in _SOURCES)]
+    name = f"kernels-{hashlib.sha256(bytes(1).join(code)).hexdigest()[:16]}"
+    beside = _HERE / "__pycache__"
+    places = [beside, platformdirs.user_cache_path("aiexport-edge")]
+    if wanted := os.environ.get("NUMBA_CACHE_DIR"):
+        places.insert(0, Path(wanted))
+    place = next((place for place in places if _is_writable(place)), None)
+    if place is None:
+        place = Path(tempfile.mkdtemp(prefix="aiexport-edge-"))
+        atexit.register(shutil.rmtree, place, ignore_errors=True)
+    _copy_tree(beside / name, place / name)
+    return place / name
 
 
+CACHE_DIRECTORY = find_cache_directory()
 _settings: Any = numba.config
-if not _settings.CACHE_DIR:  # NUMBA_CACHE_DIR is the user's word
-    _settings.CACHE_DIR = str(_cache_directory())
-
-CACHE_DIRECTORY = Path(_settings.CACHE_DIR)
+_settings.CACHE_DIR = str(CACHE_DIRECTORY)
 
 
 def kernel(function: Function) -> Function:
