@@ -18,11 +18,12 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-inpu
 export PIP_ROOT_USER_ACTION = ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format bench clean
+.PHONY: help serve test prove lint format bench clean
 
 help:
 	@echo 'make serve    start the server with the demo model; prints an address, a key and a curl line to paste'
 	@echo 'make test     run all tests'
+	@echo 'make prove    the full proof of the GPU kernels without a GPU: interpreted, and compiled for six architectures'
 	@echo 'make lint     ruff, mypy, and whether the gRPC stubs are current'
 	@echo 'make format   let ruff format the code'
 	@echo 'make bench    measure this machine: first token, tokens per second'
@@ -34,6 +35,11 @@ serve: $(VENV)/.warm
 
 test: $(VENV)/.dev $(VENV)/.warm
 	@$(BIN)/python -m pytest $(ARGS)
+
+# In processes of their own: what Triton interprets it cannot compile.
+prove: $(VENV)/.dev
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'prove or not prove' tests/kernels/gpu
+	@$(BIN)/python -m aiexport_edge.kernels.gpu.aot $(ARGS)
 
 lint: $(VENV)/.dev
 	@$(BIN)/ruff check .

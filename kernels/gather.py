@@ -12,4 +12,8 @@ def gather_rows_reference(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Ten
 
 def gather_rows(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """See `gather_rows_reference`."""
+    if hidden.is_cuda:
+        from aiexport_edge.kernels.gpu import gather as gpu
+
+        return gpu.gather_rows(hidden, rows)
     return torch.index_select(hidden, 0, rows)

@@ -74,6 +74,12 @@ def paged_attention(
         return cpu.paged_attention(
             q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale=scale, sliding_window=sliding_window
         )
+    if q.is_cuda:
+        from aiexport_edge.kernels.gpu import paged_attention as gpu
+
+        return gpu.paged_attention(
+            q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale=scale, sliding_window=sliding_window
+        )
     return paged_attention_reference(
         q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale=scale, sliding_window=sliding_window
     )

@@ -108,6 +108,23 @@ def qk_norm_rope(
             eps=eps,
             mrope_section=mrope_section,
         )
+    if qkv.is_cuda:
+        from aiexport_edge.kernels.gpu import qk_norm_rope as gpu
+
+        return gpu.qk_norm_rope(
+            qkv,
+            cos_sin,
+            positions,
+            slots,
+            k_cache,
+            v_cache,
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
+            q_weight=q_weight,
+            k_weight=k_weight,
+            eps=eps,
+            mrope_section=mrope_section,
+        )
     return qk_norm_rope_reference(
         qkv,
         cos_sin,

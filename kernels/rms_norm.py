@@ -18,6 +18,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         from aiexport_edge.kernels.cpu import norm as cpu
 
         return cpu.rms_norm(x, weight, eps)
+    if x.is_cuda:
+        from aiexport_edge.kernels.gpu import rms_norm as gpu
+
+        return gpu.rms_norm(x, weight, eps)
     return rms_norm_reference(x, weight, eps)
 
 
@@ -37,4 +41,8 @@ def add_rms_norm(
         from aiexport_edge.kernels.cpu import norm as cpu
 
         return cpu.add_rms_norm(x, residual, weight, eps)
+    if x.is_cuda:
+        from aiexport_edge.kernels.gpu import rms_norm as gpu
+
+        return gpu.add_rms_norm(x, residual, weight, eps)
     return add_rms_norm_reference(x, residual, weight, eps)

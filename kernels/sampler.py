@@ -170,4 +170,8 @@ def sample(
         from aiexport_edge.kernels.cpu import sampler as cpu
 
         return cpu.sample(logits, temperature, top_k, top_p, seeds, output_index)
+    if logits.is_cuda:
+        from aiexport_edge.kernels.gpu import sampler as gpu
+
+        return gpu.sample(logits, temperature, top_k, top_p, seeds, output_index)
     return sample_reference(logits, temperature, top_k, top_p, seeds, output_index)

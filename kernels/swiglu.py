@@ -20,4 +20,8 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
         from aiexport_edge.kernels.cpu import swiglu as cpu
 
         return cpu.swiglu(gate_up)
+    if gate_up.is_cuda:
+        from aiexport_edge.kernels.gpu import swiglu as gpu
+
+        return gpu.swiglu(gate_up)
     return swiglu_reference(gate_up)

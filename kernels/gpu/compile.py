@@ -24,8 +24,8 @@ from aiexport_edge.kernels.gpu.launch import Launch, shared_limit
 WARP = 32
 REGISTERS = 65536  # of an SM, and the most a block can have
 RESERVED_SHARED = 1024  # bytes the system takes of each block's shared memory
-MOST_WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
-MOST_REGISTERS_PER_THREAD = 255
+MOST_WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}  # of an SM
+MOST_BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -97,6 +97,7 @@ def resources(compiled: Any, capability: int) -> Resources:
         REGISTERS // (-(-registers // 8) * 8 * WARP * num_warps),
         (shared_limit(capability) + RESERVED_SHARED) // (shared + RESERVED_SHARED),
         MOST_WARPS[capability] // num_warps,
+        MOST_BLOCKS[capability],
     )
     return Resources(registers, spills, stack, shared, num_warps, blocks, _widest_load(ptx))
 

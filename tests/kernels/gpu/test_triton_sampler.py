@@ -50,14 +50,14 @@ def check(logits: torch.Tensor, given: dict[str, Any], *, bitmask: torch.Tensor 
     torch.testing.assert_close(logprobs, expected_logprobs, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("vocabulary", [7, 1000, 5000])
+@pytest.mark.parametrize("vocabulary", [7, 1100, pytest.param(5000, marks=pytest.mark.prove)])
 def test_every_kind_of_row_in_one_batch(vocabulary: int) -> None:
     check(4 * randn(torch.Generator().manual_seed(1), len(ROWS), vocabulary), parameters(ROWS, seed=vocabulary))
 
 
 def test_coarse_logits_tie_at_the_pivot() -> None:
     """Of equal scores exactly the lowest ids stay."""
-    logits = randn(torch.Generator().manual_seed(2), len(ROWS), 3000).mul(2).round().div(2)
+    logits = randn(torch.Generator().manual_seed(2), len(ROWS), 1500).mul(2).round().div(2)
     check(logits, parameters(ROWS, seed=3))
 
 
@@ -107,6 +107,7 @@ def test_grammar_bitmask() -> None:
     check(logits, parameters(ROWS, seed=8), bitmask=bitmask)
 
 
+@pytest.mark.prove
 def test_a_draw_does_not_depend_on_the_batch_or_the_card() -> None:
     logits = 2 * randn(torch.Generator().manual_seed(9), len(ROWS), 2500)
     given = parameters(ROWS, seed=10)
@@ -120,6 +121,7 @@ def test_a_draw_does_not_depend_on_the_batch_or_the_card() -> None:
         assert alone.tolist() == together[row : row + 1].tolist()
 
 
+@pytest.mark.prove
 def test_logits_in_16_bits() -> None:
     logits = (3 * randn(torch.Generator().manual_seed(11), len(ROWS), 1200)).bfloat16()
     check(logits, parameters(ROWS, seed=12))
@@ -127,7 +129,7 @@ def test_logits_in_16_bits() -> None:
 
 @pytest.mark.prove
 def test_many_draws() -> None:
-    for seed in range(20):
+    for seed in range(10):
         scale = 0.5 + seed / 2
         check(scale * randn(torch.Generator().manual_seed(seed), len(ROWS), 2100), parameters(ROWS, seed=seed))
 

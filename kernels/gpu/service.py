@@ -1,0 +1,218 @@
+"""The launches of a server: every kernel in the shapes of the model families, from tensors without memory.
+
+What `aot` compiles. Each is built by the launcher that serves, for a given architecture, so launch settings are those
+that would run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from aiexport_edge.kernels.gpu import (
+    decode_attention,
+    gather,
+    paged_attention,
+    qk_norm_rope,
+    rms_norm,
+    sampler,
+    shared_prefix_attention,
+    swiglu,
+)
+from aiexport_edge.kernels.gpu.launch import Architecture, Launch
+
+MAX_CONTEXT = 32768
+SCALE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A launch to compile. `may_spill`: registers kept in memory are reported, not refused. `wide`: reads 16 bytes."""
+
+    kernel: str
+    detail: str
+    launch: Launch
+    may_spill: bool = False
+    wide: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the kernels see of a model."""
+
+    name: str
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocabulary: int
+    tokens_per_page: int
+    rot_dim: int
+    normed: bool = True
+    mrope_section: tuple[int, int, int] | None = None
+    sliding_window: int = 0
+
+
+QWEN3_8B = Shape("qwen3-8b", 32, 8, 128, 4096, 12288, 151936, 18, 128)
+REPRESENTATIVE = (
+    QWEN3_8B,
+    Shape("heads-of-80", 32, 32, 80, 2560, 6912, 51200, 7, 32, normed=False),
+)
+SHAPES = (
+    *REPRESENTATIVE,
+    Shape("qwen3-0.6b", 16, 8, 128, 1024, 3072, 151936, 16, 128),
+    Shape("qwen3-30b-a3b", 32, 4, 128, 2048, 768, 151936, 28, 128),
+    Shape("qwen3-vl-32b", 64, 8, 128, 5120, 25600, 151936, 36, 128, mrope_section=(24, 20, 20)),
+    Shape("llama-3.2-1b", 32, 8, 64, 2048, 8192, 128256, 16, 64, normed=False),
+    Shape("mistral-7b", 32, 8, 128, 4096, 14336, 32768, 16, 128, normed=False, sliding_window=4096),
+    Shape("heads-of-96", 32, 32, 96, 3072, 8192, 32064, 16, 96, normed=False),
+    Shape("heads-of-256", 16, 8, 256, 3840, 15360, 262144, 16, 256),
+)
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _caches(shape: Shape, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """One layer of a page pool, with strides as large as they get."""
+    memory = _meta(20000, 36, 2, shape.num_kv_heads, shape.tokens_per_page, shape.head_dim, dtype=dtype)
+    return memory[:, 1, 0], memory[:, 1, 1]
+
+
+def attention_cases(
+    architecture: Architecture, shape: Shape, dtype: torch.dtype, *, fp8: bool = False, batches: tuple[int, ...] = (32,)
+) -> Iterator[Case]:
+    """Rotation with KV write, decode, prefill and shared-prefix attention; FP8 caches where asked."""
+    detail = f"{shape.name} {str(dtype).removeprefix('torch.')}{' fp8 cache' if fp8 else ''}"
+    k_cache, v_cache = _caches(shape, torch.uint8 if fp8 else dtype)
+    kv_scale = _meta(shape.num_kv_heads, dtype=torch.float32) if fp8 else None
+    weight = _meta(shape.head_dim, dtype=dtype) if shape.normed else None
+    heads = shape.num_q_heads + 2 * shape.num_kv_heads
+    for num_tokens in (16, 4096):
+        launch, _ = qk_norm_rope.qk_norm_rope_launch(
+            _meta(num_tokens, heads * shape.head_dim, dtype=dtype),
+            _meta(MAX_CONTEXT, shape.rot_dim, dtype=torch.float32),
+            _meta(3, num_tokens, dtype=torch.int64),
+            _meta(num_tokens, dtype=torch.int64),
+            k_cache,
+            v_cache,
+            num_q_heads=shape.num_q_heads,
+            num_kv_heads=shape.num_kv_heads,
+            q_weight=weight,
+            k_weight=weight,
+            mrope_section=shape.mrope_section,
+            k_scale=kv_scale,
+            v_scale=kv_scale,
+        )
+        yield Case("qk_norm_rope", f"{detail}, {num_tokens} tokens", launch)
+    columns = -(-MAX_CONTEXT // shape.tokens_per_page)
+    for batch in batches:
+        q = _meta(batch, shape.num_q_heads, shape.head_dim, dtype=dtype)
+        tables, seq_lens = _meta(batch, columns, dtype=torch.int32), _meta(batch, dtype=torch.int32)
+        launches, _ = decode_attention.decode_attention_launches(
+            q,
+            k_cache,
+            v_cache,
+            tables,
+            seq_lens,
+            scale=SCALE,
+            sliding_window=shape.sliding_window,
+            architecture=architecture,
+            k_scale=kv_scale,
+            v_scale=kv_scale,
+        )
+        for name, launch in zip(("plan_splits", "decode_attention", "merge_states"), launches, strict=True):
+            yield Case(name, f"{detail}, batch {batch}", launch, wide=name != "plan_splits")
+    if not shape.sliding_window:
+        launches, _ = shared_prefix_attention.shared_prefix_attention_launches(
+            q,
+            k_cache,
+            v_cache,
+            tables,
+            seq_lens,
+            _meta(9, dtype=torch.int32),
+            _meta(8, dtype=torch.int32),
+            scale=SCALE,
+            architecture=architecture,
+            k_scale=kv_scale,
+            v_scale=kv_scale,
+        )
+        names = ("plan_prefixes", "plan_splits", "shared_prefix", "decode_attention", "merge_states")
+        for name, launch in zip(names, launches, strict=True):
+            yield Case(
+                name, f"{detail}, 8 groups", launch, may_spill=name == "shared_prefix", wide=not name.startswith("plan")
+            )
+    for num_tokens, sequences in ((8192, 2), (96, 4)):
+        launch, _ = paged_attention.paged_attention_launch(
+            _meta(num_tokens, shape.num_q_heads, shape.head_dim, dtype=dtype),
+            k_cache,
+            v_cache,
+            _meta(sequences, columns, dtype=torch.int32),
+            _meta(sequences + 1, dtype=torch.int32),
+            _meta(sequences, dtype=torch.int32),
+            scale=SCALE,
+            sliding_window=shape.sliding_window,
+            architecture=architecture,
+            k_scale=kv_scale,
+            v_scale=kv_scale,
+        )
+        yield Case("prefill_attention", f"{detail}, {num_tokens} tokens", launch, may_spill=True)
+
+
+def row_cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
+    """Norms, SwiGLU and row gathering."""
+    detail = f"{shape.name} {str(dtype).removeprefix('torch.')}"
+    x, weight = _meta(64, shape.hidden_size, dtype=dtype), _meta(shape.hidden_size, dtype=dtype)
+    yield Case("rms_norm", detail, rms_norm.rms_norm_launch(x, weight, 1e-6)[0])
+    yield Case("add_rms_norm", detail, rms_norm.add_rms_norm_launch(x, x, weight, 1e-6)[0])
+    for code in (torch.float8_e4m3fn, torch.int8):
+        launch = rms_norm.add_rms_norm_quantized_launch(x, x, weight, 1e-6, code)[0]
+        yield Case("add_rms_norm", f"{detail} to {str(code).removeprefix('torch.')}", launch)
+    yield Case("swiglu", detail, swiglu.swiglu_launch(_meta(64, 2 * shape.intermediate_size, dtype=dtype))[0])
+    yield Case("gather_rows", detail, gather.gather_rows_launch(x, _meta(8, dtype=torch.int64))[0])
+
+
+def sampler_cases(
+    architecture: Architecture, shape: Shape, *, masked: bool, batches: tuple[int, ...] = (64,)
+) -> Iterator[Case]:
+    """The sampler's four launches, with a grammar's bitmask or without."""
+    for batch in batches:
+        words = -(-shape.vocabulary // 32)
+        launches, _, _ = sampler.sample_launches(
+            _meta(batch, shape.vocabulary, dtype=torch.float32),
+            _meta(batch, dtype=torch.float32),
+            _meta(batch, dtype=torch.int32),
+            _meta(batch, dtype=torch.float32),
+            _meta(batch, dtype=torch.int64),
+            _meta(batch, dtype=torch.int64),
+            bitmask=_meta(batch, words, dtype=torch.int32) if masked else None,
+            architecture=architecture,
+        )
+        for name, launch in zip(("highest", "race", "collect", "draw"), launches, strict=True):
+            detail = f"{shape.name} batch {batch}{', grammar' if masked else ''}"
+            yield Case(f"sampler {name}", detail, launch, wide=False)
+
+
+def representative_cases(architecture: Architecture) -> Iterator[Case]:
+    """Each kernel at least once, in a minute or so for three architectures."""
+    for shape in REPRESENTATIVE:
+        yield from attention_cases(architecture, shape, torch.bfloat16)
+    yield from row_cases(QWEN3_8B, torch.bfloat16)
+    yield from sampler_cases(architecture, QWEN3_8B, masked=True)
+
+
+def service_cases(architecture: Architecture) -> Iterator[Case]:
+    """Every shape in bfloat16; one of them in float16, with FP8 caches and in more batch sizes, too."""
+    for shape in SHAPES:
+        yield from attention_cases(architecture, shape, torch.bfloat16)
+        yield from row_cases(shape, torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float16):
+        yield from attention_cases(architecture, QWEN3_8B, dtype, batches=(1, 256))
+        yield from attention_cases(architecture, QWEN3_8B, dtype, fp8=True)
+    yield from row_cases(QWEN3_8B, torch.float16)
+    for masked in (False, True):
+        yield from sampler_cases(architecture, QWEN3_8B, masked=masked, batches=(1, 64))
