@@ -154,8 +154,12 @@ class Network(nn.Module):
         x = _norm(x, self.norm, s.eps).to(dtype)
         return F.linear(x, self.embed_tokens.to(dtype)).float()
 
-    def save(self, out: Path, bos: int, eos: int, pad: int) -> None:
-        """Write ``config.json``, ``generation_config.json`` and ``model.safetensors`` (bf16)."""
+    def save(self, out: Path, bos: int, eos: int, pad: int, *, logit_scale: float = 1.0) -> None:
+        """Write ``config.json``, ``generation_config.json`` and ``model.safetensors`` (bf16).
+
+        ``logit_scale`` is folded into the final norm: drawn at temperature 1, the saved model is as sharp as this one at
+        ``1 / logit_scale``. Greedy answers stay as they are.
+        """
         out.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         for name, p in self.named_parameters():
@@ -164,7 +168,8 @@ class Network(nn.Module):
                 block = ""
             parts = name.split(".")
             parts[-1] = block + parts[-1]
-            tensors["model." + ".".join(parts) + ".weight"] = p.detach().to(torch.bfloat16).contiguous()
+            scale = logit_scale if name == "norm" else 1.0
+            tensors["model." + ".".join(parts) + ".weight"] = (p.detach() * scale).to(torch.bfloat16).contiguous()
         save_file(tensors, str(out / "model.safetensors"), metadata={"format": "pt"})
         (out / "model.safetensors").chmod(0o644)
         (out / "config.json").write_text(json.dumps(self.shape.config(bos, eos, pad), indent=2) + "\n")

@@ -169,6 +169,7 @@ def main() -> None:
     parser.add_argument("--long-share-late", type=float, default=0.08, help="and once the rate falls below a third")
     parser.add_argument("--start", type=Path, help="begin with the weights of this checkpoint, at time zero")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--logit-scale", type=float, default=1.6, help="sharpens what is saved: see Network.save")
     parser.add_argument("--fp32", action="store_true")
     parser.add_argument(
         "--compile", action="store_true", help="compile the layers (needs a C++ compiler; a third quicker)"
@@ -206,7 +207,7 @@ def main() -> None:
         torch.save(state, checkpoint.with_suffix(".new"))
         checkpoint.with_suffix(".new").replace(checkpoint)
         end, pad = number_of(tok, "<|im_end|>"), number_of(tok, "<|endoftext|>")
-        network.save(args.out, pad, end, pad)
+        network.save(args.out, pad, end, pad, logit_scale=args.logit_scale)
 
     total = args.minutes * 60
     late = False
