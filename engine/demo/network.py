@@ -157,7 +157,7 @@ class Network(nn.Module):
     def save(self, out: Path, bos: int, eos: int, pad: int, *, logit_scale: float = 1.0) -> None:
         """Write ``config.json``, ``generation_config.json`` and ``model.safetensors`` (bf16).
 
-        ``logit_scale`` is folded into the final norm: drawn at temperature 1, the saved model is as sharp as this one at
+        ``logit_scale`` is folded into the final norm: drawn at temperature 1, the saved model is as sharp as this at
         ``1 / logit_scale``. Greedy answers stay as they are.
         """
         out.mkdir(parents=True, exist_ok=True)
