@@ -260,9 +260,17 @@ class NativeBackend:
         self._serving = self._was_ready = True
         self._crashes = 0
         self._counters.report(ready.stats)
-        for handle, live in self._live.items():
-            self._send(_add(handle, live))
         capacities = {model.model: model.capacity_tokens for model in ready.models}
+        for handle, live in list(self._live.items()):
+            capacity = capacities.get(live.request.model, 0)
+            # A pool sized by the memory that is free can be smaller in this core than in the one before.
+            if capacity and len(live.request.prompt_ids) // 4 + live.request.max_tokens > capacity:
+                del self._live[handle]
+                live.listener.failed(
+                    f"The engine has started again with room for {capacity} tokens, fewer than this needs."
+                )
+            else:
+                self._send(_add(handle, live))
         self._set_statuses(
             [
                 ModelStatus(ModelState.READY, capacity_tokens=capacities.get(index, 0))

@@ -1,10 +1,10 @@
 """A core process without a model: the real process, loop and scheduler around a runner that draws ids by a rule.
 
-    python scripted_core.py [--step-s S] [--load-s S] [--fail-load FILE] [--poison ID] --fd N --shared-fd M
+    python scripted_core.py [--step-s S] [--load-s S] [--fail-load FILE] [--pages FILE] [--poison ID] --fd N --shared-fd M
 
 The id that follows a sequence is `next_id` of it, so that what a request must answer is known beforehand. A step in
 which a request has the poison id among its tokens aborts the process. Where the file of `--fail-load` exists, loading
-fails with what is in it.
+fails with what is in it; where that of `--pages` does, the pool has as many pages as it says.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def core_config(*, num_models: int = 1, max_num_running: int = 64) -> CoreConfig
 class ScriptedRunner:
     """Draws by the rule; sleeps in each step as a device would compute."""
 
-    def __init__(self, num_models: int, *, step_s: float, poison: int) -> None:
-        self.num_pages = NUM_PAGES
+    def __init__(self, num_models: int, *, step_s: float, poison: int, num_pages: int) -> None:
+        self.num_pages = num_pages
         self.page_bytes = 64
         self.tokens_per_page = [TOKENS_PER_PAGE] * num_models
         self.weight_bytes = [0] * num_models
@@ -91,6 +91,7 @@ def main() -> int:
     parser.add_argument("--step-s", type=float, default=0.0)
     parser.add_argument("--load-s", type=float, default=0.0)
     parser.add_argument("--fail-load", type=Path)
+    parser.add_argument("--pages", type=Path)
     parser.add_argument("--poison", type=int, default=-1)
     options, rest = parser.parse_known_args()
 
@@ -99,7 +100,9 @@ def main() -> int:
         time.sleep(options.load_s)
         if options.fail_load is not None and options.fail_load.exists():
             raise RuntimeError(options.fail_load.read_text())
-        return ScriptedRunner(len(config.models), step_s=options.step_s, poison=options.poison)
+        given = options.pages is not None and options.pages.exists()
+        num_pages = int(options.pages.read_text()) if given else NUM_PAGES
+        return ScriptedRunner(len(config.models), step_s=options.step_s, poison=options.poison, num_pages=num_pages)
 
     # In the places of the two modules that a real core imports late, for their weight.
     runner = types.ModuleType("aiexport_edge.engine.core.runner")

@@ -287,6 +287,26 @@ def test_a_model_that_cannot_be_loaded_again_is_tried_until_it_can(tmp_path: Pat
     run(test())
 
 
+def test_what_no_longer_fits_a_smaller_pool_is_failed_and_the_others_go_on(tmp_path: Path) -> None:
+    """The next core's pool holds 20 tokens: a request for 1 + 100 would end core after core if it were sent there."""
+
+    async def test() -> None:
+        pages = tmp_path / "pages"
+        async with running("--pages", pages, "--step-s", 0.003) as backend:
+            large, small = Listener(), Listener()
+            backend.submit(request([1], 100), large)
+            await large.count(5)
+            pages.write_text("6")
+            os.kill(backend.stats().core_pid, signal.SIGKILL)
+            backend.submit(request([2], 10), small)
+            assert "room for 20 tokens" in str(await large.end())
+            assert await small.end() is FinishReason.MAX_TOKENS
+            assert small.ids == undisturbed([2], 10)
+            assert backend.stats().core_restarts == 1
+
+    run(test())
+
+
 def test_a_core_killed_while_it_loads_is_started_again() -> None:
     async def test() -> None:
         async with running("--load-s", 0.3, wait=False) as backend:
