@@ -1,4 +1,4 @@
-"""Matrix products with weights packed once for the processor's matrix units (oneDNN, through torch).
+"""Matrix products: weights packed once for the processor's matrix units (oneDNN, through torch); cuBLAS on a GPU.
 
 A library chooses its loops by the number of rows, so a row's bits change with the batch that it is in. In deterministic
 mode rows are cut and padded into tiles of a few sizes; which sizes give a row the same bits is found by trial, once per
@@ -43,8 +43,10 @@ def linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     return out.to(x.dtype)
 
 
-def _product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What products run in: `dtype` where oneDNN has it on this processor, else float32."""
+def _product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What products run in: `dtype` on a GPU and where oneDNN has it on this processor, else float32."""
+    if device.type != "cpu":
+        return dtype
     if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return dtype
     if dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported():
@@ -54,7 +56,7 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _pack(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
     """The product with this weight, which is not kept where it can be packed."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if weight.is_cuda or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return lambda x: torch.nn.functional.linear(x, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
 
@@ -65,7 +67,9 @@ def _pack(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
     return product
 
 
-def _trial_operands(out_features: int, in_features: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _trial_operands(
+    out_features: int, in_features: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight and rows whose products cancel: what is left is rounding, and shows any other order of the sums."""
     generator = torch.Generator().manual_seed(0)
     half = in_features // 2
@@ -74,7 +78,7 @@ def _trial_operands(out_features: int, in_features: int, dtype: torch.dtype) -> 
     def rows(number: int, sign: float) -> torch.Tensor:
         first = torch.randn((number, half), generator=generator).to(dtype)
         rest = torch.randn((number, in_features - 2 * half), generator=generator).to(dtype) * 1e-6
-        return torch.cat((first, sign * first, rest), dim=1)[:, order].contiguous()
+        return torch.cat((first, sign * first, rest), dim=1)[:, order].contiguous().to(device)
 
     return rows(out_features, -1.0), rows(max(max(tiling) for tiling in TILINGS), 1.0)
 
@@ -97,11 +101,11 @@ def _agree(product: Product, rows: torch.Tensor, tiling: tuple[int, ...]) -> boo
 
 @functools.cache
 def _find_tiling(
-    out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool, num_threads: int
+    out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool, num_threads: int, device: torch.device
 ) -> tuple[int, ...]:
     """The fastest tiling that is right for products of this shape, with one thread and with `num_threads` alike."""
-    weight, rows = _trial_operands(out_features, in_features, dtype)
-    product = _pack(weight, torch.zeros(out_features, dtype=dtype) if has_bias else None)
+    weight, rows = _trial_operands(out_features, in_features, dtype, device)
+    product = _pack(weight, torch.zeros(out_features, dtype=dtype, device=device) if has_bias else None)
     del weight
 
     def agrees(tiling: tuple[int, ...]) -> bool:
@@ -134,14 +138,15 @@ class PackedLinear:
         self.out_features, self.in_features = weight.shape
         self.dtype = dtype
         self.deterministic = deterministic
-        self._product_dtype = _product_dtype(dtype)
+        self._product_dtype = _product_dtype(dtype, weight.device)
         self._product = _pack(
             weight.to(self._product_dtype), None if bias is None else bias.to(self._product_dtype).contiguous()
         )
         self._tiling: tuple[int, ...] = ()
         if deterministic:
+            num_threads = torch.get_num_threads() if weight.device.type == "cpu" else 1
             self._tiling = _find_tiling(
-                self.out_features, self.in_features, self._product_dtype, bias is not None, torch.get_num_threads()
+                self.out_features, self.in_features, self._product_dtype, bias is not None, num_threads, weight.device
             )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
