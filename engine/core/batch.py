@@ -6,15 +6,17 @@ one cheap loop over its requests, not over their tokens or pages. Knows no weigh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from aiexport_edge.engine.core.plan import Chunk
+from aiexport_edge.engine.core.decode_inputs import ALIGNMENT, TORCH_DTYPES, DecodeInputs
+from aiexport_edge.engine.core.plan import PENDING_ID, Chunk
 from aiexport_edge.engine.core.request import Request
 from aiexport_edge.engine.models.decoder import Batch
 
@@ -29,14 +31,28 @@ class Draws:
     top_p: Tensor  # float32
     seeds: Tensor  # int64, the bits of a uint64
     output_index: Tensor  # int64
+    token_slots: Tensor  # int64, the requests' rows: where their new ids go on the device (`decode_inputs.py`)
 
 
 class BatchBuilder:
-    """Builds one model's batches. At most `max_requests` requests are in a step."""
+    """Builds one model's batches. At most `max_requests` requests are in a step.
 
-    def __init__(self, *, tokens_per_page: int, context_window: int, max_requests: int, device: torch.device) -> None:
+    `staging` gives host memory that can be copied to `device` without waiting (`Accelerator.staging`); on a CPU there
+    is none, and the batches' tensors are the arrays that were computed.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokens_per_page: int,
+        context_window: int,
+        max_requests: int,
+        device: torch.device,
+        staging: Callable[[int], Tensor] | None = None,
+    ) -> None:
         self.tokens_per_page = tokens_per_page
         self.device = device
+        self._staging = staging
         self._row_of: dict[int, int] = {}  # by request handle
         self._free_rows = list(range(max_requests))
         self._pages: list[list[int]] = [[] for _ in range(max_requests)]  # what the row of block_tables holds
@@ -57,13 +73,7 @@ class BatchBuilder:
         output_index: list[int] = []
         for sequence, chunk in enumerate(chunks):
             request, start, count = chunk.request, chunk.start, chunk.num_tokens
-            row = self._row_of.get(request.handle)
-            if row is None:
-                row = self._admit(request, chunks)
-            if self._pages[row] != request.pages:  # pages appended, or others after a preemption
-                self._pages[row] = list(request.pages)
-                self._block_tables[row, : len(request.pages)] = request.pages
-            rows.append(row)
+            rows.append(self._row(request, chunks))
             starts.append(start)
             counts.append(count)
             if count == 1:
@@ -74,9 +84,47 @@ class BatchBuilder:
                 sampled.append(sequence)
                 handles.append(request.handle)
                 output_index.append(request.num_output_tokens)
-        return (
-            self._batch(np.array(ids), np.array(rows), np.array(starts), np.array(counts), sampled),
-            self._draws(np.array(rows)[sampled], handles, output_index),
+        return self._batch(
+            np.array(ids), np.array(rows), np.array(starts), np.array(counts), sampled, handles, np.array(output_index)
+        )
+
+    def stage_decodes(self, chunks: Sequence[Chunk], bucket: int, inputs: DecodeInputs, staging: Tensor) -> Draws:
+        """Write `chunks`, one sampled token each, into `staging` for the first `bucket` rows of `inputs`.
+
+        The other rows are padding: sequences of one token in page 0, for which nothing is drawn. An id that
+        is still on its way (PENDING_ID) is taken from its slot on the device. The draws are views of `inputs`.
+        """
+        handles = [chunk.request.handle for chunk in chunks]
+        ids = np.array([chunk.request.token_ids[chunk.start] for chunk in chunks])
+        rows = np.array([self._row(chunk.request, chunks) for chunk in chunks])
+        starts = np.array([chunk.start for chunk in chunks])
+        count = len(chunks)
+        host = inputs.host_rows(staging, bucket)
+        for padded in (host.source, host.positions, host.slots, host.block_tables[:, 0]):
+            padded[count:] = 0
+        host.seq_lens[count:] = 1
+        host.host_ids[:count] = ids
+        host.source[:count] = np.where(ids == PENDING_ID, rows, inputs.first_host_id + np.arange(count))
+        host.positions[:count] = starts
+        page_of, offset = np.divmod(starts, self.tokens_per_page)
+        host.slots[:count] = self._block_tables[rows, page_of].astype(np.int64) * self.tokens_per_page + offset
+        host.seq_lens[:count] = starts + 1
+        width = int(page_of.max()) + 1
+        host.block_tables[:count, :width] = self._block_tables[rows, :width]
+        host.token_slots[:count] = rows
+        host.temperature[:count] = self._temperature[rows]
+        host.top_k[:count] = self._top_k[rows]
+        host.top_p[:count] = self._top_p[rows]
+        host.seeds[:count] = self._seeds[rows].view(np.int64)
+        host.output_index[:count] = [chunk.request.num_output_tokens for chunk in chunks]
+        return Draws(
+            handles=handles,
+            temperature=inputs.temperature[:count],
+            top_k=inputs.top_k[:count],
+            top_p=inputs.top_p[:count],
+            seeds=inputs.seeds[:count],
+            output_index=inputs.output_index[:count],
+            token_slots=inputs.token_slots[:count],
         )
 
     def _batch(
@@ -86,7 +134,9 @@ class BatchBuilder:
         starts: npt.NDArray[np.int64],
         counts: npt.NDArray[np.int64],
         sampled: list[int],
-    ) -> Batch:
+        handles: list[int],
+        output_index: npt.NDArray[np.int64],
+    ) -> tuple[Batch, Draws]:
         num_tokens, num_sequences = len(ids), len(rows)
         ends = np.cumsum(counts)
         seq_lens = starts + counts
@@ -102,26 +152,43 @@ class BatchBuilder:
         query_start_loc[1:] = ends
         positions = np.empty((3, num_tokens), dtype=np.int64)
         positions[:] = token_positions
-        return Batch(
-            input_ids=self._tensor(ids),
+        drawn = rows[sampled]
+        tensors = self._upload(
+            ids,
+            positions,
+            slots,
+            block_tables,
+            query_start_loc,
+            seq_lens.astype(np.int32),
+            ends[sampled] - 1,
+            self._temperature[drawn],
+            self._top_k[drawn],
+            self._top_p[drawn],
+            self._seeds[drawn].view(np.int64),
+            output_index.astype(np.int64),
+            drawn,
+        )
+        batch = Batch(
+            input_ids=tensors[0],
             inputs_embeds=None,
-            positions=self._tensor(positions),
-            slots=self._tensor(slots),
-            block_tables=self._tensor(block_tables),
-            query_start_loc=self._tensor(query_start_loc),
-            seq_lens=self._tensor(seq_lens.astype(np.int32)),
-            rows=None if len(sampled) == num_tokens else self._tensor(ends[sampled] - 1),
+            positions=tensors[1],
+            slots=tensors[2],
+            block_tables=tensors[3],
+            query_start_loc=tensors[4],
+            seq_lens=tensors[5],
+            rows=None if len(sampled) == num_tokens else tensors[6],
         )
+        return batch, Draws(handles, *tensors[7:])
 
-    def _draws(self, rows: npt.NDArray[np.int64], handles: list[int], output_index: list[int]) -> Draws:
-        return Draws(
-            handles=handles,
-            temperature=self._tensor(self._temperature[rows]),
-            top_k=self._tensor(self._top_k[rows]),
-            top_p=self._tensor(self._top_p[rows]),
-            seeds=self._tensor(self._seeds[rows].view(np.int64)),
-            output_index=self._tensor(np.array(output_index, dtype=np.int64)),
-        )
+    def _row(self, request: Request, chunks: Sequence[Chunk]) -> int:
+        """The request's row, with its pages in the block table."""
+        row = self._row_of.get(request.handle)
+        if row is None:
+            row = self._admit(request, chunks)
+        if self._pages[row] != request.pages:  # pages appended, or others after a preemption
+            self._pages[row] = list(request.pages)
+            self._block_tables[row, : len(request.pages)] = request.pages
+        return row
 
     def _admit(self, request: Request, chunks: Sequence[Chunk]) -> int:
         """Give `request` a row, taking back those of requests outside this step when none is left."""
@@ -139,5 +206,21 @@ class BatchBuilder:
         self._seeds[row] = sampling.seed
         return row
 
-    def _tensor(self, array: npt.NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+    def _upload(self, *arrays: npt.NDArray[Any]) -> list[Tensor]:
+        """The arrays on the device, by a single copy that is not awaited."""
+        if self._staging is None:
+            return [torch.from_numpy(array) for array in arrays]
+        offsets, size = [], 0
+        for array in arrays:
+            offsets.append(size)
+            size += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+        staging = self._staging(size)
+        host = staging.numpy()
+        for offset, array in zip(offsets, arrays, strict=True):
+            host[offset : offset + array.nbytes].view(array.dtype).reshape(array.shape)[...] = array
+        memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+        memory.copy_(staging, non_blocking=True)
+        return [
+            memory[offset : offset + array.nbytes].view(TORCH_DTYPES[array.dtype]).view(array.shape)
+            for offset, array in zip(offsets, arrays, strict=True)
+        ]

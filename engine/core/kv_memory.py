@@ -24,6 +24,8 @@ AUTO_TOKENS_PER_PAGE = 16  # of the model with the most bytes per token
 AUTO_MOST_BYTES = 4 << 30
 AUTO_SHARE, AUTO_LARGEST_SHARE = 0.25, 0.75  # of the memory that is free
 FEWEST_PAGES = 3
+MEMORY_SHARE = 0.9  # of a card's memory that is left
+GRAPH_BYTES = 512 << 20  # captured launches, and libraries that are loaded when first used
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +56,7 @@ def pool_shape(
     less than one full context, it takes one, up to three quarters of `available_bytes`. A pool that holds less serves
     shorter requests only (`Scheduler.capacity_tokens`). Raises ModelError where it would hold next to nothing.
     """
-    largest = max(needs, key=lambda need: need.kv_bytes_per_token)
-    page_bytes = _round_up(page_bytes or AUTO_TOKENS_PER_PAGE * largest.kv_bytes_per_token)
-    if page_bytes < largest.kv_bytes_per_token:
-        raise ModelError(
-            f"page_bytes is {page_bytes}, but one token of model {largest.name} takes {largest.kv_bytes_per_token}"
-        )
-    tokens_per_page = tuple(page_bytes // need.kv_bytes_per_token for need in needs)
+    page_bytes, tokens_per_page = _page_shape(needs, page_bytes)
     source = "pool_bytes"
     if not pool_bytes:
         source = "the memory that is free"
@@ -76,6 +72,43 @@ def pool_shape(
             f"{source} is enough for {num_pages} pages of {page_bytes} bytes; at least {FEWEST_PAGES} are needed"
         )
     return PoolShape(page_bytes, num_pages, tokens_per_page)
+
+
+def smallest_shape(needs: Sequence[ModelNeed], *, page_bytes: int) -> PoolShape:
+    """Pages as `pool_shape` makes them, and no more of them than have to be: for trials before the pool is laid out."""
+    page_bytes, tokens_per_page = _page_shape(needs, page_bytes)
+    return PoolShape(page_bytes, FEWEST_PAGES, tokens_per_page)
+
+
+def _page_shape(needs: Sequence[ModelNeed], page_bytes: int) -> tuple[int, tuple[int, ...]]:
+    """A page's bytes, and the tokens of each model in it."""
+    largest = max(needs, key=lambda need: need.kv_bytes_per_token)
+    page_bytes = _round_up(page_bytes or AUTO_TOKENS_PER_PAGE * largest.kv_bytes_per_token)
+    if page_bytes < largest.kv_bytes_per_token:
+        raise ModelError(
+            f"page_bytes is {page_bytes}, but one token of model {largest.name} takes {largest.kv_bytes_per_token}"
+        )
+    return page_bytes, tuple(page_bytes // need.kv_bytes_per_token for need in needs)
+
+
+def device_pool_bytes(*, wanted: int, free_bytes: int, peak_bytes: int, device: str) -> int:
+    """The pool's bytes on a card with `free_bytes` left beside the weights; `wanted` 0 takes MEMORY_SHARE of the rest.
+
+    The rest is what remains after twice the largest step's `peak_bytes` (prefills and graphs keep memory of their own)
+    and what captured graphs take. Raises ModelError where that is not enough for `wanted`, or for anything.
+    """
+    rest = free_bytes - 2 * peak_bytes - GRAPH_BYTES
+    if rest <= 0:
+        raise ModelError(
+            f"{device} has {free_bytes} bytes left beside the weights, and the largest step needs "
+            f"{2 * peak_bytes + GRAPH_BYTES}; lower engine.max_step_tokens or engine.max_num_running"
+        )
+    if wanted > rest:
+        raise ModelError(
+            f"pool_bytes is {wanted}, but {device} has only {rest} bytes left for it; lower engine.pool_bytes, "
+            "engine.max_step_tokens or engine.max_num_running"
+        )
+    return wanted or int(MEMORY_SHARE * rest)
 
 
 def _round_up(size: int) -> int:

@@ -9,6 +9,9 @@ import msgspec
 
 from aiexport_edge.engine.core.request import Request
 
+# Stands in `Request.token_ids` for an id that has been drawn on the device but has not reached the host.
+PENDING_ID = -1
+
 
 class Chunk(msgspec.Struct, frozen=True):
     """Compute `num_tokens` of `request` from position `start` (its `num_computed_tokens` when planned).

@@ -1,18 +1,32 @@
 """Runs step plans on the device: batches, decoders, sampler.
 
-Owns the models' weights and the pool's memory, and everything that depends on the device. Decides nothing: what runs,
-and in which pages, is in the plan. Knows no text.
+Owns the models' weights and the pool's memory. Decides nothing: what runs, and in which pages, is in the plan. Knows no
+text. On a card, a step is launched and its ids are collected later: decodes are graphs, prefills are launched after
+them, ids stay in slots on the device for the next step and travel to the host meanwhile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from aiexport_edge.engine.core.batch import BatchBuilder
-from aiexport_edge.engine.core.kv_memory import KVMemory, ModelNeed, available_memory, pool_shape
+from aiexport_edge.engine.core.accelerator import Accelerator, CudaAccelerator
+from aiexport_edge.engine.core.batch import BatchBuilder, Draws
+from aiexport_edge.engine.core.decode_graphs import DecodeGraphs, bucket_of
+from aiexport_edge.engine.core.decode_inputs import DecodeInputs
+from aiexport_edge.engine.core.device import select_device
+from aiexport_edge.engine.core.kv_memory import (
+    KVMemory,
+    ModelNeed,
+    PoolShape,
+    available_memory,
+    device_pool_bytes,
+    pool_shape,
+    smallest_shape,
+)
 from aiexport_edge.engine.core.plan import Chunk, ModelPlan, StepPlan, StepResult
 from aiexport_edge.engine.core.protocol import CoreConfig, Priority, Sampling
 from aiexport_edge.engine.core.request import Request
@@ -24,16 +38,33 @@ from aiexport_edge.kernels.threads import set_num_threads
 WARM_UP_TOKENS = 64
 
 
+@dataclass(frozen=True, slots=True)
+class PendingStep:
+    """A step that has been launched: whose ids will be in `ids` (int64, on the host) once `wait` has returned."""
+
+    handles: list[int]
+    ids: Tensor
+    wait: Callable[[], None]
+
+
 class Runner:
     """Every model of one core, on one device, over one pool of pages.
 
     `num_pages` (page 0 included, which is never to be handed out), `page_bytes`; `tokens_per_page` and `weight_bytes`
     by model; `memory` is what the pages lie in. With `keep_logits`, `last_logits` holds the float32 logits [vocabulary]
-    that each id of the last step was drawn from, by request handle: for tests.
+    that each id of the last step was drawn from, by request handle: for tests. With an `accelerator`, decodes are
+    graphs, unless `graphed` is off.
     """
 
     def __init__(
-        self, config: CoreConfig, models: Sequence[LoadedModel], memory: KVMemory, *, keep_logits: bool = False
+        self,
+        config: CoreConfig,
+        models: Sequence[LoadedModel],
+        memory: KVMemory,
+        *,
+        keep_logits: bool = False,
+        accelerator: Accelerator | None = None,
+        graphed: bool = True,
     ) -> None:
         self.memory = memory
         self.num_pages = memory.shape.num_pages
@@ -44,6 +75,7 @@ class Runner:
         self.last_logits: dict[int, Tensor] = {}
         self._models = list(models)
         self._max_step_tokens = config.max_step_tokens
+        self._max_num_running = config.max_num_running
         self._kv_caches = [
             memory.layers(
                 index,
@@ -60,58 +92,151 @@ class Runner:
                 context_window=model.context_window,
                 max_requests=config.max_num_running,
                 device=memory.bytes.device,
+                staging=None if accelerator is None else accelerator.staging,
             )
             for model, tokens_per_page in zip(models, self.tokens_per_page, strict=True)
         ]
+        self._accelerator = accelerator
+        self._graphs = self._make_graphs(accelerator) if accelerator is not None and graphed else []
 
-    @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult:
         """Compute every chunk of `plan` and draw an id for each that samples. Blocks until the ids are here."""
-        self.last_logits = {}
-        ids: dict[int, list[int]] = {}
-        for model_plan in plan.models:
-            self._run(model_plan, ids)
-        return StepResult(ids=ids)
+        return self.collect(self.launch(plan))
 
-    def _run(self, plan: ModelPlan, ids: dict[int, list[int]]) -> None:
-        decoder = self._models[plan.model].decoder
-        batch, draws = self._builders[plan.model].build(plan.chunks)
-        hidden = decoder.forward(batch, self._kv_caches[plan.model])
-        if not draws.handles:
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Begin a step. On a card this does not wait for anything, and the next step may be launched before `collect`.
+
+        A decode's input may then be PENDING_ID in its request's token_ids, if the request drew an id in the step that
+        was launched last.
+        """
+        self.last_logits = {}
+        handles: list[int] = []
+        ids: list[Tensor] = []
+        for model_plan in plan.models:
+            chunks = model_plan.chunks
+            if self._graphs:
+                decodes = [chunk for chunk in chunks if chunk.samples and chunk.num_tokens == 1]
+                chunks = [chunk for chunk in chunks if not (chunk.samples and chunk.num_tokens == 1)]
+                if decodes:
+                    self._draw(model_plan.model, *self._launch_decodes(model_plan.model, decodes), handles, ids)
+            if chunks:
+                self._draw(model_plan.model, *self._run(model_plan.model, chunks), handles, ids)
+        return self._send(handles, ids)
+
+    def collect(self, pending: PendingStep) -> StepResult:
+        """Wait for a step's ids. Steps are collected in the order of their launches."""
+        pending.wait()
+        return StepResult(
+            ids={handle: [id_] for handle, id_ in zip(pending.handles, pending.ids.tolist(), strict=True)}
+        )
+
+    def _launch_decodes(self, model: int, chunks: list[Chunk]) -> tuple[Tensor, Draws]:
+        """The logits [rows, vocabulary] of one token each, by a graph."""
+        assert self._accelerator is not None
+        graphs = self._graphs[model]
+        bucket = bucket_of(graphs.buckets, len(chunks))
+        staging = self._accelerator.staging(graphs.inputs.staged_bytes(bucket))
+        draws = self._builders[model].stage_decodes(chunks, bucket, graphs.inputs, staging)
+        graphs.inputs.refresh(staging)
+        graphs.launch(bucket)
+        return graphs.logits[: len(chunks)], draws
+
+    def _run(self, model: int, chunks: Sequence[Chunk]) -> tuple[Tensor | None, Draws]:
+        """The logits of the chunks that sample, None where none does."""
+        decoder = self._models[model].decoder
+        batch, draws = self._builders[model].build(chunks)
+        hidden = decoder.forward(batch, self._kv_caches[model])
+        return (decoder.logits(hidden) if draws.handles else None), draws
+
+    def _draw(self, model: int, logits: Tensor | None, draws: Draws, handles: list[int], ids: list[Tensor]) -> None:
+        """Draw an id from each row and note whose it is; it also goes to its request's slot on the device."""
+        if logits is None:
             return
-        logits = decoder.logits(hidden)
         drawn, _ = sample(logits, draws.temperature, draws.top_k, draws.top_p, draws.seeds, draws.output_index)
-        for handle, token_id in zip(draws.handles, drawn.tolist(), strict=True):
-            ids[handle] = [token_id]
+        handles += draws.handles
+        ids.append(drawn)
+        if self._graphs:
+            self._graphs[model].inputs.tokens.index_copy_(0, draws.token_slots, drawn)
         if self.keep_logits:
-            self.last_logits |= dict(zip(draws.handles, logits, strict=True))
+            self.last_logits |= dict(zip(draws.handles, logits.clone() if self._graphs else logits, strict=True))
+
+    def _send(self, handles: list[int], ids: list[Tensor]) -> PendingStep:
+        """Set the ids off to the host."""
+        together = torch.cat(ids) if len(ids) > 1 else ids[0] if ids else torch.empty(0, dtype=torch.int64)
+        if self._accelerator is None:
+            return PendingStep(handles, together, _nothing)
+        host = self._accelerator.staging(8 * len(handles)).view(torch.int64)
+        host.copy_(together, non_blocking=True)
+        return PendingStep(handles, host, self._accelerator.mark())
+
+    @torch.inference_mode()
+    def _make_graphs(self, accelerator: Accelerator) -> list[DecodeGraphs]:
+        num_rows, device = self._max_num_running, accelerator.device
+        largest = max(model.config.vocab_size for model in self._models)
+        logits = torch.empty(num_rows * largest, dtype=torch.float32, device=device)  # one for all: used up at once
+        graphs = []
+        for model, kv_caches, tokens_per_page in zip(self._models, self._kv_caches, self.tokens_per_page, strict=True):
+            inputs = DecodeInputs(
+                num_rows=num_rows,
+                num_slots=num_rows,
+                pages_per_row=-(-model.context_window // tokens_per_page),
+                device=device,
+            )
+            vocabulary = model.config.vocab_size
+            rows = logits[: num_rows * vocabulary].view(num_rows, vocabulary)
+            graphs.append(DecodeGraphs(accelerator, model.decoder, kv_caches, inputs, rows))
+        return graphs
 
     def warm_up(self) -> None:
         """Run every operation of every model once, in page 0, so that nothing is compiled while serving."""
+        self._capture_first()
         for index, model in enumerate(self._models):
             num_tokens = min(WARM_UP_TOKENS, self._max_step_tokens, model.context_window - 1)
-            pages = [0] * -(-(num_tokens + 1) // self.tokens_per_page[index])
-            request = Request(
-                handle=-1,
-                model=index,
-                token_ids=[0] * (num_tokens + 1),
-                num_prompt_tokens=num_tokens,
-                max_tokens=1,
-                stop_ids=frozenset(),
-                sampling=Sampling(temperature=1.0, top_p=0.9, top_k=8, seed=0),
-                tenant="",
-                weight=1.0,
-                salt=b"",
-                priority=Priority.INTERACTIVE,
-                arrival=0,
-                pages=pages,
-            )
+            request = self._dummy(index, num_tokens)
             for chunk in (
                 Chunk(request, start=0, num_tokens=num_tokens, samples=False),
                 Chunk(request, start=0, num_tokens=num_tokens, samples=True),
                 Chunk(request, start=num_tokens, num_tokens=1, samples=True),
             ):
                 self.step(StepPlan([ModelPlan(index, [chunk])]))
+
+    @torch.inference_mode()
+    def _capture_first(self) -> None:
+        for graphs in self._graphs:
+            graphs.capture_first()
+
+    def run_largest_steps(self) -> None:
+        """What takes the most memory: for each model a prefill of a whole step, alone and shared by all rows, and the
+        largest decode. In page 0."""
+        for index, model in enumerate(self._models):
+            longest = min(self._max_step_tokens, model.context_window - 1)
+            shared = max(1, min(self._max_step_tokens // self._max_num_running, model.context_window - 1))
+            rows = [self._dummy(index, shared, row) for row in range(min(self._max_num_running, self._max_step_tokens))]
+            for chunks in (
+                [Chunk(self._dummy(index, longest), 0, longest, True)],
+                [Chunk(request, 0, shared, True) for request in rows],
+                [Chunk(request, shared, 1, True) for request in rows],
+            ):
+                self.step(StepPlan([ModelPlan(index, chunks)]))
+
+    def _dummy(self, model: int, num_tokens: int, row: int = 0) -> Request:
+        """A request of `num_tokens` and one more, all in page 0, with every sampling rule in use."""
+        return Request(
+            handle=-1 - row,
+            model=model,
+            token_ids=[0] * (num_tokens + 1),
+            num_prompt_tokens=num_tokens,
+            max_tokens=1,
+            stop_ids=frozenset(),
+            sampling=Sampling(temperature=1.0, top_p=0.9, top_k=8, seed=0),
+            tenant="",
+            weight=1.0,
+            salt=b"",
+            priority=Priority.INTERACTIVE,
+            arrival=0,
+            pages=[0] * -(-(num_tokens + 1) // self.tokens_per_page[model]),
+        )
 
 
 def load(
@@ -121,8 +246,9 @@ def load(
 
     Raises ModelError with a sentence for the operator.
     """
-    device = _device(config.device)
+    device = select_device(config.device)
     set_num_threads(config.num_threads or torch.get_num_threads())
+    accelerator = None if device.type == "cpu" else CudaAccelerator(device)
     models = []
     for index, model in enumerate(config.models):
 
@@ -130,33 +256,80 @@ def load(
             if progress is not None:
                 progress(index, done, total)
 
-        models.append(
-            load_model(
-                model.path,
-                name=model.name,
-                dtype=model.dtype,
-                context_window=model.context_window,
-                deterministic=model.deterministic,
-                device=device,
-                progress=report,
+        try:
+            models.append(
+                load_model(
+                    model.path,
+                    name=model.name,
+                    dtype=model.dtype,
+                    context_window=model.context_window,
+                    deterministic=model.deterministic,
+                    device=device,
+                    progress=report,
+                )
             )
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"the weights of model {model.name} do not fit into the memory of {device}; serve fewer or smaller "
+                "models on it, or free what other programs hold there"
+            ) from error
+    return make_runner(config, models, device, accelerator, keep_logits=keep_logits)
+
+
+def make_runner(
+    config: CoreConfig,
+    models: Sequence[LoadedModel],
+    device: torch.device,
+    accelerator: Accelerator | None,
+    *,
+    keep_logits: bool = False,
+) -> Runner:
+    """A warm runner of models that lie on `device`, over a pool that takes what memory is left.
+
+    Raises ModelError with a sentence for the operator.
+    """
+    needs = [
+        ModelNeed(model.name, model.config.kv_bytes_per_token(model.dtype.itemsize), model.context_window)
+        for model in models
+    ]
+
+    def shape_of(pool_bytes: int, available_bytes: int = 0) -> PoolShape:
+        return pool_shape(
+            needs,
+            page_bytes=config.page_bytes,
+            pool_bytes=pool_bytes,
+            max_num_running=config.max_num_running,
+            available_bytes=available_bytes,
         )
-    shape = pool_shape(
-        [
-            ModelNeed(model.name, model.config.kv_bytes_per_token(model.dtype.itemsize), model.context_window)
-            for model in models
-        ],
-        page_bytes=config.page_bytes,
-        pool_bytes=config.pool_bytes,
-        max_num_running=config.max_num_running,
-        available_bytes=available_memory(),
-    )
-    runner = Runner(config, models, KVMemory(shape, device), keep_logits=keep_logits)
-    runner.warm_up()
+
+    def run_trial() -> None:
+        memory = KVMemory(smallest_shape(needs, page_bytes=config.page_bytes), device)
+        Runner(config, models, memory, accelerator=accelerator).run_largest_steps()
+
+    if accelerator is None:
+        shape = shape_of(config.pool_bytes, available_memory())
+    else:
+        try:
+            peak_bytes = accelerator.peak_bytes(run_trial)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"a step of {config.max_step_tokens} tokens and {config.max_num_running} requests does not fit into "
+                f"the memory of {device} beside the weights; lower engine.max_step_tokens or engine.max_num_running"
+            ) from error
+        pool_bytes = device_pool_bytes(
+            wanted=config.pool_bytes, free_bytes=accelerator.free_bytes(), peak_bytes=peak_bytes, device=str(device)
+        )
+        shape = shape_of(pool_bytes)
+    try:
+        runner = Runner(config, models, KVMemory(shape, device), keep_logits=keep_logits, accelerator=accelerator)
+        runner.warm_up()
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"the memory of {device} does not do for a page pool of {shape.num_pages * shape.page_bytes} bytes, graphs "
+            "and activations; lower engine.pool_bytes, engine.max_step_tokens or engine.max_num_running"
+        ) from error
     return runner
 
 
-def _device(name: str) -> torch.device:
-    if name not in ("auto", "cpu"):
-        raise ModelError(f"device {name} is not supported in this version; use auto or cpu")
-    return torch.device("cpu")
+def _nothing() -> None:
+    """There is nothing to wait for."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from aiexport_edge.engine.models.config import ModelConfig
+from aiexport_edge.kernels.decode_attention import decode_attention
 from aiexport_edge.kernels.gather import gather_rows
 from aiexport_edge.kernels.linear import PackedLinear
 from aiexport_edge.kernels.paged_attention import paged_attention
@@ -30,7 +31,8 @@ class Batch:
     positions int64 [3, T]: time, height, width; text has the same in all three. slots int64 [T]: where a token's
     keys and values go, page * tokens_per_page + offset, -1 for nowhere. block_tables int32 [B, max_pages],
     query_start_loc int32 [B+1], seq_lens int32 [B] as `paged_attention` wants them. rows int64 [S]: the tokens whose
-    logits are asked for, ascending; None means all T.
+    logits are asked for, ascending; None means all T. `is_decode`: every sequence has one new token, and the
+    operation that is made for that is used.
     """
 
     input_ids: Tensor | None
@@ -41,6 +43,7 @@ class Batch:
     query_start_loc: Tensor
     seq_lens: Tensor
     rows: Tensor | None
+    is_decode: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,15 +138,25 @@ class Decoder:
 
     def _attend(self, layer: Layer, q: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
         """Attention before its output product: [T, num_q_heads * head_dim]."""
-        attended = paged_attention(
-            q,
-            *kv_cache,
-            batch.block_tables,
-            batch.query_start_loc,
-            batch.seq_lens,
-            scale=self.scale,
-            sliding_window=layer.sliding_window,
-        )
+        if batch.is_decode:
+            attended = decode_attention(
+                q,
+                *kv_cache,
+                batch.block_tables,
+                batch.seq_lens,
+                scale=self.scale,
+                sliding_window=layer.sliding_window,
+            )
+        else:
+            attended = paged_attention(
+                q,
+                *kv_cache,
+                batch.block_tables,
+                batch.query_start_loc,
+                batch.seq_lens,
+                scale=self.scale,
+                sliding_window=layer.sliding_window,
+            )
         return attended.view(attended.shape[0], -1)
 
     def _mlp(self, layer: Layer, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:

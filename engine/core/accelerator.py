@@ -1,0 +1,94 @@
+"""What the runner needs of a device that works beside the host: pinned memory, graphs, marks, how much is free.
+
+Owns every call that differs between a card and a stand-in for it, so that all else about running on one can be tested
+without. Knows no models.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Accelerator(Protocol):
+    """One device with one stream of work, in order."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def staging(self, num_bytes: int) -> Tensor:
+        """uint8 [num_bytes] on the host, not initialised, for copies in either direction that the host does not await.
+
+        It can be dropped right after such a copy is launched: its memory is not used again before the copy is done.
+        """
+        ...
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """A function that launches again, at one blow, what `run` launched on tensors of fixed addresses.
+
+        `run` is called more than once, must do the same each time, and must not wait for the device.
+        """
+        ...
+
+    def mark(self) -> Callable[[], None]:
+        """A function that blocks until everything launched before now is done."""
+        ...
+
+    def free_bytes(self) -> int:
+        """Device memory that can still be taken."""
+        ...
+
+    def peak_bytes(self, run: Callable[[], None]) -> int:
+        """The most device memory that `run` held at once, beyond what was held before. It keeps none of it."""
+        ...
+
+
+class CudaAccelerator:
+    """An NVIDIA card, through torch. All graphs share one pool of memory: they never run at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        torch.cuda.set_device(device)  # Triton launches on the current device
+        self._pool: Any = None
+        self._side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def staging(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        # Kernels are compiled and libraries set up before the capture, where neither is allowed.
+        stream = self._side_stream
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            run()
+        return graph.replay
+
+    def mark(self) -> Callable[[], None]:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        return event.synchronize
+
+    def free_bytes(self) -> int:
+        gc.collect()
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self.device)[0]
+
+    def peak_bytes(self, run: Callable[[], None]) -> int:
+        torch.cuda.synchronize(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        run()
+        torch.cuda.synchronize(self.device)
+        self._pool = None  # it went with the graphs that `run` captured
+        return torch.cuda.max_memory_allocated(self.device) - before
