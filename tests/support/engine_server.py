@@ -95,7 +95,9 @@ async def engine(
     served_directory: Path | None = None,
 ) -> AsyncIterator[Engine]:
     """Serves one model `m0` with the tokenizer of `directory` (or, to break it, of another) on a free port."""
-    facts = ModelFacts("m0", served_directory or directory, "revision-0", VOCAB_SIZE, CONTEXT_WINDOW, MAX_OUTPUT_TOKENS, True, ())
+    facts = ModelFacts(
+        "m0", served_directory or directory, "revision-0", VOCAB_SIZE, CONTEXT_WINDOW, MAX_OUTPUT_TOKENS, True, ()
+    )
     backend = NativeBackend(core_config(max_num_running=max_num_running), command=command(*core_options))
     config = ServerConfig(
         listener=ListenerConfig("127.0.0.1:0"),

@@ -1,6 +1,7 @@
 """A core process without a model: the real process, loop and scheduler around a runner that draws ids by a rule.
 
-    python scripted_core.py [--step-s S] [--load-s S] [--fail-load FILE] [--pages FILE] [--poison ID] --fd N --shared-fd M
+    python scripted_core.py [--step-s S] [--load-s S] [--fail-load FILE] [--pages FILE] [--poison ID] --fd N
+                            --shared-fd M
 
 The id that follows a sequence is `next_id` of it, so that what a request must answer is known beforehand. A step in
 which a request has the poison id among its tokens aborts the process. Where the file of `--fail-load` exists, loading
