@@ -62,7 +62,7 @@ def qk_norm_rope_reference(
     place in their own dtype. q_weight, k_weight [D]. float32 inside; q comes back in qkv's dtype.
     """
     num_tokens = qkv.shape[0]
-    heads = qkv.view(num_tokens, num_q_heads + 2 * num_kv_heads, -1).float()
+    heads = qkv.view(num_tokens, num_q_heads + 2 * num_kv_heads, k_cache.shape[3]).float()
     q, k, v = torch.split_with_sizes(heads, (num_q_heads, num_kv_heads, num_kv_heads), dim=1)
     cos, sin = _rotation_reference(cos_sin, positions, mrope_section)
     q = _norm_rope_reference(q, q_weight, eps, cos, sin)

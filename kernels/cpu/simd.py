@@ -254,6 +254,12 @@ def fma(builder: Any, left: Any, right: Any, addend: Any) -> Any:
     return fused(builder, left, right, addend)
 
 
+@operation(vector, vector, vector, vector)
+def where_negative(builder: Any, value: Any, negative: Any, other: Any) -> Any:
+    """`negative` where value < 0, else `other`."""
+    return builder.select(builder.fcmp_ordered("<", value, constant(_FLOATS, 0.0)), negative, other)
+
+
 @operation(vector, vector)
 def negate(builder: Any, value: Any) -> Any:
     """-value."""
@@ -287,10 +293,8 @@ def keep_lanes(builder: Any, value: Any, start: Any, end: Any) -> Any:
 
 @operation(vector, vector)
 def exp2(builder: Any, x: Any) -> Any:
-    """2**x to a relative 1e-7: 0 below -126, and 2**127 above 127."""
-    top = constant(_FLOATS, 127.0)
+    """2**x for x below 127, to a relative 1e-7; 0 below -126."""
     clamped = _larger(builder, constant(_FLOATS, -126.0), x)
-    clamped = builder.select(builder.fcmp_unordered(">", clamped, top), top, clamped)
     # The nearest integer n appears in the low bits of x + 1.5 * 2**23; the rest is a polynomial on [-0.5, 0.5].
     magic = constant(_FLOATS, 12582912.0)
     shifted = builder.fadd(clamped, magic)

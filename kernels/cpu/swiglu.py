@@ -8,7 +8,20 @@ import numpy as np
 import torch
 
 from aiexport_edge.kernels.cpu.jit import kernel
-from aiexport_edge.kernels.cpu.simd import LANES, add, divide, exp2, load, multiply, narrow, splat, store, widen
+from aiexport_edge.kernels.cpu.simd import (
+    LANES,
+    add,
+    divide,
+    exp2,
+    load,
+    multiply,
+    narrow,
+    negate,
+    splat,
+    store,
+    where_negative,
+    widen,
+)
 from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
 from aiexport_edge.kernels.threads import launch
 
@@ -23,7 +36,7 @@ def swiglu_rows(
     padded = (width + LANES - 1) // LANES * LANES
     gate, up = scratch, scratch + 4 * padded
     item = 4 if dtype == 0 else 2
-    one, minus_log2_e = splat(np.float32(1.0)), splat(np.float32(-math.log2(math.e)))
+    one, log2_e = splat(np.float32(1.0)), splat(np.float32(math.log2(math.e)))
     unit = begin(control)
     while unit < num_units:
         for row in range(unit * ROWS_PER_UNIT, min((unit + 1) * ROWS_PER_UNIT, num_rows)):
@@ -31,8 +44,10 @@ def swiglu_rows(
             widen(dtype, gate_up + (2 * row + 1) * width * item, up, width)
             for i in range(0, width, LANES):
                 x = load(gate + 4 * i)
-                silu = divide(x, add(one, exp2(multiply(x, minus_log2_e))))
-                store(gate + 4 * i, multiply(silu, load(up + 4 * i)))
+                # exp(-|x|), which cannot overflow; the sigmoid is 1 / (1 + exp(-x)) = exp(x) / (exp(x) + 1)
+                small = exp2(multiply(where_negative(x, x, negate(x)), log2_e))
+                sigmoid = divide(where_negative(x, small, one), add(one, small))
+                store(gate + 4 * i, multiply(multiply(x, sigmoid), load(up + 4 * i)))
             narrow(dtype, gate, out + row * width * item, width)
         unit = next_unit(control)
     end(control)
