@@ -113,44 +113,45 @@ def attend_tile(
     return now_highest, denominator * rescale + tl.sum(weights, 1), attended
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_prefix_states", "num_states"])
 def _merge_states(
     states,
     logs,
     prefix_splits,
     suffix_splits,
     out,
+    num_prefix_states,
+    num_states,
     HQ: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PREFIX_STATES: tl.constexpr,
-    NUM_STATES: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
     BLOCK_STATES: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """out [B, HQ, D]: the first prefix_splits[b] of PREFIX_STATES, the first suffix_splits[b] of the others, merged."""
+    """out [B, HQ, D]: prefix_splits[b] of the first num_prefix_states, suffix_splits[b] of the other states, merged."""
     sequence = tl.program_id(0).to(tl.int64)
     num_suffix = tl.load(suffix_splits + sequence)
     num_prefix = 0
-    if PREFIX_STATES > 0:
+    if HAS_PREFIX:
         num_prefix = tl.load(prefix_splits + sequence)
     if (num_prefix == 0) & (num_suffix <= 1):
         return  # the attention kernel wrote the result itself
     row = sequence * HQ + tl.program_id(1)
     index = tl.arange(0, BLOCK_STATES)
-    valid = tl.where(index < PREFIX_STATES, index < num_prefix, index - PREFIX_STATES < num_suffix)
-    valid &= index < NUM_STATES
-    highest = tl.max(tl.load(logs + row * NUM_STATES + index, mask=valid, other=float("-inf")), 0)
+    valid = tl.where(index < num_prefix_states, index < num_prefix, index - num_prefix_states < num_suffix)
+    valid &= index < num_states
+    highest = tl.max(tl.load(logs + row * num_states + index, mask=valid, other=float("-inf")), 0)
     dims = tl.arange(0, BLOCK_D)
     merged = tl.zeros([BLOCK_D], tl.float32)
     total = 0.0
-    for start in range(0, PREFIX_STATES + num_suffix, AT_ONCE):
+    for start in range(0, num_prefix_states + num_suffix, AT_ONCE):
         some = start + tl.arange(0, AT_ONCE)
-        used = tl.where(some < PREFIX_STATES, some < num_prefix, some - PREFIX_STATES < num_suffix)
-        log = tl.load(logs + row * NUM_STATES + some, mask=used, other=float("-inf"))
+        used = tl.where(some < num_prefix_states, some < num_prefix, some - num_prefix_states < num_suffix)
+        log = tl.load(logs + row * num_states + some, mask=used, other=float("-inf"))
         weight = tl.exp2(log - highest)
         values = tl.load(
-            states + (row * NUM_STATES + some)[:, None] * D + dims[None, :],
+            states + (row * num_states + some)[:, None] * D + dims[None, :],
             mask=(log > float("-inf"))[:, None] & (dims < D)[None, :],
             other=0.0,
         )
@@ -173,13 +174,20 @@ def merge_states_launch(
     return Launch(
         _merge_states,
         (batch, num_heads),
-        (states, logs, suffix_splits if prefix_splits is None else prefix_splits, suffix_splits, out),
+        (
+            states,
+            logs,
+            suffix_splits if prefix_splits is None else prefix_splits,
+            suffix_splits,
+            out,
+            num_prefix_states,
+            num_states,
+        ),
         {
             "HQ": num_heads,
             "D": head_dim,
             "BLOCK_D": next_power_of_2(head_dim),
-            "PREFIX_STATES": num_prefix_states,
-            "NUM_STATES": num_states,
+            "HAS_PREFIX": prefix_splits is not None,
             "BLOCK_STATES": next_power_of_2(num_states),
             "AT_ONCE": STATES_AT_ONCE,
             "num_warps": 2,

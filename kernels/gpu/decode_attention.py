@@ -17,7 +17,14 @@ import triton.language as tl
 
 from aiexport_edge.kernels.gpu.attention_tiles import BETWEEN, attend_tile, merge_states_launch, score_factor
 from aiexport_edge.kernels.gpu.elementwise import E4M3_DECODED_SCALE
-from aiexport_edge.kernels.gpu.launch import Architecture, Launch, architecture_of, ceil_div, next_power_of_2
+from aiexport_edge.kernels.gpu.launch import (
+    Architecture,
+    Launch,
+    architecture_of,
+    ceil_div,
+    next_power_of_2,
+    shared_limit,
+)
 
 FEWEST_SPLIT_TOKENS = 256  # a shorter part costs more in merging than it saves
 MOST_SPLITS = 128
@@ -56,7 +63,7 @@ def settings(
     programs than a balanced batch does, so there may be eight times as many as are busy at once.
     """
     padded = next_power_of_2(head_dim)
-    stage_bytes = 32768 if architecture.capability in (90, 100) else 16384
+    stage_bytes = 32768 if shared_limit(architecture.capability) > 200_000 else 16384
     tile = max(16, min(128, stage_bytes // (2 * padded * element_size)))
     tile = 1 << (tile.bit_length() - 1)
     rows = max(16, next_power_of_2(num_q_heads // num_kv_heads))
@@ -69,19 +76,22 @@ def settings(
     return DecodeSettings(tile, 4 if rows * padded <= 4096 else 8, NUM_STAGES, max_splits, programs)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["batch", "fixed_tiles", "max_splits"],
+    do_not_specialize_on_alignment=["seq_lens", "first_positions"],
+)
 def _plan_splits(
     seq_lens,
     first_positions,
     num_splits,
     batch,
     fixed_tiles,
+    max_splits,
     HKV: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     FEWEST_TILES: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -96,11 +106,14 @@ def _plan_splits(
     tiles = tl.where(length > first, (length + TILE - 1) // TILE - first // TILE, 0)
     balanced = (tl.sum(tiles, 0) * HKV + PROGRAMS - 1) // PROGRAMS
     per_split = tl.where(fixed_tiles > 0, fixed_tiles, tl.maximum(balanced, FEWEST_TILES))
-    splits = tl.minimum((tiles + per_split - 1) // per_split, MAX_SPLITS)
+    splits = tl.minimum((tiles + per_split - 1) // per_split, max_splits)
     tl.store(num_splits + index, splits, mask=index < batch)
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(
+    do_not_specialize=["table_stride", "num_prefix_states", "num_states"],
+    do_not_specialize_on_alignment=["block_tables", "seq_lens", "first_positions", "num_splits"],
+)
 def _decode_attention(
     q,
     k_cache,
@@ -118,6 +131,8 @@ def _decode_attention(
     q_token_stride,
     q_head_stride,
     table_stride,
+    num_prefix_states,
+    num_states,
     k_page_stride,
     k_head_stride,
     k_token_stride,
@@ -132,8 +147,6 @@ def _decode_attention(
     HAS_FIRST: tl.constexpr,
     QUANTIZED: tl.constexpr,
     DECODED_SCALE: tl.constexpr,
-    PREFIX_STATES: tl.constexpr,
-    NUM_STATES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
@@ -211,7 +224,7 @@ def _decode_attention(
     if (splits <= 1) & (already == 0):
         tl.store(out + rows[:, None] * D + dims[None, :], attended.to(out.dtype.element_ty), mask=inside)
     else:
-        state = rows * NUM_STATES + PREFIX_STATES + split
+        state = rows * num_states + num_prefix_states + split
         log = tl.where(empty, float("-inf"), highest + tl.log2(tl.where(empty, 1.0, denominator)))
         tl.store(logs + state, log, mask=in_group < GROUP)
         tl.store(states + state[:, None] * D + dims[None, :], attended, mask=inside & (begin < end))
@@ -240,6 +253,7 @@ def plan_splits_launch(
             num_splits,
             batch,
             ceil_div(split_tokens, setting.tile),
+            setting.max_splits,
         ),
         {
             "HKV": num_kv_heads,
@@ -247,7 +261,6 @@ def plan_splits_launch(
             "WINDOW": sliding_window,
             "HAS_FIRST": first_positions is not None,
             "FEWEST_TILES": max(1, FEWEST_SPLIT_TOKENS // setting.tile),
-            "MAX_SPLITS": setting.max_splits,
             "PROGRAMS": setting.programs,
             "BLOCK": next_power_of_2(batch),
             "num_warps": 4,
@@ -305,6 +318,8 @@ def decode_launch(
             q.stride(0),
             q.stride(1),
             block_tables.stride(0),
+            num_prefix_states,
+            states.shape[2],
             *k_cache.stride()[:3],
             *v_cache.stride()[:3],
         ),
@@ -317,8 +332,6 @@ def decode_launch(
             "HAS_FIRST": first_positions is not None,
             "QUANTIZED": quantized,
             "DECODED_SCALE": E4M3_DECODED_SCALE,
-            "PREFIX_STATES": num_prefix_states,
-            "NUM_STATES": states.shape[2],
             "BLOCK_ROWS": max(16, next_power_of_2(num_q_heads // num_kv_heads)),
             "BLOCK_D": next_power_of_2(head_dim),
             "TILE": setting.tile,

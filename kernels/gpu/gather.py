@@ -11,7 +11,7 @@ from aiexport_edge.kernels.gpu.launch import Launch, ceil_div
 BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows"])
 def _gather_rows(hidden, rows, out, stride, H: tl.constexpr, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

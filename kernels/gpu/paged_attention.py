@@ -17,7 +17,14 @@ import triton.language as tl
 
 from aiexport_edge.kernels.gpu.attention_tiles import ALL, CAUSAL, attend_tile, owner_of_block, score_factor
 from aiexport_edge.kernels.gpu.elementwise import E4M3_DECODED_SCALE
-from aiexport_edge.kernels.gpu.launch import Architecture, Launch, architecture_of, ceil_div, next_power_of_2
+from aiexport_edge.kernels.gpu.launch import (
+    Architecture,
+    Launch,
+    architecture_of,
+    ceil_div,
+    next_power_of_2,
+    shared_limit,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +48,8 @@ def settings(
     architecture: Architecture, *, num_tokens: int, num_sequences: int, group: int, head_dim: int, element_size: int
 ) -> PrefillSettings:
     """Launch settings from shapes alone; short chunks (a few rows a sequence on average) take small blocks."""
-    table = {80: _MEDIUM, 90: _LARGE, 100: _LARGE}.get(architecture.capability, _SMALL)
+    shared = shared_limit(architecture.capability)
+    table = _LARGE if shared > 200_000 else _MEDIUM if shared > 150_000 else _SMALL
     padded = next_power_of_2(head_dim)
     rows, tile, num_warps, num_stages = table[max(64, padded)]
     if element_size > 2:  # float32 is for checking, not for speed
@@ -56,7 +64,10 @@ def settings(
     return PrefillSettings(rows, tile, num_warps, num_stages)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "table_stride"])
+@triton.jit(
+    do_not_specialize=["num_sequences", "table_stride"],
+    do_not_specialize_on_alignment=["block_tables", "query_start_loc", "seq_lens"],
+)
 def _paged_attention(
     q,
     k_cache,

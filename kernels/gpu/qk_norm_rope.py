@@ -73,7 +73,7 @@ def _rotate_and_store(
         _store_heads(targets + 2 * HALF + rest, others, rest_inside, scale, QUANTIZED)
 
 
-@triton.jit(do_not_specialize=["positions_stride"])
+@triton.jit(do_not_specialize=["positions_stride"], do_not_specialize_on_alignment=["positions", "slots"])
 def _qk_norm_rope(
     qkv,
     cos_sin,

@@ -38,21 +38,24 @@ NUM_BINS = 256
 BINS_PER_UNIT = 8.0  # a score of -1 is 8 bins down
 MOST_CANDIDATES = 4096
 HIGHEST_ID = 0x7FFFFFFF
+# Read a number at a time: where they lie must not make another variant of a kernel, to be compiled while serving.
+PARAMETERS = ("bitmask", "temperatures", "top_ks", "top_ps", "seeds", "output_indices")
 
 
 @dataclass(frozen=True, slots=True)
 class SamplerSettings:
-    """Tokens of a chunk (a multiple of TILE) and chunks of a row."""
+    """Tiles of a chunk and chunks of a row."""
 
-    chunk: int
+    chunk_tiles: int
     num_chunks: int
 
 
 def settings(architecture: Architecture, *, batch: int, vocabulary: int) -> SamplerSettings:
     """About four programs an SM, from the shape alone."""
     wanted = ceil_div(4 * architecture.num_sms, max(1, batch))
-    chunk = ceil_div(ceil_div(vocabulary, wanted), TILE) * TILE
-    return SamplerSettings(chunk, ceil_div(vocabulary, chunk))
+    num_tiles = ceil_div(vocabulary, TILE)
+    chunk_tiles = ceil_div(num_tiles, wanted)
+    return SamplerSettings(chunk_tiles, ceil_div(num_tiles, chunk_tiles))
 
 
 @triton.jit
@@ -66,7 +69,7 @@ def _load_logits(row_logits, row_mask, tokens, vocabulary, HAS_MASK: tl.constexp
     return values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk_tiles"], do_not_specialize_on_alignment=PARAMETERS)
 def _highest(
     logits,
     bitmask,
@@ -74,10 +77,10 @@ def _highest(
     histogram,
     num_candidates,
     vocabulary,
+    chunk_tiles,
     logits_stride,
     mask_stride,
     HAS_MASK: tl.constexpr,
-    CHUNK: tl.constexpr,
     TILE: tl.constexpr,
     NUM_BINS: tl.constexpr,
 ):
@@ -88,7 +91,8 @@ def _highest(
         tl.store(histogram + row * NUM_BINS + tl.arange(0, NUM_BINS), tl.zeros([NUM_BINS], tl.int32))
         tl.store(num_candidates + row, 0)
     largest = tl.full([TILE], float("-inf"), tl.float32)
-    for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, vocabulary), TILE):
+    for tile in range(chunk * chunk_tiles, tl.minimum((chunk + 1) * chunk_tiles, tl.cdiv(vocabulary, TILE))):
+        start = tile * TILE
         tokens = start + tl.arange(0, TILE)
         values = _load_logits(logits + row * logits_stride, bitmask + row * mask_stride, tokens, vocabulary, HAS_MASK)
         largest = tl.maximum(largest, tl.where(values != values, float("inf"), values))
@@ -101,7 +105,7 @@ def _row_highest(chunk_highest, row, num_chunks, BLOCK: tl.constexpr):
     return tl.max(tl.load(chunk_highest + row * num_chunks + index, mask=index < num_chunks, other=float("-inf")), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk_tiles"], do_not_specialize_on_alignment=PARAMETERS)
 def _race(
     logits,
     bitmask,
@@ -116,10 +120,10 @@ def _race(
     chunk_winner,
     histogram,
     vocabulary,
+    chunk_tiles,
     logits_stride,
     mask_stride,
     HAS_MASK: tl.constexpr,
-    CHUNK: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
     TILE: tl.constexpr,
     NUM_BINS: tl.constexpr,
@@ -142,7 +146,8 @@ def _race(
     best = tl.full([TILE], float("-inf"), tl.float32)
     winner = tl.full([TILE], HIGHEST_ID, tl.int32)
     counts = tl.zeros([NUM_BINS], tl.int32)
-    for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, vocabulary), TILE):
+    for tile in range(chunk * chunk_tiles, tl.minimum((chunk + 1) * chunk_tiles, tl.cdiv(vocabulary, TILE))):
+        start = tile * TILE
         tokens = start + tl.arange(0, TILE)
         values = _load_logits(logits + row * logits_stride, bitmask + row * mask_stride, tokens, vocabulary, HAS_MASK)
         scores = (values - highest) * inverse
@@ -167,7 +172,7 @@ def _race(
         tl.store(chunk_winner + out, tl.min(tl.where(best == leading, winner, HIGHEST_ID), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk_tiles"], do_not_specialize_on_alignment=PARAMETERS)
 def _collect(
     logits,
     bitmask,
@@ -181,10 +186,10 @@ def _collect(
     candidate_values,
     candidate_tokens,
     vocabulary,
+    chunk_tiles,
     logits_stride,
     mask_stride,
     HAS_MASK: tl.constexpr,
-    CHUNK: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
     TILE: tl.constexpr,
     NUM_BINS: tl.constexpr,
@@ -212,7 +217,8 @@ def _collect(
     last_bin = tl.min(tl.where(enough, index, NUM_BINS - 1), 0)
     if chunk == 0:
         tl.store(last_bins + row, last_bin)
-    for start in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, vocabulary), TILE):
+    for tile in range(chunk * chunk_tiles, tl.minimum((chunk + 1) * chunk_tiles, tl.cdiv(vocabulary, TILE))):
+        start = tile * TILE
         tokens = start + tl.arange(0, TILE)
         values = _load_logits(logits + row * logits_stride, bitmask + row * mask_stride, tokens, vocabulary, HAS_MASK)
         scores = (values - highest) * inverse
@@ -362,7 +368,7 @@ def _search_pivot(
     return found_key, found_token
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks"], do_not_specialize_on_alignment=PARAMETERS)
 def _draw(
     logits,
     bitmask,
@@ -549,13 +555,13 @@ def sample_launches(
     strides = (logits.stride(0), 0 if bitmask is None else bitmask.stride(0))
     grid = (batch, num_chunks)
     common = {"HAS_MASK": bitmask is not None, "TILE": TILE, "NUM_BINS": NUM_BINS, "num_stages": 1, **COMPILE_OPTIONS}
-    chunked = {"CHUNK": setting.chunk, "num_warps": 4}
-    rows = {"BLOCK_CHUNKS": next_power_of_2(num_chunks)}
+    chunked = {"num_warps": 4}
+    rows = {"BLOCK_CHUNKS": next_power_of_2(ceil_div(vocabulary, TILE))}  # of the vocabulary alone: one variant
     launches = [
         Launch(
             _highest,
             grid,
-            (logits, mask, chunk_highest, histogram, num_candidates, vocabulary, *strides),
+            (logits, mask, chunk_highest, histogram, num_candidates, vocabulary, setting.chunk_tiles, *strides),
             {**common, **chunked},
         ),
         Launch(
@@ -575,6 +581,7 @@ def sample_launches(
                 chunk_winner,
                 histogram,
                 vocabulary,
+                setting.chunk_tiles,
                 *strides,
             ),
             {**common, **chunked, **rows, "BINS_PER_UNIT": BINS_PER_UNIT, "HIGHEST_ID": HIGHEST_ID},
@@ -595,6 +602,7 @@ def sample_launches(
                 candidate_values,
                 candidate_tokens,
                 vocabulary,
+                setting.chunk_tiles,
                 *strides,
             ),
             {**common, **chunked, **rows, "BINS_PER_UNIT": BINS_PER_UNIT, "MOST_CANDIDATES": MOST_CANDIDATES},

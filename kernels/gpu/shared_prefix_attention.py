@@ -36,15 +36,15 @@ from aiexport_edge.kernels.gpu.paged_attention import settings as prefill_settin
 MEMBERS_AT_ONCE = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_splits"], do_not_specialize_on_alignment=["group_start_loc", "prefix_lens"])
 def _plan_prefixes(
     group_start_loc,
     prefix_lens,
     first_positions,
     prefix_splits,
+    max_splits,
     TILE: tl.constexpr,
     FEWEST_TILES: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """For each member of a group: where its own keys begin, and into how many parts the shared ones are cut."""
@@ -53,7 +53,7 @@ def _plan_prefixes(
     end = tl.load(group_start_loc + group + 1)
     length = tl.load(prefix_lens + group)
     tiles = tl.cdiv(length, TILE)
-    splits = tl.minimum(tl.cdiv(tiles, FEWEST_TILES), MAX_SPLITS)
+    splits = tl.minimum(tl.cdiv(tiles, FEWEST_TILES), max_splits)
     for base in range(start, end, BLOCK):
         members = base + tl.arange(0, BLOCK)
         zeros = tl.zeros([BLOCK], tl.int32)
@@ -61,7 +61,10 @@ def _plan_prefixes(
         tl.store(prefix_splits + members, zeros + splits, mask=members < end)
 
 
-@triton.jit(do_not_specialize=["num_groups", "table_stride"])
+@triton.jit(
+    do_not_specialize=["num_groups", "table_stride", "num_states"],
+    do_not_specialize_on_alignment=["block_tables", "group_start_loc", "prefix_lens"],
+)
 def _shared_prefix_attention(
     q,
     k_cache,
@@ -79,6 +82,7 @@ def _shared_prefix_attention(
     q_token_stride,
     q_head_stride,
     table_stride,
+    num_states,
     k_page_stride,
     k_head_stride,
     k_token_stride,
@@ -91,7 +95,6 @@ def _shared_prefix_attention(
     TOKENS_PER_PAGE: tl.constexpr,
     QUANTIZED: tl.constexpr,
     DECODED_SCALE: tl.constexpr,
-    NUM_STATES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
@@ -163,7 +166,7 @@ def _shared_prefix_attention(
     attended = attended / tl.where(empty, 1.0, denominator)[:, None]
     if QUANTIZED:
         attended *= tl.load(v_scale + kv_head) * DECODED_SCALE
-    state = (sequences * HQ + heads) * NUM_STATES + split
+    state = (sequences * HQ + heads) * num_states + split
     log = tl.where(empty, float("-inf"), highest + tl.log2(tl.where(empty, 1.0, denominator)))
     tl.store(logs + state, log, mask=row_inside)
     tl.store(states + state[:, None] * D + dims[None, :], attended, mask=inside & (begin < end))
@@ -215,11 +218,10 @@ def shared_prefix_attention_launches(
     plan_prefixes = Launch(
         _plan_prefixes,
         (num_groups,),
-        (group_start_loc, prefix_lens, first_positions, prefix_splits),
+        (group_start_loc, prefix_lens, first_positions, prefix_splits, prefix_states),
         {
             "TILE": shared.tile,
             "FEWEST_TILES": max(1, FEWEST_SPLIT_TOKENS // shared.tile),
-            "MAX_SPLITS": prefix_states,
             "BLOCK": MEMBERS_AT_ONCE,
             "num_warps": 4,
             "num_stages": 1,
@@ -269,6 +271,7 @@ def shared_prefix_attention_launches(
             q.stride(0),
             q.stride(1),
             block_tables.stride(0),
+            num_states,
             *k_cache.stride()[:3],
             *v_cache.stride()[:3],
         ),
@@ -279,7 +282,6 @@ def shared_prefix_attention_launches(
             "TOKENS_PER_PAGE": tokens_per_page,
             "QUANTIZED": quantized,
             "DECODED_SCALE": E4M3_DECODED_SCALE,
-            "NUM_STATES": num_states,
             "BLOCK_ROWS": shared.block_rows,
             "BLOCK_D": next_power_of_2(head_dim),
             "TILE": shared.tile,

@@ -9,7 +9,7 @@ import torch
 from support.kernel_cases import poisoned, randn
 
 from aiexport_edge.kernels.gpu.launch import A100, H200, Architecture
-from aiexport_edge.kernels.gpu.sampler import MOST_CANDIDATES, sample, settings
+from aiexport_edge.kernels.gpu.sampler import MOST_CANDIDATES, TILE, sample, settings
 from aiexport_edge.kernels.sampler import sample_reference
 
 # (temperature, top_k, top_p)
@@ -140,4 +140,4 @@ def test_settings_fill_the_card() -> None:
     full = settings(H200, batch=512, vocabulary=151_936)
     assert full.num_chunks <= 2
     for setting in (alone, full):
-        assert setting.chunk * setting.num_chunks >= 151_936
+        assert setting.chunk_tiles * setting.num_chunks * TILE >= 151_936
