@@ -115,7 +115,7 @@ def test_cache_of_a_read_only_installation(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(jit, "_HERE", installed)
     writable(monkeypatch, tmp_path / "user")
     (tmp_path / "user").mkdir()
-    monkeypatch.setattr(jit.platformdirs, "user_cache_path", lambda _name: tmp_path / "user")
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda _name: tmp_path / "user")
     name = jit.find_cache_directory().name  # nothing installed yet
     (installed / "__pycache__" / name).mkdir(parents=True)
     (installed / "__pycache__" / name / "norm.nbc").write_text("code")
