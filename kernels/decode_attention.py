@@ -32,6 +32,25 @@ def decode_attention_reference(
     )
 
 
+def plan_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    sliding_window: int = 0,
+) -> torch.Tensor | None:
+    """What the layers of a step that have the same shapes, lengths and window share of their work; for `plan`.
+
+    None where they share nothing.
+    """
+    if q.is_cuda:
+        from aiexport_edge.kernels.gpu import decode_attention as gpu
+
+        return gpu.plan_splits(q, k_cache, block_tables, seq_lens, sliding_window=sliding_window)
+    return None
+
+
 def decode_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -41,13 +60,14 @@ def decode_attention(
     *,
     scale: float,
     sliding_window: int = 0,
+    plan: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `decode_attention_reference`."""
+    """See `decode_attention_reference`. `plan`: what `plan_decode` said, or None to have it found again."""
     if q.is_cuda:
         from aiexport_edge.kernels.gpu import decode_attention as gpu
 
         return gpu.decode_attention(
-            q, k_cache, v_cache, block_tables, seq_lens, scale=scale, sliding_window=sliding_window
+            q, k_cache, v_cache, block_tables, seq_lens, scale=scale, sliding_window=sliding_window, num_splits=plan
         )
     query_start_loc = _query_start_loc(q.shape[0], q.device)
     return paged_attention(

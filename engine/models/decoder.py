@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from aiexport_edge.engine.models.config import ModelConfig
-from aiexport_edge.kernels.decode_attention import decode_attention
+from aiexport_edge.kernels.decode_attention import decode_attention, plan_decode
 from aiexport_edge.kernels.gather import gather_rows
 from aiexport_edge.kernels.linear import PackedLinear
 from aiexport_edge.kernels.paged_attention import paged_attention
@@ -21,6 +21,7 @@ from aiexport_edge.kernels.rms_norm import add_rms_norm, rms_norm
 from aiexport_edge.kernels.swiglu import swiglu
 
 KVCache = tuple[Tensor, Tensor]
+DecodePlans = dict[int, Tensor | None]  # `plan_decode` of this step, by sliding window
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,17 +90,18 @@ class Decoder:
         layer all that comes after the keys and values is computed for those rows only.
         """
         hidden, residual = self._embed(batch), None
+        plans: DecodePlans = {}
         for layer, kv_cache in zip(self.layers[:-1], kv_caches, strict=False):
             hidden, residual = self._norm(hidden, residual, layer.input_norm)
             q = self._project(layer, hidden, batch, kv_cache)
-            hidden = layer.o(self._attend(layer, q, batch, kv_cache))
+            hidden = layer.o(self._attend(layer, q, batch, kv_cache, plans))
             hidden, residual = self._mlp(layer, hidden, residual)
         layer, kv_cache = self.layers[-1], kv_caches[-1]
         hidden, residual = self._norm(hidden, residual, layer.input_norm)
         q = self._project(layer, hidden, batch, kv_cache)
         if batch.rows is not None and batch.rows.shape[0] == 0:
             return hidden[:0]
-        attended = self._attend(layer, q, batch, kv_cache)
+        attended = self._attend(layer, q, batch, kv_cache, plans)
         if batch.rows is not None:
             attended, residual = gather_rows(attended, batch.rows), gather_rows(residual, batch.rows)
         hidden, residual = self._mlp(layer, layer.o(attended), residual)
@@ -136,16 +138,20 @@ class Decoder:
             eps=self.config.rms_norm_eps,
         )
 
-    def _attend(self, layer: Layer, q: Tensor, batch: Batch, kv_cache: KVCache) -> Tensor:
+    def _attend(self, layer: Layer, q: Tensor, batch: Batch, kv_cache: KVCache, plans: DecodePlans) -> Tensor:
         """Attention before its output product: [T, num_q_heads * head_dim]."""
+        window = layer.sliding_window
         if batch.is_decode:
+            if window not in plans:
+                plans[window] = plan_decode(q, kv_cache[0], batch.block_tables, batch.seq_lens, sliding_window=window)
             attended = decode_attention(
                 q,
                 *kv_cache,
                 batch.block_tables,
                 batch.seq_lens,
                 scale=self.scale,
-                sliding_window=layer.sliding_window,
+                sliding_window=window,
+                plan=plans[window],
             )
         else:
             attended = paged_attention(
@@ -155,7 +161,7 @@ class Decoder:
                 batch.query_start_loc,
                 batch.seq_lens,
                 scale=self.scale,
-                sliding_window=layer.sliding_window,
+                sliding_window=window,
             )
         return attended.view(attended.shape[0], -1)
 
