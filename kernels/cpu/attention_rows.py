@@ -11,36 +11,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding  # type: ignore[import-untyped]
 import numpy as np
-from llvmlite import ir
-from numba.core import cgutils
-
-from aiexport_edge.kernels.cpu import simd
+from aiexport_edge.kernels.cpu import memory, simd
 from aiexport_edge.kernels.cpu.jit import inner
+from aiexport_edge.kernels.cpu.memory import get_float32, load, set_float32, store
 from aiexport_edge.kernels.cpu.simd import (
     LANES,
     add,
     exp2,
     fma,
-    get_float32,
     keep_lanes,
-    load,
     max_lanes,
     maximum,
     multiply,
-    set_float32,
     splat,
-    store,
     sum_lanes,
 )
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba.core import cgutils
 
 BLOCK = 64
 COLUMNS = 32  # of one product
 LOWEST = -1.0e30  # below every score, and finite: exp2(LOWEST - LOWEST) is 1
 
 # Rows of the register tile: 32 columns are 2 of 32 registers with AVX-512, 4 of 16 with AVX2.
-MANY_ROWS = 8 if llvmlite.binding.get_host_cpu_features().get("avx512f", False) else 2
+MANY_ROWS = 8 if "avx512f" in simd.FEATURES else 2
 
 
 def _product(num_rows: int, *, from_zero: bool) -> Callable[..., None]:
@@ -57,7 +52,7 @@ def _product(num_rows: int, *, from_zero: bool) -> Callable[..., None]:
         out_stride: Any,
         depth: Any,
     ) -> None:
-        form = ir.VectorType(ir.FloatType(), LANES)
+        form = simd.FLOATS
 
         def at(address: Any, stride: Any, row: int, column: int) -> Any:
             offset = builder.mul(stride, ir.Constant(stride.type, row))
@@ -66,22 +61,22 @@ def _product(num_rows: int, *, from_zero: bool) -> Callable[..., None]:
         cells = [(row, column) for row in range(num_rows) for column in range(0, COLUMNS, LANES)]
         sums = {}
         for cell in cells:
-            start = simd.constant(form, 0.0) if from_zero else simd.read(builder, at(out, out_stride, *cell))
+            start = simd.constant(form, 0.0) if from_zero else memory.read(builder, at(out, out_stride, *cell))
             sums[cell] = cgutils.alloca_once_value(builder, start)  # type: ignore[no-untyped-call]
         with cgutils.for_range(builder, depth) as loop:
             row_of_right = builder.add(right, builder.mul(right_stride, loop.index))
             rights = {
-                column: simd.read(builder, builder.add(row_of_right, ir.Constant(right.type, 4 * column)))
+                column: memory.read(builder, builder.add(row_of_right, ir.Constant(right.type, 4 * column)))
                 for column in range(0, COLUMNS, LANES)
             }
             for row in range(num_rows):
-                item = simd.pointer(builder, at(left, left_stride, row, 0), ir.FloatType(), loop.index)
-                factor = simd.broadcast(builder, builder.load(item, align=4, typ=ir.FloatType()), form)
+                item = memory.pointer(builder, at(left, left_stride, row, 0), simd.F32, loop.index)
+                factor = simd.broadcast(builder, builder.load(item, align=4, typ=simd.F32), form)
                 for column, values in rights.items():
                     place = sums[row, column]
                     builder.store(simd.fused(builder, factor, values, builder.load(place)), place)
         for cell in cells:
-            builder.store(builder.load(sums[cell]), simd.pointer(builder, at(out, out_stride, *cell), form), align=4)
+            builder.store(builder.load(sums[cell]), memory.pointer(builder, at(out, out_stride, *cell), form), align=4)
 
     function: Callable[..., None] = product
     return function

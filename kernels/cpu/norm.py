@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import torch
-
 from aiexport_edge.kernels.cpu.jit import inner, kernel
-from aiexport_edge.kernels.cpu.simd import LANES, add, fma, load, multiply, narrow, splat, store, sum_lanes, widen
+from aiexport_edge.kernels.cpu.memory import load, narrow, store, widen
+from aiexport_edge.kernels.cpu.simd import LANES, add, fma, multiply, splat, sum_lanes
 from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
 from aiexport_edge.kernels.threads import launch
 

@@ -5,22 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-
 from aiexport_edge.kernels.cpu.jit import inner, kernel
+from aiexport_edge.kernels.cpu.memory import get_float32, get_int64, load_first, narrow, set_float32, store_first, widen
 from aiexport_edge.kernels.cpu.norm import scale_row
-from aiexport_edge.kernels.cpu.simd import (
-    LANES,
-    fma,
-    get_float32,
-    get_int64,
-    load_first,
-    multiply,
-    narrow,
-    negate,
-    set_float32,
-    store_first,
-    widen,
-)
+from aiexport_edge.kernels.cpu.simd import LANES, fma, multiply, negate
 from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
 from aiexport_edge.kernels.threads import launch
 

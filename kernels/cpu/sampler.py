@@ -11,96 +11,99 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir  # type: ignore[import-untyped]
-
 from aiexport_edge.kernels import philox
 from aiexport_edge.kernels import sampler as definition
-from aiexport_edge.kernels.cpu import simd
+from aiexport_edge.kernels.cpu import memory, simd
 from aiexport_edge.kernels.cpu.jit import inner, kernel
-from aiexport_edge.kernels.cpu.simd import (
-    LANES,
-    add,
-    constant,
+from aiexport_edge.kernels.cpu.memory import (
     get_float32,
     get_int32,
     get_int64,
-    keep_lanes,
     load,
     load_first,
+    set_float32,
+    set_int64,
+    store,
+)
+from aiexport_edge.kernels.cpu.simd import (
+    FLOATS,
+    I32,
+    I64,
+    LANES,
+    LONGS,
+    WORDS,
+    add,
+    constant,
+    keep_lanes,
     max_lanes,
     maximum,
     multiply,
     operation,
-    set_float32,
-    set_int64,
     splat,
-    store,
     sum_lanes,
 )
 from aiexport_edge.kernels.cpu.units import begin, end, next_unit
 from aiexport_edge.kernels.threads import launch
+from llvmlite import ir  # type: ignore[import-untyped]
 
 CHUNK = 4 * LANES  # tokens of 16 Philox counters
 MASS_ONE = definition.MASS_ONE
 MAX_INVERSE_TEMPERATURE = definition.MAX_INVERSE_TEMPERATURE
 
-_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
-_FLOATS, _WORDS, _LONGS = (ir.VectorType(item, LANES) for item in (_F32, _I32, _I64))
-
 
 def _exp(builder: Any, x: Any) -> Any:
     """`definition._exp`, operation by operation."""
-    lowest = constant(_FLOATS, definition.EXP_UNDERFLOW)
+    lowest = constant(FLOATS, definition.EXP_UNDERFLOW)
     underflow = builder.fcmp_ordered("<", x, lowest)
     clamped = builder.select(underflow, lowest, x)
-    n = builder.fadd(builder.fmul(clamped, constant(_FLOATS, definition.LOG2_E)), constant(_FLOATS, 0.5))
-    n = simd.call(builder, "llvm.floor.v16f32", _FLOATS, n)
-    r = builder.fsub(clamped, builder.fmul(n, constant(_FLOATS, definition.LN2_HIGH)))
-    r = builder.fsub(r, builder.fmul(n, constant(_FLOATS, definition.LN2_LOW)))
-    y = constant(_FLOATS, definition.EXP_COEFFICIENTS[0])
+    n = builder.fadd(builder.fmul(clamped, constant(FLOATS, definition.LOG2_E)), constant(FLOATS, 0.5))
+    n = simd.call(builder, "llvm.floor.v16f32", FLOATS, n)
+    r = builder.fsub(clamped, builder.fmul(n, constant(FLOATS, definition.LN2_HIGH)))
+    r = builder.fsub(r, builder.fmul(n, constant(FLOATS, definition.LN2_LOW)))
+    y = constant(FLOATS, definition.EXP_COEFFICIENTS[0])
     for coefficient in definition.EXP_COEFFICIENTS[1:]:
-        y = builder.fadd(builder.fmul(y, r), constant(_FLOATS, coefficient))
-    y = builder.fadd(builder.fadd(builder.fmul(y, builder.fmul(r, r)), r), constant(_FLOATS, 1.0))
-    exponent = builder.add(builder.fptosi(n, _WORDS), constant(_WORDS, 127))
-    power = builder.bitcast(builder.shl(exponent, constant(_WORDS, 23)), _FLOATS)
-    return builder.select(underflow, constant(_FLOATS, 0.0), builder.fmul(y, power))
+        y = builder.fadd(builder.fmul(y, r), constant(FLOATS, coefficient))
+    y = builder.fadd(builder.fadd(builder.fmul(y, builder.fmul(r, r)), r), constant(FLOATS, 1.0))
+    exponent = builder.add(builder.fptosi(n, WORDS), constant(WORDS, 127))
+    power = builder.bitcast(builder.shl(exponent, constant(WORDS, 23)), FLOATS)
+    return builder.select(underflow, constant(FLOATS, 0.0), builder.fmul(y, power))
 
 
 def _log(builder: Any, x: Any) -> Any:
     """`definition._log`, operation by operation."""
-    bits = builder.bitcast(x, _WORDS)
-    exponent = builder.sub(builder.ashr(bits, constant(_WORDS, 23)), constant(_WORDS, 126))
-    mantissa = builder.or_(builder.and_(bits, constant(_WORDS, 0x007FFFFF)), constant(_WORDS, 0x3F000000))
-    mantissa = builder.bitcast(mantissa, _FLOATS)
-    small = builder.fcmp_ordered("<", mantissa, constant(_FLOATS, definition.SQRT_HALF))
-    exponent = builder.sitofp(builder.sub(exponent, builder.zext(small, _WORDS)), _FLOATS)
+    bits = builder.bitcast(x, WORDS)
+    exponent = builder.sub(builder.ashr(bits, constant(WORDS, 23)), constant(WORDS, 126))
+    mantissa = builder.or_(builder.and_(bits, constant(WORDS, 0x007FFFFF)), constant(WORDS, 0x3F000000))
+    mantissa = builder.bitcast(mantissa, FLOATS)
+    small = builder.fcmp_ordered("<", mantissa, constant(FLOATS, definition.SQRT_HALF))
+    exponent = builder.sitofp(builder.sub(exponent, builder.zext(small, WORDS)), FLOATS)
     f = builder.select(small, builder.fadd(mantissa, mantissa), mantissa)
-    f = builder.fsub(f, constant(_FLOATS, 1.0))
+    f = builder.fsub(f, constant(FLOATS, 1.0))
     square = builder.fmul(f, f)
-    y = constant(_FLOATS, definition.LOG_COEFFICIENTS[0])
+    y = constant(FLOATS, definition.LOG_COEFFICIENTS[0])
     for coefficient in definition.LOG_COEFFICIENTS[1:]:
-        y = builder.fadd(builder.fmul(y, f), constant(_FLOATS, coefficient))
+        y = builder.fadd(builder.fmul(y, f), constant(FLOATS, coefficient))
     y = builder.fmul(builder.fmul(y, f), square)
-    y = builder.fadd(y, builder.fmul(exponent, constant(_FLOATS, definition.LN2_LOW)))
-    y = builder.fsub(y, builder.fmul(square, constant(_FLOATS, 0.5)))
-    return builder.fadd(builder.fadd(f, y), builder.fmul(exponent, constant(_FLOATS, definition.LN2_HIGH)))
+    y = builder.fadd(y, builder.fmul(exponent, constant(FLOATS, definition.LN2_LOW)))
+    y = builder.fsub(y, builder.fmul(square, constant(FLOATS, 0.5)))
+    return builder.fadd(builder.fadd(f, y), builder.fmul(exponent, constant(FLOATS, definition.LN2_HIGH)))
 
 
 def _masses(builder: Any, scores: Any) -> Any:
-    return builder.fptosi(builder.fmul(_exp(builder, scores), constant(_FLOATS, MASS_ONE)), _LONGS)
+    return builder.fptosi(builder.fmul(_exp(builder, scores), constant(FLOATS, MASS_ONE)), LONGS)
 
 
 @operation(simd.none, simd.int64, simd.vector)
 def add_masses(builder: Any, target: Any, scores: Any) -> None:
     """Add the masses of sixteen scores to sixteen int64."""
-    place = simd.pointer(builder, target, _LONGS)
-    builder.store(builder.add(builder.load(place, align=8, typ=_LONGS), _masses(builder, scores)), place, align=8)
+    place = memory.pointer(builder, target, LONGS)
+    builder.store(builder.add(builder.load(place, align=8, typ=LONGS), _masses(builder, scores)), place, align=8)
 
 
 @operation(simd.none, simd.int64, simd.vector)
 def store_masses(builder: Any, target: Any, scores: Any) -> None:
     """The masses of sixteen scores as int64."""
-    builder.store(_masses(builder, scores), simd.pointer(builder, target, _LONGS), align=8)
+    builder.store(_masses(builder, scores), memory.pointer(builder, target, LONGS), align=8)
 
 
 @operation(simd.vector, simd.vector, simd.vector)
@@ -114,42 +117,42 @@ def draw_words(builder: Any, target: Any, seed: Any, first_counter: Any, output_
     """Philox4x32-10 of sixteen counters: 64 words, in the order of the tokens they belong to."""
 
     def halves(value: Any) -> tuple[Any, Any]:
-        high = builder.trunc(builder.lshr(value, ir.Constant(_I64, 32)), _I32)
-        return builder.trunc(value, _I32), high
+        high = builder.trunc(builder.lshr(value, ir.Constant(I64, 32)), I32)
+        return builder.trunc(value, I32), high
 
     def multiply_words(number: int, words: Any) -> tuple[Any, Any]:
-        product = builder.mul(builder.zext(words, _LONGS), constant(_LONGS, number))
-        return builder.trunc(builder.lshr(product, constant(_LONGS, 32)), _WORDS), builder.trunc(product, _WORDS)
+        product = builder.mul(builder.zext(words, LONGS), constant(LONGS, number))
+        return builder.trunc(builder.lshr(product, constant(LONGS, 32)), WORDS), builder.trunc(product, WORDS)
 
-    c0 = simd.broadcast(builder, builder.trunc(first_counter, _I32), _WORDS)
-    c0 = builder.add(c0, ir.Constant(_WORDS, list(range(LANES))))
-    c1, c2 = (simd.broadcast(builder, half, _WORDS) for half in halves(output_index))
-    c3 = constant(_WORDS, 0)
-    key_a, key_b = (simd.broadcast(builder, half, _WORDS) for half in halves(seed))
+    c0 = simd.broadcast(builder, builder.trunc(first_counter, I32), WORDS)
+    c0 = builder.add(c0, ir.Constant(WORDS, list(range(LANES))))
+    c1, c2 = (simd.broadcast(builder, half, WORDS) for half in halves(output_index))
+    c3 = constant(WORDS, 0)
+    key_a, key_b = (simd.broadcast(builder, half, WORDS) for half in halves(seed))
     for _ in range(philox.NUM_ROUNDS):
         high_a, low_a = multiply_words(philox.ROUND_A, c0)
         high_b, low_b = multiply_words(philox.ROUND_B, c2)
         c0, c1 = builder.xor(builder.xor(high_b, c1), key_a), low_b
         c2, c3 = builder.xor(builder.xor(high_a, c3), key_b), low_a
-        key_a = builder.add(key_a, constant(_WORDS, philox.KEY_A))
-        key_b = builder.add(key_b, constant(_WORDS, philox.KEY_B))
+        key_a = builder.add(key_a, constant(WORDS, philox.KEY_A))
+        key_b = builder.add(key_b, constant(WORDS, philox.KEY_B))
 
     def interleave(left: Any, right: Any, run: int) -> Any:
         """Runs of `run` words in turn from left and right."""
         size = left.type.count
         order = [(side * size + i + j) for i in range(0, size, run) for side in (0, 1) for j in range(run)]
-        return builder.shuffle_vector(left, right, ir.Constant(ir.VectorType(_I32, 2 * size), order))
+        return builder.shuffle_vector(left, right, ir.Constant(ir.VectorType(I32, 2 * size), order))
 
     words = interleave(interleave(c0, c1, 1), interleave(c2, c3, 1), 2)
-    builder.store(words, simd.pointer(builder, target, words.type), align=4)
+    builder.store(words, memory.pointer(builder, target, words.type), align=4)
 
 
 @operation(simd.vector, simd.int64)
 def load_gumbel(builder: Any, words: Any) -> Any:
     """-log(-log(u)) of sixteen random words in memory."""
-    bits = builder.lshr(simd.read(builder, words, _WORDS), constant(_WORDS, 9))
-    uniform = builder.fadd(builder.sitofp(bits, _FLOATS), constant(_FLOATS, 0.5))
-    uniform = builder.fmul(uniform, constant(_FLOATS, 2.0**-23))
+    bits = builder.lshr(memory.read(builder, words, WORDS), constant(WORDS, 9))
+    uniform = builder.fadd(builder.sitofp(bits, FLOATS), constant(FLOATS, 0.5))
+    uniform = builder.fmul(uniform, constant(FLOATS, 2.0**-23))
     exponential = builder.fneg(_log(builder, uniform))
     return builder.fneg(_log(builder, exponential))
 

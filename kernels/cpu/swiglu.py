@@ -6,22 +6,9 @@ import math
 
 import numpy as np
 import torch
-
 from aiexport_edge.kernels.cpu.jit import kernel
-from aiexport_edge.kernels.cpu.simd import (
-    LANES,
-    add,
-    divide,
-    exp2,
-    load,
-    multiply,
-    narrow,
-    negate,
-    splat,
-    store,
-    where_negative,
-    widen,
-)
+from aiexport_edge.kernels.cpu.memory import load, narrow, store, widen
+from aiexport_edge.kernels.cpu.simd import LANES, add, divide, exp2, multiply, negate, splat, where_negative
 from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
 from aiexport_edge.kernels.threads import launch
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-
 from aiexport_edge.kernels.cpu.jit import inner
-from aiexport_edge.kernels.cpu.simd import BFLOAT16, FLOAT16, FLOAT32, fetch_add
+from aiexport_edge.kernels.cpu.memory import BFLOAT16, FLOAT16, FLOAT32, fetch_add
 
 DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 

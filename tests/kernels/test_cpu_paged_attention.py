@@ -10,7 +10,7 @@ from support.kernel_cases import DTYPES, Pages, assert_close, page_layout, poiso
 from torch import Tensor
 
 from aiexport_edge.kernels import threads
-from aiexport_edge.kernels.cpu.attention import SPLIT
+from aiexport_edge.kernels.cpu.attention_plan import SPLIT
 from aiexport_edge.kernels.paged_attention import paged_attention, paged_attention_reference
 
 MIXED = (
