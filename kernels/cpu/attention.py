@@ -13,6 +13,7 @@ import math
 
 import numpy as np
 import torch
+
 from aiexport_edge.kernels.cpu.attention_plan import (
     BY_SPLIT,
     END_SPLIT,

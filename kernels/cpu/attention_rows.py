@@ -12,6 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba.core import cgutils
+
 from aiexport_edge.kernels.cpu import memory, simd
 from aiexport_edge.kernels.cpu.jit import inner
 from aiexport_edge.kernels.cpu.memory import get_float32, load, set_float32, store
@@ -27,8 +30,6 @@ from aiexport_edge.kernels.cpu.simd import (
     splat,
     sum_lanes,
 )
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba.core import cgutils
 
 BLOCK = 64
 COLUMNS = 32  # of one product

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from llvmlite import ir  # type: ignore[import-untyped]
+
 from aiexport_edge.kernels.cpu.jit import inner
 from aiexport_edge.kernels.cpu.simd import (
     F32,
@@ -30,7 +32,6 @@ from aiexport_edge.kernels.cpu.simd import (
     operation,
     vector,
 )
-from llvmlite import ir  # type: ignore[import-untyped]
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 

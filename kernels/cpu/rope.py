@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
 from aiexport_edge.kernels.cpu.jit import inner, kernel
 from aiexport_edge.kernels.cpu.memory import get_float32, get_int64, load_first, narrow, set_float32, store_first, widen
 from aiexport_edge.kernels.cpu.norm import scale_row

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from llvmlite import ir  # type: ignore[import-untyped]
+
 from aiexport_edge.kernels import philox
 from aiexport_edge.kernels import sampler as definition
 from aiexport_edge.kernels.cpu import memory, simd
@@ -44,7 +46,6 @@ from aiexport_edge.kernels.cpu.simd import (
 )
 from aiexport_edge.kernels.cpu.units import begin, end, next_unit
 from aiexport_edge.kernels.threads import launch
-from llvmlite import ir  # type: ignore[import-untyped]
 
 CHUNK = 4 * LANES  # tokens of 16 Philox counters
 MASS_ONE = definition.MASS_ONE

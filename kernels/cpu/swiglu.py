@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import torch
+
 from aiexport_edge.kernels.cpu.jit import kernel
 from aiexport_edge.kernels.cpu.memory import load, narrow, store, widen
 from aiexport_edge.kernels.cpu.simd import LANES, add, divide, exp2, multiply, negate, splat, where_negative

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from aiexport_edge.kernels.cpu.jit import inner
 from aiexport_edge.kernels.cpu.memory import BFLOAT16, FLOAT16, FLOAT32, fetch_add
 

@@ -1,4 +1,4 @@
-"""Rows of 16-bit floats to and from float32: every value there is, and what lies around the places where rounding turns.
+"""Rows of 16-bit floats to and from float32: every value there is, and what lies where rounding turns.
 
 A process of its own compiles the same code for a processor without instructions for it.
 """
