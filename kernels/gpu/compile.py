@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 
 from aiexport_edge.kernels.gpu.launch import Launch, shared_limit
@@ -26,7 +26,6 @@ REGISTERS = 65536  # of an SM, and the most a block can have
 RESERVED_SHARED = 1024  # bytes the system takes of each block's shared memory
 MOST_WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}  # of an SM
 MOST_BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
-BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +84,14 @@ def compile_launch(launch: Launch, capability: int) -> Any:
     """
     assert os.environ.get("TRITON_INTERPRET", "0") in ("", "0"), "the interpreter compiles nothing"
     driver.set_active(_Compiler(capability))
-    return launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.constants)
+    return launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.options)
 
 
 def resources(compiled: Any, capability: int) -> Resources:
     """Read the resources from ptxas' own report on the compiled kernel's PTX."""
     ptx = compiled.asm["ptx"]
-    registers, spills, stack = _assembler_report(ptx, capability)
+    fusion = () if compiled.metadata.enable_fp_fusion else ("--fmad=false",)
+    registers, spills, stack = _assembler_report(ptx, capability, *fusion)
     shared, num_warps = compiled.metadata.shared, compiled.metadata.num_warps
     blocks = min(
         REGISTERS // (-(-registers // 8) * 8 * WARP * num_warps),
@@ -102,16 +102,23 @@ def resources(compiled: Any, capability: int) -> Resources:
     return Resources(registers, spills, stack, shared, num_warps, blocks, _widest_load(ptx))
 
 
-def _assembler_report(ptx: str, capability: int) -> tuple[int, int, int]:
+def _assembler_report(ptx: str, capability: int, *fusion: str) -> tuple[int, int, int]:
     """Registers, spilled bytes (stores and loads), stack bytes."""
-    assembler = BINARIES / ("ptxas-blackwell" if capability >= 100 else "ptxas")
     target = re.search(r"\.target (\w+)", ptx)
     assert target is not None
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "kernel.ptx"
         source.write_text(ptx, encoding="utf-8")
         report = subprocess.run(
-            [str(assembler), "-v", f"--gpu-name={target[1]}", str(source), "-o", str(source.with_suffix(".cubin"))],
+            [
+                get_ptxas(capability).path,
+                "-v",
+                *fusion,
+                f"--gpu-name={target[1]}",
+                str(source),
+                "-o",
+                f"{source}.cubin",
+            ],
             capture_output=True,
             text=True,
             check=True,

@@ -64,7 +64,7 @@ def settings(
     """
     padded = next_power_of_2(head_dim)
     stage_bytes = 32768 if shared_limit(architecture.capability) > 200_000 else 16384
-    tile = max(16, min(128, stage_bytes // (2 * padded * element_size)))
+    tile = max(16, min(128, stage_bytes // (2 * padded * max(2, element_size))))
     tile = 1 << (tile.bit_length() - 1)
     rows = max(16, next_power_of_2(num_q_heads // num_kv_heads))
     programs = 2 * architecture.num_sms
@@ -227,7 +227,7 @@ def _decode_attention(
         state = rows * num_states + num_prefix_states + split
         log = tl.where(empty, float("-inf"), highest + tl.log2(tl.where(empty, 1.0, denominator)))
         tl.store(logs + state, log, mask=in_group < GROUP)
-        tl.store(states + state[:, None] * D + dims[None, :], attended, mask=inside & (begin < end))
+        tl.store(states + state[:, None] * D + dims[None, :], attended, mask=inside)
 
 
 def plan_splits_launch(

@@ -41,17 +41,25 @@ class UnsupportedDevice(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One kernel launch, not yet run. `constants` are the constexprs, num_warps, num_stages and compiler options."""
+    """One kernel launch, not yet run. `constants` are the constexprs, num_warps, num_stages and compiler options.
+
+    Products and sums are fused unless `constants` say `enable_fp_fusion=False`: Triton's own default varies.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     constants: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """All keyword arguments of the launch."""
+        return {"enable_fp_fusion": True, **self.constants}
+
     def run(self) -> None:
         """Launch on the current stream; an empty grid launches nothing."""
         if all(self.grid):
-            self.kernel[self.grid](*self.arguments, **self.constants)
+            self.kernel[self.grid](*self.arguments, **self.options)
 
 
 def shared_limit(capability: int) -> int:

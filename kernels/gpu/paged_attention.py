@@ -58,7 +58,7 @@ def settings(
     if rows_per_sequence <= 16 or rows < 32:
         rows, num_warps = 16, 4
     elif rows_per_sequence <= 64:
-        rows, num_warps = min(rows, 64), 4
+        rows, num_warps = min(rows, 64), 8 if padded > 128 else 4
     while rows < group:
         rows *= 2
     return PrefillSettings(rows, tile, num_warps, num_stages)

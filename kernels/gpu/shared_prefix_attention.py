@@ -169,7 +169,7 @@ def _shared_prefix_attention(
     state = (sequences * HQ + heads) * num_states + split
     log = tl.where(empty, float("-inf"), highest + tl.log2(tl.where(empty, 1.0, denominator)))
     tl.store(logs + state, log, mask=row_inside)
-    tl.store(states + state[:, None] * D + dims[None, :], attended, mask=inside & (begin < end))
+    tl.store(states + state[:, None] * D + dims[None, :], attended, mask=inside)
 
 
 def shared_prefix_attention_launches(
