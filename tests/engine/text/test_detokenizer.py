@@ -61,7 +61,7 @@ def test_any_ids_of_a_sentencepiece_tokenizer(kind: str, data: st.DataObject, lo
     ids = data.draw(st.lists(st.integers(0, reference.get_vocab_size() - 1), max_size=20))
     expected = reference.decode(ids, skip_special_tokens=True)
     got = "".join(feed_all(Detokenizer(tokenizer.decode_bytes, strip_space=True), ids))
-    first = tokenizer.decode_bytes(ids[0]) if ids else b""
+    first = next(filter(None, map(tokenizer.decode_bytes, ids)), b"")  # control tokens have no text
     if "\ufffd" in expected or b" " in first[1:]:
         expected = decode(ids, tokenizer.decode_bytes).removeprefix(" ")
     assert got == expected
