@@ -55,14 +55,18 @@ def test_any_ids_of_a_byte_level_tokenizer(kind: str, data: st.DataObject, loade
 @given(data=st.data())
 def test_any_ids_of_a_sentencepiece_tokenizer(kind: str, data: st.DataObject, loaded: LoadedTokenizers) -> None:
     """But for two oddities of `tokenizers`: one U+FFFD for each byte of a run that is not UTF-8 as a whole, where
-    Python's rule is ours; and its Metaspace decoder drops every space of the first token, ours the one put there.
+    Python's rule is ours; and its Metaspace decoder drops every space of the first token, but none that is spelled as
+    a byte, where ours drops the one put there.
     """
     tokenizer, reference = loaded[kind]
     ids = data.draw(st.lists(st.integers(0, reference.get_vocab_size() - 1), max_size=20))
     expected = reference.decode(ids, skip_special_tokens=True)
     got = "".join(feed_all(Detokenizer(tokenizer.decode_bytes, strip_space=True), ids))
-    first = next(filter(None, map(tokenizer.decode_bytes, ids)), b"")  # control tokens have no text
-    if "\ufffd" in expected or b" " in first[1:]:
+    first = next(filter(tokenizer.decode_bytes, ids), None)  # control tokens have no text
+    is_odd = first is not None and (
+        b" " in tokenizer.decode_bytes(first)[1:] or reference.id_to_token(first) == "<0x20>"
+    )
+    if "\ufffd" in expected or is_odd:
         expected = decode(ids, tokenizer.decode_bytes).removeprefix(" ")
     assert got == expected
 
