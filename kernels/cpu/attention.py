@@ -337,9 +337,9 @@ def paged_attention(
         head_dim,
         UNITS_PER_THREAD * num_threads() if num_threads() > 1 else 0,
     )
-    num_records, most_queries, end_row, by_split, nanoseconds = plan[:HEADER_SIZE].tolist()
-    if end_row < num_rows:
-        out[end_row:].zero_()
+    num_records, most_queries, zero_from, by_split, nanoseconds = plan[:HEADER_SIZE].tolist()
+    if zero_from < num_rows:
+        out[zero_from:].zero_()
     if num_records == 0:
         return out
 

@@ -8,7 +8,7 @@ from aiexport_edge.kernels.cpu.memory import get_int32, set_int64
 SPLIT = 2048  # positions
 
 # A plan: its header, then one record per tile or, where sequences are shared out, per split of a tile; all int64.
-NUM_RECORDS, MOST_QUERIES, END_ROW, BY_SPLIT, NANOSECONDS = range(5)
+NUM_RECORDS, MOST_QUERIES, ZERO_FROM, BY_SPLIT, NANOSECONDS = range(5)
 SEQUENCE, FIRST_ROW, NUM_QUERIES, POSITION, FIRST_SPLIT, END_SPLIT = range(6)
 HEADER_SIZE, RECORD_SIZE = 5, 6
 
@@ -26,7 +26,11 @@ def plan_tiles(
     head_dim: int,
     min_units: int,
 ) -> None:
-    """The tiles of all sequences, each sequence's last and longest first; by splits where tiles are too few."""
+    """The tiles of all sequences, each sequence's last and longest first; by splits where tiles are too few.
+
+    Rows of the result from `ZERO_FROM` on are to be zeroed: those after the last sequence, and all where a sequence has
+    queries but no tokens (a padding row), since its rows are in no tile.
+    """
     num_tiles, longest = 0, 0
     for sequence in range(num_sequences):
         num_queries = get_int32(query_start_loc, sequence + 1) - get_int32(query_start_loc, sequence)
@@ -34,8 +38,12 @@ def plan_tiles(
         longest = max(longest, get_int32(seq_lens, sequence))
     by_split = 1 if num_tiles * num_kv_heads < min_units and longest > SPLIT else 0
     records, most_queries, work = 0, 0, 0
+    zero_from = get_int32(query_start_loc, num_sequences)
     for sequence in range(num_sequences):
         start, stop = get_int32(query_start_loc, sequence), get_int32(query_start_loc, sequence + 1)
+        if get_int32(seq_lens, sequence) == 0:
+            zero_from = 0 if stop > start else zero_from
+            continue
         for tile in range((stop - start + tile_queries - 1) // tile_queries - 1, -1, -1):
             first = start + tile * tile_queries
             count = min(tile_queries, stop - first)
@@ -56,6 +64,6 @@ def plan_tiles(
             work += (position + count - lowest) * (8 + 2 * count * group)
     set_int64(plan, NUM_RECORDS, records)
     set_int64(plan, MOST_QUERIES, most_queries)
-    set_int64(plan, END_ROW, get_int32(query_start_loc, num_sequences))
+    set_int64(plan, ZERO_FROM, zero_from)
     set_int64(plan, BY_SPLIT, by_split)
     set_int64(plan, NANOSECONDS, work * num_kv_heads * head_dim // 48)

@@ -104,6 +104,7 @@ def test_cache_of_another_dtype() -> None:
 def test_padding_rows_are_zero() -> None:
     check(*MIXED, padding=3)
     check([0, 0], [5, 9], padding=2)
+    check([1, 1, 2, 1], [5, 0, 70, 0])
 
 
 def test_lengths_around_blocks() -> None:
