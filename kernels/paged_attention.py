@@ -29,7 +29,8 @@ def paged_attention_reference(
     v_cache [num_pages, Hkv, tokens_per_page, D], strided, last dimension contiguous, float32, bfloat16 or float16; Hq
     is a multiple of Hkv, query head h reads KV head h // (Hq / Hkv). block_tables int32 [B, max_pages]: position p lies
     in page block_tables[b, p // tokens_per_page]; entries past a sequence's end are never read. sliding_window w > 0: a
-    query sees only its own and the w - 1 positions before it. float32 inside. Returns [T, Hq, D] in q's dtype, zero past query_start_loc[B].
+    query sees only its own and the w - 1 positions before it. float32 inside. Returns [T, Hq, D] in q's dtype, zero
+    past query_start_loc[B].
     """
     out = torch.zeros_like(q)
     num_q_heads, head_dim = q.shape[1:]
