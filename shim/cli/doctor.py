@@ -80,7 +80,7 @@ def _software() -> Iterator[Check]:
     try:
         yield Check("torch", OK, importlib.metadata.version("torch"))
     except importlib.metadata.PackageNotFoundError:
-        remedy = "to run an engine on this machine: pip install 'aiexport-edge[engine]'"
+        remedy = "to run an engine on this machine, in the project's folder: pip install '.[engine]'"
         yield Check("torch", WARNING, "not installed: only the shim can run here", remedy)
 
 

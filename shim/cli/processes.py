@@ -59,7 +59,9 @@ def _count(text: str) -> int:
 def require_engine_packages() -> None:
     """Raises `CommandError` where this installation is a shim's alone."""
     if importlib.util.find_spec("torch") is None:
-        raise CommandError("the engine's packages are not installed; run: pip install 'aiexport-edge[engine]'")
+        raise CommandError(
+            "the engine's packages are not installed; run in the project's folder: pip install '.[engine]'"
+        )
 
 
 def engine_command(config: Config, listen: str) -> tuple[str, ...]:

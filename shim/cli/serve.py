@@ -186,7 +186,7 @@ class _Installation:
 
     async def _serve(self) -> None:
         """Starts everything, says when it is ready, then watches until a child is given up."""
-        self._log(f"starting {self._parts()}")
+        self._log(f"starting {self._parts()} on {join_address(*self._rest.getsockname()[:2])}")
         if self._engine_spec is not None:
             self._engine = [Child(self._engine_spec, self._log)]
         # The store is made ready while the engine loads, and before several shims would all do it.
