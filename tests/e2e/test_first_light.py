@@ -102,34 +102,37 @@ def test_special_tokens_of_a_client_are_text(edge: Edge) -> None:
 
 def test_official_sdk(edge: Edge) -> None:
     """The `anthropic` package with only base_url and api_key set: create, stream, error classes."""
-    client = anthropic.Anthropic(base_url=edge.base_url, api_key=edge.key, max_retries=0)
-    made = client.messages.create(
-        model=SONNET,
-        max_tokens=64,
-        messages=[{"role": "user", "content": "What are you?"}],
-        extra_body={"temperature": 0},
-    )
-    assert made.type == "message"
-    assert made.role == "assistant"
-    assert made.content[0].type == "text"
-    with client.messages.stream(
-        model=SONNET,
-        max_tokens=64,
-        messages=[{"role": "user", "content": "What are you?"}],
-        extra_body={"temperature": 0},
-    ) as streaming:
-        text = "".join(streaming.text_stream)
-        final = streaming.get_final_message()
-    assert text == made.content[0].text
-    assert final.usage.output_tokens == made.usage.output_tokens
-    assert {m.id for m in client.models.list(limit=2)} >= {HAIKU, SONNET}
-    with pytest.raises(anthropic.BadRequestError) as bad:
-        client.messages.create(model=SONNET, max_tokens=0, messages=[{"role": "user", "content": "x"}])
-    assert bad.value.status_code == 400
-    with pytest.raises(anthropic.NotFoundError):
-        client.messages.create(model="nope", max_tokens=5, messages=[{"role": "user", "content": "x"}])
-    with pytest.raises(anthropic.AuthenticationError):
-        anthropic.Anthropic(base_url=edge.base_url, api_key="axp_live_" + "x" * 43, max_retries=0).models.list()
+    with anthropic.Anthropic(base_url=edge.base_url, api_key=edge.key, max_retries=0) as client:
+        made = client.messages.create(
+            model=SONNET,
+            max_tokens=64,
+            messages=[{"role": "user", "content": "What are you?"}],
+            extra_body={"temperature": 0},
+        )
+        assert made.type == "message"
+        assert made.role == "assistant"
+        assert made.content[0].type == "text"
+        with client.messages.stream(
+            model=SONNET,
+            max_tokens=64,
+            messages=[{"role": "user", "content": "What are you?"}],
+            extra_body={"temperature": 0},
+        ) as streaming:
+            text = "".join(streaming.text_stream)
+            final = streaming.get_final_message()
+        assert text == made.content[0].text
+        assert final.usage.output_tokens == made.usage.output_tokens
+        assert {m.id for m in client.models.list(limit=2)} >= {HAIKU, SONNET}
+        with pytest.raises(anthropic.BadRequestError) as bad:
+            client.messages.create(model=SONNET, max_tokens=0, messages=[{"role": "user", "content": "x"}])
+        assert bad.value.status_code == 400
+        with pytest.raises(anthropic.NotFoundError):
+            client.messages.create(model="nope", max_tokens=5, messages=[{"role": "user", "content": "x"}])
+    with (
+        anthropic.Anthropic(base_url=edge.base_url, api_key="axp_live_" + "x" * 43, max_retries=0) as stranger,
+        pytest.raises(anthropic.AuthenticationError),
+    ):
+        stranger.models.list()
 
 
 def deep(depth: int) -> bytes:
