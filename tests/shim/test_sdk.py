@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import anthropic
 import pytest
@@ -17,8 +17,19 @@ USER: list[anthropic.types.MessageParam] = [{"role": "user", "content": "COUNT 3
 TEXT = "".join(f"{i} " for i in range(30))
 
 
+_clients: list[anthropic.Anthropic] = []
+
+
+@pytest.fixture(autouse=True)
+def _close_clients() -> Iterator[None]:
+    yield
+    while _clients:
+        _clients.pop().close()
+
+
 def sdk(shim: ShimServer, key: str | None = None) -> anthropic.Anthropic:
-    return anthropic.Anthropic(base_url=shim.base_url, api_key=key or shim.key.key, max_retries=0)
+    _clients.append(anthropic.Anthropic(base_url=shim.base_url, api_key=key or shim.key.key, max_retries=0))
+    return _clients[-1]
 
 
 def test_create(shim: ShimServer) -> None:
