@@ -31,7 +31,8 @@ class FinishReason(IntEnum):
 class CoreModel(msgspec.Struct, frozen=True, array_like=True):
     """One set of weights to serve: a Hugging Face directory. `revision` is a content hash and goes into prefix hashes.
 
-    `dtype` is "auto" (bfloat16 where the processor multiplies it, else float32), "float32", "bfloat16" or "float16".
+    `dtype` is "float32", "bfloat16", "float16" or "auto": a float32 checkpoint stays so, a 16-bit one is bfloat16
+    where the device multiplies it, else float32.
     `context_window` is in tokens, prompt and output together, and already resolved by the parent.
     """
 
