@@ -186,9 +186,18 @@ def test_added_and_aborted_in_one_frame(parent: Parent) -> None:
 
 
 def test_finish_is_not_answered(parent: Parent) -> None:
+    in_step, go_on = threading.Semaphore(0), threading.Semaphore(0)
+
+    def hold(plan: StepPlan) -> None:
+        in_step.release()
+        go_on.acquire()
+
+    parent.runner.before_step = hold
     parent.send(add_request(1, [1] * 3, max_tokens=200), add_request(2, [2] * 3, max_tokens=4))
-    parent.until(lambda: bool(parent.ids(1)))
-    parent.send(FinishRequest(1))
+    in_step.acquire()
+    parent.send(FinishRequest(1))  # while its first step runs: it can't have ended by itself before this is read
+    parent.runner.before_step = lambda plan: None
+    go_on.release()
     parent.until(lambda: 2 in parent.finished() and parent.stats().pages_used == 0)
     assert 1 not in parent.finished()
 
