@@ -19,7 +19,7 @@ from sqlalchemy import (
     text,
 )
 
-REVISION = "0001"  # the newest migration; known here so that a start on a current database need not import Alembic
+REVISION = "0005"  # the newest migration; known here so that a start on a current database need not import Alembic
 
 metadata = MetaData()
 
