@@ -8,11 +8,9 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from aiexport_edge.shim.auth.authenticator import require_scope
+from aiexport_edge.shim.api.access import enter
 from aiexport_edge.shim.errors import InvalidRequest, quoted
-from aiexport_edge.shim.exchange import exchange_of
 from aiexport_edge.shim.services import Services
-from aiexport_edge.shim.store import Principal
 
 FAMILIES = ("opus", "sonnet", "haiku", "custom")
 DEFAULT_LIMIT = 20
@@ -26,7 +24,7 @@ class Models:
         self._services = services
 
     async def list_models(self, request: Request) -> Response:
-        principal = await self._principal(request)
+        principal = await enter(self._services, request.scope, "messages")
         limit = _limit(request.query_params.get("limit"))
         family = request.query_params.get("family")
         if family is not None and family not in FAMILIES:
@@ -50,15 +48,9 @@ class Models:
         )
 
     async def get_model(self, request: Request) -> Response:
-        principal = await self._principal(request)
+        principal = await enter(self._services, request.scope, "messages")
         listed = self._services.catalog.show(request.path_params["model_id"], principal.plan)
         return _json(self._services.catalog.describe(listed))
-
-    async def _principal(self, request: Request) -> Principal:
-        principal = await self._services.authenticator.authenticate(request.scope["headers"])
-        exchange_of(request.scope).facts.update(workspace=principal.workspace, key=principal.key_id)
-        require_scope(principal, "messages")
-        return principal
 
 
 def _limit(text: str | None) -> int:

@@ -1,0 +1,21 @@
+"""The door of every endpoint that needs credentials: who asks, and whether the key allows it; before any body is read."""
+
+from __future__ import annotations
+
+from starlette.types import Scope
+
+from aiexport_edge.shim.auth.authenticator import require_scope
+from aiexport_edge.shim.exchange import exchange_of
+from aiexport_edge.shim.services import Services
+from aiexport_edge.shim.store import Principal
+
+
+async def enter(services: Services, scope: Scope, needed: str) -> Principal:
+    """The caller, whose credentials have the scope `needed`; noted in the access line.
+
+    Raises `Unauthenticated` or `PermissionDenied`.
+    """
+    principal = await services.authenticator.authenticate(scope["headers"])
+    exchange_of(scope).facts.update(workspace=principal.workspace, key=principal.key_id)
+    require_scope(principal, needed)
+    return principal

@@ -1,0 +1,59 @@
+"""From a validated messages request to what the engine is asked. Interactive requests and those of a batch alike."""
+
+from __future__ import annotations
+
+import secrets
+
+from aiexport_edge.proto import engine_pb2 as pb
+from aiexport_edge.shim.api.messages_request import MessagesRequest
+from aiexport_edge.shim.catalog import Catalog, Listed
+from aiexport_edge.shim.errors import InvalidRequest
+from aiexport_edge.shim.store import Principal
+
+DEFAULT_MAX_TOKENS = 1024
+_SMALLEST_FLOAT32 = 1.2e-38  # a smaller top_p would arrive as 0, which is none
+_ROLES = {"user": pb.ROLE_USER, "assistant": pb.ROLE_ASSISTANT}
+
+
+def generate_request(
+    request: MessagesRequest,
+    listed: Listed,
+    principal: Principal,
+    catalog: Catalog,
+    request_id: str,
+    priority: pb.Priority,
+) -> pb.GenerateRequest:
+    """The engine's request. Raises `InvalidRequest` where `max_tokens` is above the model's output limit."""
+    texts = [(_ROLES[turn.role], turn.text) for turn in request.turns]
+    if request.system is not None:
+        texts.insert(0, (pb.ROLE_SYSTEM, request.system))
+    return pb.GenerateRequest(
+        request_id=request_id,
+        model=listed.spec.weights,
+        chat=pb.Chat(messages=[pb.Message(role=role, content=[pb.ContentBlock(text=text)]) for role, text in texts]),
+        sampling=pb.SamplingParams(
+            temperature=request.temperature,
+            top_p=None if request.top_p is None else max(request.top_p, _SMALLEST_FLOAT32),
+            top_k=request.top_k,
+            seed=secrets.randbits(64) if request.seed is None else request.seed,
+            stop_sequences=request.stop_sequences,
+        ),
+        max_tokens=_max_tokens(request.max_tokens, catalog.max_output_tokens(listed.spec)),
+        tenant=pb.Tenant(
+            id=principal.workspace_id, weight=catalog.weight(principal.plan), cache_salt=principal.cache_salt
+        ),
+        priority=priority,
+    )
+
+
+def _max_tokens(wanted: int | None, limit: int | None) -> int | None:
+    """The budget to ask for; None leaves it to the engine: the smaller of DEFAULT_MAX_TOKENS and the room left."""
+    if limit is None:
+        return wanted
+    if wanted is None:
+        return limit if limit < DEFAULT_MAX_TOKENS else None
+    if wanted > limit:
+        raise InvalidRequest(
+            f"max_tokens: {wanted} is more than the {limit} tokens that this model may output", param="max_tokens"
+        )
+    return wanted
