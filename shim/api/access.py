@@ -1,4 +1,4 @@
-"""The door of every endpoint that needs credentials: who asks, and whether the key allows it; before any body is read."""
+"""The door of every endpoint that needs credentials: who asks, and whether the key allows it. No body is read yet."""
 
 from __future__ import annotations
 
