@@ -23,12 +23,23 @@ def decode_attention_reference(
     *,
     scale: float,
     sliding_window: int = 0,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`paged_attention_reference` of q [B, Hq, D], the last token of each sequence. seq_lens int32 [B], the new tokens
     counted; a sequence of length 0 (a padding row) gets zeros. Returns [B, Hq, D] in q's dtype."""
     query_start_loc = _query_start_loc(q.shape[0], q.device)
     return paged_attention_reference(
-        q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale=scale, sliding_window=sliding_window
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        query_start_loc,
+        seq_lens,
+        scale=scale,
+        sliding_window=sliding_window,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
 
 
@@ -60,6 +71,8 @@ def decode_attention(
     *,
     scale: float,
     sliding_window: int = 0,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     plan: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `decode_attention_reference`. `plan`: what `plan_decode` said, or None to have it found again."""
@@ -67,9 +80,27 @@ def decode_attention(
         from aiexport_edge.kernels.gpu import decode_attention as gpu
 
         return gpu.decode_attention(
-            q, k_cache, v_cache, block_tables, seq_lens, scale=scale, sliding_window=sliding_window, num_splits=plan
+            q,
+            k_cache,
+            v_cache,
+            block_tables,
+            seq_lens,
+            scale=scale,
+            sliding_window=sliding_window,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            num_splits=plan,
         )
     query_start_loc = _query_start_loc(q.shape[0], q.device)
     return paged_attention(
-        q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale=scale, sliding_window=sliding_window
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        query_start_loc,
+        seq_lens,
+        scale=scale,
+        sliding_window=sliding_window,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from aiexport_edge.kernels import kv_codes
+
 
 def paged_attention_reference(
     q: torch.Tensor,
@@ -20,6 +22,8 @@ def paged_attention_reference(
     *,
     scale: float,
     sliding_window: int = 0,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(scale * q kᵀ) v for the last queries of each sequence, causal.
 
@@ -29,8 +33,9 @@ def paged_attention_reference(
     v_cache [num_pages, Hkv, tokens_per_page, D], strided, last dimension contiguous, float32, bfloat16 or float16; Hq
     is a multiple of Hkv, query head h reads KV head h // (Hq / Hkv). block_tables int32 [B, max_pages]: position p lies
     in page block_tables[b, p // tokens_per_page]; entries past a sequence's end are never read. sliding_window w > 0: a
-    query sees only its own and the w - 1 positions before it. float32 inside. Returns [T, Hq, D] in q's dtype, zero
-    past query_start_loc[B].
+    query sees only its own and the w - 1 positions before it. With k_scale and v_scale (float32 [Hkv]) the caches hold
+    E4M3 codes (`kv_codes`), as float8_e4m3fn or uint8. float32 inside. Returns [T, Hq, D] in q's dtype, zero past
+    query_start_loc[B].
     """
     out = torch.zeros_like(q)
     num_q_heads, head_dim = q.shape[1:]
@@ -42,8 +47,10 @@ def paged_attention_reference(
             continue
         pages = block_tables[sequence, : -(-length // tokens_per_page)].long()
         # [pages, heads, tokens, D] -> [heads, positions, D]
-        keys = k_cache[pages].float().transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :length]
-        values = v_cache[pages].float().transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :length]
+        keys = kv_codes.decode(k_cache[pages], k_scale).transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :length]
+        values = (
+            kv_codes.decode(v_cache[pages], v_scale).transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :length]
+        )
         queries = q[start:end].float().transpose(0, 1).reshape(num_kv_heads, -1, end - start, head_dim)
         scores = torch.matmul(queries, keys.unsqueeze(1).transpose(-1, -2)) * scale
         query_positions = torch.arange(length - (end - start), length, device=q.device).unsqueeze(1)
@@ -67,20 +74,30 @@ def paged_attention(
     *,
     scale: float,
     sliding_window: int = 0,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `paged_attention_reference`."""
-    if q.device.type == "cpu":
+    """See `paged_attention_reference`, which is what runs for codes on the CPU."""
+    if q.device.type == "cpu" and k_scale is None:
         from aiexport_edge.kernels.cpu import attention as cpu
 
         return cpu.paged_attention(
             q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale=scale, sliding_window=sliding_window
         )
+    op = paged_attention_reference
     if q.is_cuda:
         from aiexport_edge.kernels.gpu import paged_attention as gpu
 
-        return gpu.paged_attention(
-            q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale=scale, sliding_window=sliding_window
-        )
-    return paged_attention_reference(
-        q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale=scale, sliding_window=sliding_window
+        op = gpu.paged_attention
+    return op(
+        q,
+        k_cache,
+        v_cache,
+        block_tables,
+        query_start_loc,
+        seq_lens,
+        scale=scale,
+        sliding_window=sliding_window,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
+from aiexport_edge.kernels import kv_codes
+
 
 def _rotation_reference(
     cos_sin: torch.Tensor, positions: torch.Tensor, mrope_section: Sequence[int] | None
@@ -52,6 +54,8 @@ def qk_norm_rope_reference(
     k_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
     mrope_section: Sequence[int] | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Norm (where weights are given) and rotate q and k, write k and v into the cache, return q [T, Hq, D].
 
@@ -59,7 +63,8 @@ def qk_norm_rope_reference(
     half first; rot_dim even and at most D. positions int64 [3, T]: time, height, width; only the first is read unless
     `mrope_section` gives the frequencies per axis. slots int64 [T]: page * tokens_per_page + offset, -1 writes nothing.
     k_cache, v_cache [num_pages, Hkv, tokens_per_page, D], strided views with the last dimension contiguous, written in
-    place in their own dtype. q_weight, k_weight [D]. float32 inside; q comes back in qkv's dtype.
+    place in their own dtype. q_weight, k_weight [D]. With k_scale and v_scale (float32 [Hkv]) the caches get E4M3 codes
+    (`kv_codes`), as float8_e4m3fn or uint8. float32 inside; q comes back in qkv's dtype.
     """
     num_tokens = qkv.shape[0]
     heads = qkv.view(num_tokens, num_q_heads + 2 * num_kv_heads, k_cache.shape[3]).float()
@@ -70,8 +75,12 @@ def qk_norm_rope_reference(
     kept = slots >= 0
     tokens_per_page = k_cache.shape[2]
     pages, offsets = slots[kept] // tokens_per_page, slots[kept] % tokens_per_page
-    k_cache[pages, :, offsets] = k[kept].to(k_cache.dtype)
-    v_cache[pages, :, offsets] = v[kept].to(v_cache.dtype)
+    if k_scale is not None and v_scale is not None:
+        k_cache.view(torch.uint8)[pages, :, offsets] = kv_codes.encode(k[kept], k_scale).view(torch.uint8)
+        v_cache.view(torch.uint8)[pages, :, offsets] = kv_codes.encode(v[kept], v_scale).view(torch.uint8)
+    else:
+        k_cache[pages, :, offsets] = k[kept].to(k_cache.dtype)
+        v_cache[pages, :, offsets] = v[kept].to(v_cache.dtype)
     return q.to(qkv.dtype)
 
 
@@ -89,9 +98,11 @@ def qk_norm_rope(
     k_weight: torch.Tensor | None = None,
     eps: float = 1e-6,
     mrope_section: Sequence[int] | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `qk_norm_rope_reference`."""
-    if qkv.device.type == "cpu":
+    """See `qk_norm_rope_reference`, which is what runs for codes on the CPU."""
+    if qkv.device.type == "cpu" and k_scale is None:
         from aiexport_edge.kernels.cpu import rope as cpu
 
         return cpu.qk_norm_rope(
@@ -108,24 +119,12 @@ def qk_norm_rope(
             eps=eps,
             mrope_section=mrope_section,
         )
+    op = qk_norm_rope_reference
     if qkv.is_cuda:
         from aiexport_edge.kernels.gpu import qk_norm_rope as gpu
 
-        return gpu.qk_norm_rope(
-            qkv,
-            cos_sin,
-            positions,
-            slots,
-            k_cache,
-            v_cache,
-            num_q_heads=num_q_heads,
-            num_kv_heads=num_kv_heads,
-            q_weight=q_weight,
-            k_weight=k_weight,
-            eps=eps,
-            mrope_section=mrope_section,
-        )
-    return qk_norm_rope_reference(
+        op = gpu.qk_norm_rope
+    return op(
         qkv,
         cos_sin,
         positions,
@@ -138,4 +137,6 @@ def qk_norm_rope(
         k_weight=k_weight,
         eps=eps,
         mrope_section=mrope_section,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )

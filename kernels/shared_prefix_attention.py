@@ -20,6 +20,8 @@ def shared_prefix_attention_reference(
     prefix_lens: torch.Tensor,
     *,
     scale: float,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`decode_attention_reference` of q [B, Hq, D], with what its sequences share made known.
 
@@ -32,7 +34,9 @@ def shared_prefix_attention_reference(
     for group, length in enumerate(prefix_lens.tolist()):
         shared = length // k_cache.shape[2]
         tables[starts[group] : starts[group + 1], :shared] = block_tables[starts[group], :shared]
-    return decode_attention_reference(q, k_cache, v_cache, tables, seq_lens, scale=scale)
+    return decode_attention_reference(
+        q, k_cache, v_cache, tables, seq_lens, scale=scale, k_scale=k_scale, v_scale=v_scale
+    )
 
 
 def shared_prefix_attention(
@@ -45,12 +49,23 @@ def shared_prefix_attention(
     prefix_lens: torch.Tensor,
     *,
     scale: float,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `shared_prefix_attention_reference`."""
     if q.is_cuda:
         from aiexport_edge.kernels.gpu import shared_prefix_attention as gpu
 
         return gpu.shared_prefix_attention(
-            q, k_cache, v_cache, block_tables, seq_lens, group_start_loc, prefix_lens, scale=scale
+            q,
+            k_cache,
+            v_cache,
+            block_tables,
+            seq_lens,
+            group_start_loc,
+            prefix_lens,
+            scale=scale,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
-    return decode_attention(q, k_cache, v_cache, block_tables, seq_lens, scale=scale)
+    return decode_attention(q, k_cache, v_cache, block_tables, seq_lens, scale=scale, k_scale=k_scale, v_scale=v_scale)

@@ -9,6 +9,8 @@ from unittest import mock
 
 import torch
 
+from aiexport_edge.kernels import kv_codes
+
 # One rounding of the output and, for attention, of the weights before their product with the values.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -84,3 +86,12 @@ def page_layout(
                 k_cache[page, :, :used] = randn(generator, *shape, dtype=dtype)
                 v_cache[page, :, :used] = randn(generator, *shape, dtype=dtype)
     return Pages(k_cache, v_cache, block_tables, torch.tensor(seq_lens, dtype=torch.int32))
+
+
+def kv_codes_of(pages: Pages, k_scale: torch.Tensor, v_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The caches as E4M3 codes, scales float32 [Hkv]. Slots that no sequence uses hold the code of NaN."""
+    k_codes, v_codes = (
+        kv_codes.encode(cache.transpose(1, 2), scale).transpose(1, 2)
+        for cache, scale in ((pages.k_cache, k_scale), (pages.v_cache, v_scale))
+    )
+    return k_codes, v_codes

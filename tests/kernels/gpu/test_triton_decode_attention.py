@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.kernel_cases import DTYPES, Pages, assert_close, page_layout, poisoned, randn
+from support.kernel_cases import DTYPES, Pages, assert_close, kv_codes_of, page_layout, poisoned, randn
 
 from aiexport_edge.kernels.decode_attention import decode_attention_reference
 from aiexport_edge.kernels.gpu.decode_attention import decode_attention, plan_splits, settings
@@ -130,21 +130,14 @@ def test_fp8_cache(head_dim: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
     pages = page_layout(generator, [300, 17], num_kv_heads=2, tokens_per_page=18, head_dim=head_dim, dtype=dtype)
     scales = 0.02 + 0.02 * torch.rand(2, 2, generator=generator)
-    codes: list[torch.Tensor] = []
-    values: list[torch.Tensor] = []
-    for cache, scale in zip((pages.k_cache, pages.v_cache), scales, strict=True):
-        per_head = scale[None, :, None, None]
-        codes.append((cache.float() / per_head).to(torch.float8_e4m3fn))
-        values.append((codes[-1].float() * per_head).nan_to_num())
+    codes = kv_codes_of(pages, *scales)
     q = randn(generator, 2, 8, head_dim, dtype=dtype)
-    options: dict[str, Any] = {"k_scale": scales[0], "v_scale": scales[1], "architecture": SMALL}
-    expected = decode_attention_reference(
-        q.float(), values[0], values[1], pages.block_tables, pages.seq_lens, scale=0.1
-    )
-    for keys, vals in (codes, [code.view(torch.uint8) for code in codes]):
+    options: dict[str, Any] = {"scale": 0.1, "k_scale": scales[0], "v_scale": scales[1]}
+    for keys, values in (codes, [code.view(torch.uint8) for code in codes]):
+        arguments = (q, keys, values, pages.block_tables, pages.seq_lens)
         with poisoned():
-            actual = decode_attention(q, keys, vals, pages.block_tables, pages.seq_lens, scale=0.1, **options)
-        assert_close(actual, expected, dtype)
+            actual = decode_attention(*arguments, **options, architecture=SMALL)
+        assert_close(actual, decode_attention_reference(*arguments, **options), dtype)
 
 
 def test_offsets_beyond_32_bits() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.kernel_cases import DTYPES, assert_close, page_layout, poisoned, randn
+from support.kernel_cases import DTYPES, assert_close, kv_codes_of, page_layout, poisoned, randn
 
 from aiexport_edge.kernels.gpu.launch import KNOWN, Architecture
 from aiexport_edge.kernels.gpu.paged_attention import paged_attention, settings
@@ -120,23 +120,13 @@ def test_fp8_cache() -> None:
     generator = torch.Generator().manual_seed(3)
     pages = page_layout(generator, [90, 17], num_kv_heads=2, tokens_per_page=18, head_dim=80, dtype=torch.bfloat16)
     scales = 0.02 + 0.02 * torch.rand(2, 2, generator=generator)
-    codes: list[torch.Tensor] = []
-    values: list[torch.Tensor] = []
-    for cache, scale in zip((pages.k_cache, pages.v_cache), scales, strict=True):
-        per_head = scale[None, :, None, None]
-        codes.append((cache.float() / per_head).to(torch.float8_e4m3fn))
-        values.append((codes[-1].float() * per_head).nan_to_num())
     starts = torch.tensor([0, 50, 67], dtype=torch.int32)
     q = randn(generator, 67, 8, 80, dtype=torch.bfloat16)
-    options: dict[str, Any] = {"k_scale": scales[0], "v_scale": scales[1], "architecture": SMALL}
+    arguments = (q, *kv_codes_of(pages, *scales), pages.block_tables, starts, pages.seq_lens)
+    options: dict[str, Any] = {"scale": 0.1, "k_scale": scales[0], "v_scale": scales[1]}
     with poisoned():
-        actual = paged_attention(
-            q, codes[0], codes[1], pages.block_tables, starts, pages.seq_lens, scale=0.1, **options
-        )
-    expected = paged_attention_reference(
-        q.float(), values[0], values[1], pages.block_tables, starts, pages.seq_lens, scale=0.1
-    )
-    assert_close(actual, expected, torch.bfloat16)
+        actual = paged_attention(*arguments, **options, architecture=SMALL)
+    assert_close(actual, paged_attention_reference(*arguments, **options), torch.bfloat16)
 
 
 def test_settings_hold_a_whole_group() -> None:
