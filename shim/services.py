@@ -13,8 +13,10 @@ from aiexport_edge.shim.auth.authenticator import Authenticator
 from aiexport_edge.shim.body import BodyBudget
 from aiexport_edge.shim.catalog import Catalog
 from aiexport_edge.shim.engines.engines import Engines
+from aiexport_edge.shim.secrets import MasterKeys, SecretBox
 from aiexport_edge.shim.store import Store
 from aiexport_edge.shim.store.keys import new_id
+from aiexport_edge.shim.store.sealed_rows import holds_secrets
 from aiexport_edge.shim.store.usage_rows import UsageRows
 from aiexport_edge.shim.usage import UsageLedger
 
@@ -28,6 +30,7 @@ class Services:
         self.config = config
         self.store = store
         self.engines = engines
+        self.secrets = SecretBox(MasterKeys(config.state, allow_new=lambda: not holds_secrets(store.database)))
         self.threads = ThreadPoolExecutor(4, "shim")
         self.authenticator = Authenticator(store, self.threads)
         self.catalog = Catalog(config.models, config.plans, engines)

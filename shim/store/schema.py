@@ -55,6 +55,40 @@ keys = Table(
     Column("revoked_at", BigInteger),
 )
 
+# Programs that exchange their id and secret for short tokens (OAuth 2.0 client credentials).
+oauth_clients = Table(
+    "oauth_clients",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("workspace_id", String(40), ForeignKey("workspaces.id"), nullable=False, index=True),
+    Column("secret_hash", LargeBinary(32), nullable=False),  # SHA-256
+    Column("old_secret_hash", LargeBinary(32)),  # after a rotation, until the time beside it
+    Column("old_secret_expires_at", BigInteger),
+    Column("scopes", String(200), nullable=False),  # separated by spaces
+    Column("created_at", BigInteger, nullable=False),
+    Column("revoked_at", BigInteger),
+)
+
+# What signs the tokens. The newest signs; a retired one verifies until the last token that it signed has expired.
+signing_keys = Table(
+    "signing_keys",
+    metadata,
+    Column("id", String(40), primary_key=True),  # the tokens' `kid`
+    Column("public_key", LargeBinary(32), nullable=False),  # Ed25519, raw
+    Column("sealed_private_key", LargeBinary(200), nullable=False),  # raw, sealed by `shim/secrets`
+    Column("created_at", BigInteger, nullable=False),
+    Column("retired_at", BigInteger),
+)
+
+# One row at most: the login of the admin listener.
+operator_login = Table(
+    "operator_login",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("password_hash", String(300), nullable=False),  # scrypt, with its parameters and salt
+    Column("changed_at", BigInteger, nullable=False),
+)
+
 # One row. Bumped by every change to workspaces and keys; processes poll it to drop what they have cached.
 generation = Table(
     "generation",

@@ -1,0 +1,71 @@
+"""Which columns hold secrets sealed under a master key: are there any, under which keys, and sealing them anew.
+
+A feature that stores such a secret adds its column to `SEALED`. Knows nothing of what a secret is for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Column, Engine, select, update
+
+from aiexport_edge.shim.store.database import read, write
+from aiexport_edge.shim.store.schema import signing_keys
+
+if TYPE_CHECKING:
+    from aiexport_edge.shim.secrets import SecretBox
+
+
+@dataclass(frozen=True, slots=True)
+class SealedColumn:
+    """A column, which may be null, and the purpose that its secrets are sealed for."""
+
+    column: Column[Any]
+    purpose: str
+
+
+SEALED = (SealedColumn(signing_keys.c.sealed_private_key, "signing key"),)
+
+
+def holds_secrets(database: Engine) -> bool:
+    """Whether anything is sealed in the store."""
+    with read(database) as connection:
+        return any(
+            connection.execute(select(each.column).where(each.column.is_not(None)).limit(1)).first() is not None
+            for each in SEALED
+        )
+
+
+def count_by_master_key(database: Engine) -> Counter[bytes]:
+    """How many secrets are sealed under each master key, by the key's id."""
+    from aiexport_edge.shim.secrets.box import master_key_id
+
+    counts: Counter[bytes] = Counter()
+    with read(database) as connection:
+        for each in SEALED:
+            query = select(each.column).where(each.column.is_not(None))
+            counts.update(master_key_id(sealed) for sealed in connection.execute(query).scalars())
+    return counts
+
+
+def reseal(database: Engine, box: SecretBox) -> int:
+    """Seals everything that is not yet under the newest master key under it, all or nothing; returns how many."""
+    from aiexport_edge.shim.secrets.box import master_key_id
+
+    newest = box.keys.newest().id
+    resealed = 0
+    with write(database) as connection:
+        for each in SEALED:
+            table = each.column.table
+            keys = list(table.primary_key.columns)
+            rows = connection.execute(select(*keys, each.column).where(each.column.is_not(None))).all()
+            for *key, sealed in rows:
+                if master_key_id(sealed) == newest:
+                    continue
+                again = box.seal(box.open(sealed, purpose=each.purpose), purpose=each.purpose)
+                matches = [column == value for column, value in zip(keys, key, strict=True)]
+                connection.execute(update(table).where(*matches).values({each.column: again}))
+                resealed += 1
+    return resealed
