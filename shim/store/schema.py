@@ -123,10 +123,39 @@ usage = Table(
     Column("first_token_at", BigInteger),
     Column("ended_at", BigInteger),
     Index("usage_workspace_time", "workspace_id", "created_at"),
+    Index("usage_created", "created_at"),  # the newest first tokens, for /status
     Index(
         "usage_running",
         "process_id",
         sqlite_where=text("status = 'running'"),
         postgresql_where=text("status = 'running'"),
     ),
+)
+
+# Requests with an Idempotency-Key. A key belongs to one attempt at a time (`claim_id`); its reply is kept once it is final.
+idempotency = Table(
+    "idempotency",
+    metadata,
+    Column("workspace_id", String(40), primary_key=True),
+    Column("key", String(255), primary_key=True),
+    Column("claim_id", String(40), nullable=False),
+    Column("process_id", String(40), nullable=False),
+    Column("fingerprint", LargeBinary(32), nullable=False),  # SHA-256 of path and body; the body itself is not kept
+    Column("state", String(16), nullable=False),  # running, kept, too_large
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger, nullable=False),
+    Column("status", Integer),
+    Column("headers", String(2000)),  # JSON
+    Column("body", LargeBinary),  # raw deflate
+    Index("idempotency_expires", "expires_at"),
+)
+
+# Stretches of time in which a shim process could serve at least one model. What no stretch covers was downtime.
+uptime = Table(
+    "uptime",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("started_at", BigInteger, nullable=False),
+    Column("ended_at", BigInteger, nullable=False),
+    Index("uptime_ended", "ended_at"),
 )

@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+import sqlalchemy as sa
+from alembic import op
+
 revision = "0005"
 down_revision = "0004"
 
 
 def upgrade() -> None:
-    pass
+    op.create_table(
+        "idempotency",
+        sa.Column("workspace_id", sa.String(40), primary_key=True),
+        sa.Column("key", sa.String(255), primary_key=True),
+        sa.Column("claim_id", sa.String(40), nullable=False),
+        sa.Column("process_id", sa.String(40), nullable=False),
+        sa.Column("fingerprint", sa.LargeBinary(32), nullable=False),
+        sa.Column("state", sa.String(16), nullable=False),
+        sa.Column("created_at", sa.BigInteger, nullable=False),
+        sa.Column("expires_at", sa.BigInteger, nullable=False),
+        sa.Column("status", sa.Integer),
+        sa.Column("headers", sa.String(2000)),
+        sa.Column("body", sa.LargeBinary),
+    )
+    op.create_index("idempotency_expires", "idempotency", ["expires_at"])
+    op.create_table(
+        "uptime",
+        sa.Column("id", sa.String(40), primary_key=True),
+        sa.Column("started_at", sa.BigInteger, nullable=False),
+        sa.Column("ended_at", sa.BigInteger, nullable=False),
+    )
+    op.create_index("uptime_ended", "uptime", ["ended_at"])
+    op.create_index("usage_created", "usage", ["created_at"])
