@@ -15,7 +15,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+from aiexport_edge.proto import config_limits as limits
 from aiexport_edge.proto import config_values as values
+from aiexport_edge.proto.config_limits import PLAN_DEFAULTS, LimitsConfig, PlanConfig
 from aiexport_edge.proto.config_values import DEMO, FAMILIES
 from aiexport_edge.proto.units import is_loopback, join_address, parse_duration, parse_size, split_address
 
@@ -107,18 +109,11 @@ class ShimConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class PlanConfig:
-    """`[plans.NAME]`: the model families that a workspace on this plan may use, and its share of the engine."""
-
-    families: tuple[str, ...]
-    weight: float
-
-
-@dataclass(frozen=True, slots=True)
 class StoreConfig:
-    """`[store]`. `url` is an SQLAlchemy URL."""
+    """`[store]`. `url` is an SQLAlchemy URL; `retention`: how long prompts, results and single usage rows are kept."""
 
     url: str
+    retention: timedelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +142,7 @@ class Config:
     weights: tuple[WeightsSpec, ...]
     shim: ShimConfig
     plans: Mapping[str, PlanConfig]
+    limits: LimitsConfig
     store: StoreConfig
     admin: AdminConfig
     telemetry: TelemetryConfig
@@ -261,8 +257,10 @@ def _read(root: _Table, file: Path | None, state: Path) -> Config:
     models, weights = _models(root, base, engine.deterministic)
     shim = _shim(root.table("shim"), base)
     plans = _plans(root.table("plans"))
+    limits_config = _limits(root.table("limits"), base)
     store = root.table("store")
     url = store.take("url", values.text, "sqlite:///" + str(state / "store.db"))
+    retention = store.take("retention", parse_duration, timedelta(days=29))
     store.end()
     admin = _admin(root.table("admin"))
     telemetry = root.table("telemetry")
@@ -280,7 +278,8 @@ def _read(root: _Table, file: Path | None, state: Path) -> Config:
         weights=weights,
         shim=shim,
         plans=plans,
-        store=StoreConfig(url),
+        limits=limits_config,
+        store=StoreConfig(url, retention),
         admin=admin,
         telemetry=TelemetryConfig(log_level, log_format),
     )
@@ -406,14 +405,29 @@ def _shim(table: _Table, base: Path) -> ShimConfig:
 def _plans(table: _Table) -> dict[str, PlanConfig]:
     plans = {}
     for name in PLANS:
-        plan = table.table(name)
+        plan, default = table.table(name), PLAN_DEFAULTS[name]
+        requests = limits.limit(limits.MAX_REQUESTS_PER_MINUTE)
         plans[name] = PlanConfig(
-            families=plan.take("families", values.families, _PLAN_DEFAULTS[name].families),
-            weight=plan.take("weight", values.weight, _PLAN_DEFAULTS[name].weight),
+            families=plan.take("families", values.families, default.families),
+            weight=plan.take("weight", values.weight, default.weight),
+            requests_per_minute=plan.take("requests_per_minute", requests, default.requests_per_minute),
+            tokens_per_day=plan.take("tokens_per_day", limits.limit(limits.MAX_TOKENS_PER_DAY), default.tokens_per_day),
+            batch_size=plan.take("batch_size", values.integer(1, limits.MAX_BATCH_SIZE), default.batch_size),
         )
         plan.end()
     table.end()
     return plans
+
+
+def _limits(table: _Table, base: Path) -> LimitsConfig:
+    config = LimitsConfig(
+        redis_url=table.take("redis_url", limits.redis_url, ""),
+        redis_password_file=table.take("redis_password_file", values.path(base), None),
+    )
+    table.end()
+    if config.redis_password_file is not None and not config.redis_url:
+        raise table.error("redis_url", "is missing; redis_password_file is for the server that it names")
+    return config
 
 
 def _admin(table: _Table) -> AdminConfig:
@@ -436,12 +450,6 @@ _MODEL_REMEDIES = {
     "ids": 'list what clients call it, such as ["apex-haiku-4-20250401"]',
     "family": "say opus, sonnet or haiku",
     "source": 'name a Hugging Face model directory, or "demo"',
-}
-
-_PLAN_DEFAULTS = {
-    "free": PlanConfig(families=("haiku",), weight=1.0),
-    "pro": PlanConfig(families=FAMILIES, weight=4.0),
-    "enterprise": PlanConfig(families=FAMILIES, weight=8.0),
 }
 
 

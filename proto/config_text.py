@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from aiexport_edge.proto.config import Config
+from aiexport_edge.proto.config_limits import UNLIMITED
 from aiexport_edge.proto.units import format_duration, format_size
 
 _SIZES = frozenset({"page_bytes", "pool_bytes", "max_body_bytes", "inflight_body_bytes"})
-_SECTIONS = ("engine", "shim", "store", "admin", "telemetry")
+_LIMITS = frozenset({"requests_per_minute", "tokens_per_day"})
+_SECTIONS = ("engine", "shim", "limits", "store", "admin", "telemetry")
 
 
 def effective(config: Config) -> dict[str, Any]:
@@ -52,6 +54,10 @@ def _plain(name: str, value: Any) -> Any:
         return format_size(value) if value else "auto"
     if name == "deterministic" and value is None:
         return "auto"
+    if name in _LIMITS and value is None:
+        return UNLIMITED
+    if name == "redis_url" and not value:
+        return None
     if isinstance(value, timedelta):
         return format_duration(value)
     if isinstance(value, datetime):

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from aiexport_edge.proto.config import ModelSpec, PlanConfig
+from aiexport_edge.proto.config import ModelSpec
+from aiexport_edge.proto.config_limits import PlanConfig
 from aiexport_edge.shim.engines.engines import ModelFacts
 from aiexport_edge.shim.errors import NotFound, PermissionDenied, quoted
 

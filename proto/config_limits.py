@@ -1,0 +1,70 @@
+"""`[limits]`: where the calls of a minute are counted, and `[plans.NAME]`: what a plan allows.
+
+Numbers are per workspace, over all its keys; None is "unlimited". Knows nothing of how they are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from aiexport_edge.proto import config_values as values
+from aiexport_edge.proto.config_values import FAMILIES
+
+UNLIMITED = "unlimited"
+MAX_REQUESTS_PER_MINUTE = 1_000_000
+MAX_TOKENS_PER_DAY = 10**15
+MAX_BATCH_SIZE = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsConfig:
+    """`redis_url` is "" where the machine itself (or PostgreSQL, where that is the store) counts the calls."""
+
+    redis_url: str
+    redis_password_file: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class PlanConfig:
+    """`[plans.NAME]`. `families`: the models that may be used; `weight`: its share of the engine against others'."""
+
+    families: tuple[str, ...]
+    weight: float
+    requests_per_minute: int | None
+    tokens_per_day: int | None
+    batch_size: int  # requests in one batch
+
+
+PLAN_DEFAULTS = {
+    "free": PlanConfig(("haiku",), 1.0, 60, 100_000, 100),
+    "pro": PlanConfig(FAMILIES, 4.0, 600, 10_000_000, 5_000),
+    "enterprise": PlanConfig(FAMILIES, 8.0, None, None, MAX_BATCH_SIZE),
+}
+
+
+def redis_url(value: object) -> str:
+    url = values.text(value)
+    parts = urlsplit(url)
+    if parts.scheme not in ("redis", "rediss", "unix"):
+        raise ValueError(f'must be an address such as "redis://127.0.0.1:6379/0", not {value!r}')
+    if parts.password:
+        raise ValueError("must hold no password; write it into a file and name that in redis_password_file")
+    return url
+
+
+def limit(high: int) -> Callable[[object], int | None]:
+    """A number of something per time, or "unlimited"."""
+    number = values.integer(1, high)
+
+    def parse(value: object) -> int | None:
+        if value == UNLIMITED:
+            return None
+        try:
+            return number(value)
+        except ValueError as problem:
+            raise ValueError(f'{problem}; or "{UNLIMITED}"') from None
+
+    return parse
