@@ -17,8 +17,10 @@ from typing import Any, TypeVar
 
 from aiexport_edge.proto import config_limits as limits
 from aiexport_edge.proto import config_values as values
+from aiexport_edge.proto.config_batches import BatchesConfig, read_batches
 from aiexport_edge.proto.config_limits import PLAN_DEFAULTS, LimitsConfig, PlanConfig
 from aiexport_edge.proto.config_values import DEMO, FAMILIES
+from aiexport_edge.proto.config_webhooks import WebhooksConfig, read_webhooks
 from aiexport_edge.proto.units import is_loopback, join_address, parse_duration, parse_size, split_address
 
 T = TypeVar("T")
@@ -146,6 +148,8 @@ class Config:
     store: StoreConfig
     admin: AdminConfig
     telemetry: TelemetryConfig
+    batches: BatchesConfig
+    webhooks: WebhooksConfig
 
     @property
     def admin_listen(self) -> str:
@@ -267,6 +271,8 @@ def _read(root: _Table, file: Path | None, state: Path) -> Config:
     log_level = telemetry.take("log_level", values.one_of(("debug", "info", "warning", "error")), "info")
     log_format = telemetry.take("log_format", values.one_of(("text", "json")), "text")
     telemetry.end()
+    batches = read_batches(root.table("batches"))
+    webhooks = read_webhooks(root.table("webhooks"), base)
     root.end()
     if not admin.listen and shim.port == 65535:
         raise ConfigError(file, "shim.port", "leaves no port + 1 for the admin listener; set admin.listen")
@@ -282,6 +288,8 @@ def _read(root: _Table, file: Path | None, state: Path) -> Config:
         store=StoreConfig(url, retention),
         admin=admin,
         telemetry=TelemetryConfig(log_level, log_format),
+        batches=batches,
+        webhooks=webhooks,
     )
 
 

@@ -16,6 +16,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    Text,
     text,
 )
 
@@ -32,6 +33,8 @@ workspaces = Table(
     Column("cache_salt", LargeBinary(16), nullable=False),  # prefixes are cached under it: private to the workspace
     Column("created_at", BigInteger, nullable=False),
     Column("deleted_at", BigInteger),
+    Column("requests_per_minute", BigInteger),  # here and below: null is the plan's own limit, 0 is no limit
+    Column("tokens_per_day", BigInteger),
     # A deleted workspace keeps its row for its usage and frees its name.
     Index(
         "workspaces_name",
@@ -122,7 +125,10 @@ usage = Table(
     Column("created_at", BigInteger, nullable=False),
     Column("first_token_at", BigInteger),
     Column("ended_at", BigInteger),
+    Column("batch", Boolean, nullable=False, server_default=false()),
+    Column("cost", BigInteger, nullable=False, server_default="0"),  # 1e-12 US dollars
     Index("usage_workspace_time", "workspace_id", "created_at"),
+    Index("usage_created_at", "created_at"),
     Index("usage_created", "created_at"),  # the newest first tokens, for /status
     Index(
         "usage_running",
@@ -130,6 +136,55 @@ usage = Table(
         sqlite_where=text("status = 'running'"),
         postgresql_where=text("status = 'running'"),
     ),
+)
+
+# The sums of settled usage rows, brought up to date in the transaction that settles them: what /v2/usage and the daily
+# quotas read. `day` counts days since 1970-01-01 in UTC.
+usage_days = Table(
+    "usage_days",
+    metadata,
+    Column("workspace_id", String(40), ForeignKey("workspaces.id"), primary_key=True),
+    Column("day", Integer, primary_key=True, autoincrement=False),
+    Column("model", String(128), primary_key=True),
+    Column("key_id", String(40), primary_key=True),
+    Column("batch", Boolean, primary_key=True),
+    Column("requests", BigInteger, nullable=False),
+    Column("input_tokens", BigInteger, nullable=False),
+    Column("cache_read_input_tokens", BigInteger, nullable=False),
+    Column("output_tokens", BigInteger, nullable=False),
+    Column("cost", BigInteger, nullable=False),
+)
+
+# What is in flight of workspaces whose tokens are limited, at most; gone when it is settled or its process is dead.
+reservations = Table(
+    "reservations",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("process_id", String(40), nullable=False, index=True),
+    Column("workspace_id", String(40), ForeignKey("workspaces.id"), nullable=False),
+    Column("day", Integer, nullable=False),
+    Column("tokens", BigInteger, nullable=False),
+    Index("reservations_workspace_day", "workspace_id", "day"),
+)
+
+# The calls of the last minute, where PostgreSQL counts them (`limits/postgres_window.py`); times in microseconds.
+calls = Table(
+    "calls",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("workspace_id", String(40), nullable=False),
+    Column("at", BigInteger, nullable=False),
+    Index("calls_workspace_at", "workspace_id", "at"),
+    prefixes=["UNLOGGED"],
+)
+
+# Work that one process at a time does for all (`store/leases.py`).
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", String(40), primary_key=True),
+    Column("process_id", String(40), nullable=False),
+    Column("until", BigInteger, nullable=False),
 )
 
 # Requests with an Idempotency-Key. A key belongs to one attempt at a time (`claim_id`); its reply is kept once it is final.
@@ -158,4 +213,100 @@ uptime = Table(
     Column("started_at", BigInteger, nullable=False),
     Column("ended_at", BigInteger, nullable=False),
     Index("uptime_ended", "ended_at"),
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("workspace_id", String(40), ForeignKey("workspaces.id"), nullable=False),
+    Column("key_id", String(40), nullable=False),
+    Column("accepted", Boolean, nullable=False),  # false while its requests are being written: nobody sees it
+    Column("webhook_url", Text),
+    Column("created_at", BigInteger, nullable=False),
+    Column("started_at", BigInteger),
+    Column("ended_at", BigInteger),
+    Column("expires_at", BigInteger, nullable=False),
+    Column("deleted_at", BigInteger),  # gone for everybody; its rows follow
+    Column("stop", String(16)),  # why no more of it begins: cancel, revoked, expired
+    # Changed in the transaction that changes the items, so that they always add up; what is left is queued.
+    Column("num_total", Integer, nullable=False),
+    Column("num_processing", Integer, nullable=False, server_default="0"),
+    Column("num_succeeded", Integer, nullable=False, server_default="0"),
+    Column("num_errored", Integer, nullable=False, server_default="0"),
+    Column("num_canceled", Integer, nullable=False, server_default="0"),
+    Column("num_expired", Integer, nullable=False, server_default="0"),
+    Index("batches_workspace", "workspace_id", "created_at"),
+    Index(
+        "batches_open",
+        "created_at",
+        sqlite_where=text("ended_at IS NULL"),
+        postgresql_where=text("ended_at IS NULL"),
+    ),
+)
+
+# What is asked of a batch's requests and what became of them. Small rows: the bodies are apart, so that a change of
+# state does not write them again.
+batch_items = Table(
+    "batch_items",
+    metadata,
+    Column("batch_id", String(40), ForeignKey("batches.id"), primary_key=True),
+    Column("item_index", Integer, primary_key=True, autoincrement=False),
+    Column("custom_id", String(64)),
+    Column("model", String(128), nullable=False),
+    Column("body_bytes", Integer, nullable=False),
+    Column("state", String(16), nullable=False),  # queued, processing, succeeded, errored, canceled, expired
+    Column("owner", String(40)),  # the process that has it, in `processes`
+    Column("attempt", Integer, nullable=False),  # with the owner it fences off a result that comes too late
+    Column("result", LargeBinary),  # the JSON of `result`, of one that succeeded or errored
+    Index("batch_items_state", "batch_id", "state", "item_index"),
+    Index(
+        "batch_items_owner",
+        "owner",
+        sqlite_where=text("owner IS NOT NULL"),
+        postgresql_where=text("owner IS NOT NULL"),
+    ),
+)
+
+batch_bodies = Table(
+    "batch_bodies",
+    metadata,
+    Column("batch_id", String(40), ForeignKey("batches.id"), primary_key=True),
+    Column("item_index", Integer, primary_key=True, autoincrement=False),
+    Column("body", LargeBinary, nullable=False),  # as it came: an element of `requests`
+)
+
+webhook_secrets = Table(
+    "webhook_secrets",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("workspace_id", String(40), ForeignKey("workspaces.id"), nullable=False, index=True),
+    Column("sealed", LargeBinary, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("retires_at", BigInteger),  # null: the current one
+)
+
+webhook_deliveries = Table(
+    "webhook_deliveries",
+    metadata,
+    Column("id", String(40), primary_key=True),  # the header webhook-id of every try
+    Column("workspace_id", String(40), ForeignKey("workspaces.id"), nullable=False),
+    Column("batch_id", String(40), nullable=False, unique=True),  # a batch ends once
+    Column("url", Text, nullable=False),
+    Column("type", String(32), nullable=False),
+    Column("payload", LargeBinary, nullable=False),
+    Column("state", String(16), nullable=False),  # pending, delivered, dead
+    Column("created_at", BigInteger, nullable=False),
+    Column("next_at", BigInteger, nullable=False),  # not tried before; in the future too while a process tries it
+    Column("give_up_at", BigInteger, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("ended_at", BigInteger),
+    Column("last_status", Integer),
+    Column("last_error", String(300)),
+    Index(
+        "webhook_deliveries_pending",
+        "next_at",
+        sqlite_where=text("state = 'pending'"),
+        postgresql_where=text("state = 'pending'"),
+    ),
 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Column, Engine, select, update
 
 from aiexport_edge.shim.store.database import read, write
-from aiexport_edge.shim.store.schema import signing_keys
+from aiexport_edge.shim.store.schema import signing_keys, webhook_secrets
 
 if TYPE_CHECKING:
     from aiexport_edge.shim.secrets import SecretBox
@@ -26,7 +26,10 @@ class SealedColumn:
     purpose: str
 
 
-SEALED = (SealedColumn(signing_keys.c.sealed_private_key, "signing key"),)
+SEALED = (
+    SealedColumn(signing_keys.c.sealed_private_key, "signing key"),
+    SealedColumn(webhook_secrets.c.sealed, "webhook secret"),
+)
 
 
 def holds_secrets(database: Engine) -> bool:
