@@ -166,7 +166,14 @@ class Store:
     def find_principal(self, key_hash: bytes) -> Principal | None:
         """Who the key with this hash stands for; None where it is unknown or revoked. The caller checks expiry."""
         query = (
-            select(keys, workspaces.c.name, workspaces.c.plan, workspaces.c.cache_salt)
+            select(
+                keys,
+                workspaces.c.name,
+                workspaces.c.plan,
+                workspaces.c.cache_salt,
+                workspaces.c.requests_per_minute,
+                workspaces.c.tokens_per_day,
+            )
             .join(workspaces, keys.c.workspace_id == workspaces.c.id)
             .where(keys.c.hash == key_hash, keys.c.revoked_at.is_(None), workspaces.c.deleted_at.is_(None))
         )
@@ -183,6 +190,8 @@ class Store:
             cache_salt=row["cache_salt"],
             scopes=frozenset(row["scopes"].split()),
             expires_at=_time_or_none(row["expires_at"]),
+            requests_per_minute=row["requests_per_minute"],
+            tokens_per_day=row["tokens_per_day"],
         )
 
     def generation(self) -> int:

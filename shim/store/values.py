@@ -14,6 +14,8 @@ class Workspace:
     name: str
     plan: str
     created_at: datetime
+    requests_per_minute: int | None = None  # of its own: None is the plan's, 0 no limit
+    tokens_per_day: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,8 @@ class Principal:
     cache_salt: bytes
     scopes: frozenset[str]
     expires_at: datetime | None
+    requests_per_minute: int | None  # the workspace's own: None is the plan's, 0 no limit
+    tokens_per_day: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,3 +84,9 @@ class UsageRow:
     created_at: datetime
     first_token_at: datetime | None = None
     ended_at: datetime | None = None
+    batch: bool = False
+    cost: int = 0  # 1e-12 US dollars
+
+    @property
+    def tokens(self) -> int:
+        return self.input_tokens + self.cache_read_input_tokens + self.output_tokens
