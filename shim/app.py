@@ -18,6 +18,7 @@ from aiexport_edge.shim.api.health import Health
 from aiexport_edge.shim.api.messages import PING_S, Messages
 from aiexport_edge.shim.api.models import Models
 from aiexport_edge.shim.exchange import ExchangeMiddleware, exchange_of, on_http_exception
+from aiexport_edge.shim.idempotency import Idempotent
 from aiexport_edge.shim.services import Services
 
 
@@ -38,8 +39,8 @@ def create_app(services: Services, *, ping_s: float = PING_S) -> Starlette:
             yield
 
     models, health = Models(services), Health(services)
-    messages = Messages(services, ping_s=ping_s)
-    streaming = Messages(services, always_stream=True, ping_s=ping_s)
+    messages = Idempotent(Messages(services, ping_s=ping_s), services.idempotency)
+    streaming = Idempotent(Messages(services, always_stream=True, ping_s=ping_s), services.idempotency)
     app = Starlette(
         routes=[
             _Route("/v2/messages", messages, methods=["POST"]),

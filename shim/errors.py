@@ -60,12 +60,20 @@ class MethodNotAllowed(ApiError):
     """The path exists, not with this method."""
 
 
+class Conflict(ApiError):
+    """The resource is not in a state for this just now; always safe to try again."""
+
+
 class RequestTooLarge(ApiError):
     """The body is over the limit."""
 
 
 class UnsupportedMediaType(ApiError):
     """The body is declared as something that is not JSON."""
+
+
+class Unprocessable(ApiError):
+    """An idempotency key that belongs to another request."""
 
 
 class RateLimited(ApiError):
@@ -86,8 +94,10 @@ TABLE: dict[type[ApiError], tuple[int, str]] = {
     PermissionDenied: (403, "permission_error"),
     NotFound: (404, "not_found_error"),
     MethodNotAllowed: (405, "invalid_request_error"),
+    Conflict: (409, "conflict_error"),
     RequestTooLarge: (413, "request_too_large"),
     UnsupportedMediaType: (415, "invalid_request_error"),
+    Unprocessable: (422, "invalid_request_error"),
     RateLimited: (429, "rate_limit_error"),
     InternalError: (500, "api_error"),
     Overloaded: (503, "overloaded_error"),

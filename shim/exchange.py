@@ -20,6 +20,7 @@ from aiexport_edge.shim import logs, metrics
 from aiexport_edge.shim.body import ClientDisconnected
 from aiexport_edge.shim.engines.generation import ClientGone
 from aiexport_edge.shim.errors import ApiError, MethodNotAllowed, NotFound, error_body, internal_error
+from aiexport_edge.shim.store import Principal
 from aiexport_edge.shim.store.keys import new_id
 
 CLIENT_CLOSED = 499  # in the log alone: the client left before there was a status
@@ -37,6 +38,7 @@ class Exchange:
     started: float = field(default_factory=time.monotonic)
     route: str = "other"  # the path's pattern; never the path itself, which a client chooses
     status: int = 0
+    principal: Principal | None = None  # once the door has let the caller in
     facts: dict[str, Any] = field(default_factory=dict)  # for the access line: workspace, model, tokens, …
 
     @property

@@ -13,8 +13,10 @@ from aiexport_edge.shim.auth.authenticator import Authenticator
 from aiexport_edge.shim.body import BodyBudget
 from aiexport_edge.shim.catalog import Catalog
 from aiexport_edge.shim.engines.engines import Engines
+from aiexport_edge.shim.idempotency import IdempotencyKeys
 from aiexport_edge.shim.secrets import MasterKeys, SecretBox
 from aiexport_edge.shim.store import Store
+from aiexport_edge.shim.store.idempotency_rows import IdempotencyRows
 from aiexport_edge.shim.store.keys import new_id
 from aiexport_edge.shim.store.sealed_rows import holds_secrets
 from aiexport_edge.shim.store.usage_rows import UsageRows
@@ -34,7 +36,9 @@ class Services:
         self.threads = ThreadPoolExecutor(4, "shim")
         self.authenticator = Authenticator(store, self.threads)
         self.catalog = Catalog(config.models, config.plans, engines)
-        self.ledger = UsageLedger(UsageRows(store.database, new_id("proc_")))
+        self.process_id = new_id("proc_")
+        self.ledger = UsageLedger(UsageRows(store.database, self.process_id))
+        self.idempotency = IdempotencyKeys(IdempotencyRows(store.database, self.process_id), self.threads)
         self.bodies = BodyBudget(config.shim.inflight_body_bytes)
 
     @asynccontextmanager
@@ -43,6 +47,7 @@ class Services:
         tasks = [
             asyncio.create_task(self.engines.run()),
             asyncio.create_task(self.authenticator.run()),
+            asyncio.create_task(self.idempotency.run()),
             asyncio.create_task(self._measure()),
         ]
         try:

@@ -16,6 +16,8 @@ async def enter(services: Services, scope: Scope, needed: str) -> Principal:
     Raises `Unauthenticated` or `PermissionDenied`.
     """
     principal = await services.authenticator.authenticate(scope["headers"])
-    exchange_of(scope).facts.update(workspace=principal.workspace, key=principal.key_id)
+    exchange = exchange_of(scope)
+    exchange.principal = principal
+    exchange.facts.update(workspace=principal.workspace, key=principal.key_id)
     require_scope(principal, needed)
     return principal

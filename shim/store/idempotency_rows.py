@@ -1,0 +1,157 @@
+"""Idempotency keys in the database: who works on a key, and the reply that it ended with. Synchronous.
+
+A key is unique in its workspace. While its first request runs it is held by a claim, which lives as long as the process
+that made it; a final reply is kept until it expires. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import Connection, Engine, delete, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from aiexport_edge.shim.store.database import write
+from aiexport_edge.shim.store.keys import new_id
+from aiexport_edge.shim.store.schema import idempotency, processes
+from aiexport_edge.shim.store.store import now_ms
+
+KEPT_MS = timedelta(hours=24) // timedelta(milliseconds=1)
+SILENCE_MS = 15_000  # of a process, after which it is dead; as `shim/usage.py` has it
+_SWEEP_ROWS = 500  # at most so many in one transaction: others wait to write
+
+
+class State(StrEnum):
+    """What has become of a key's request."""
+
+    RUNNING = "running"
+    KEPT = "kept"
+    TOO_LARGE = "too_large"  # done, and its reply is more than may be kept
+
+
+@dataclass(frozen=True, slots=True)
+class KeptReply:
+    """A final reply: `headers` as JSON, `body` as raw deflate (RFC 1951)."""
+
+    status: int
+    headers: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right to answer a key's request, until it is kept, released, or its process dies."""
+
+    workspace_id: str
+    key: str
+    claim_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Why a key can't be claimed. `reply` is there where the state is KEPT."""
+
+    state: State
+    fingerprint: bytes
+    reply: KeptReply | None
+
+
+class IdempotencyRows:
+    """The claims of one process. Every method is one transaction; thread-safe."""
+
+    def __init__(self, database: Engine, process_id: str) -> None:
+        self._database = database
+        self._process_id = process_id
+
+    def claim(self, workspace_id: str, key: str, fingerprint: bytes) -> Claim | Taken:
+        """Takes the key, or says who has it. A claim of a dead process, and what has expired, count for nothing."""
+        for _ in range(3):
+            try:
+                return self._claim(workspace_id, key, fingerprint)
+            except IntegrityError:  # another process was first; on SQLite this can't happen
+                continue
+        return Taken(State.RUNNING, fingerprint, None)
+
+    def keep(self, claim: Claim, reply: KeptReply | None) -> None:
+        """Ends a claim with its final reply; None where it is too large to be kept."""
+        values: dict[str, Any] = {"state": State.TOO_LARGE}
+        if reply is not None:
+            values = {"state": State.KEPT, "status": reply.status, "headers": reply.headers, "body": reply.body}
+        with write(self._database) as connection:
+            connection.execute(update(idempotency).where(_is(claim)).values(**values, expires_at=now_ms() + KEPT_MS))
+
+    def release(self, claim: Claim) -> None:
+        """Ends a claim without a reply: the key is free again."""
+        with write(self._database, synchronous="NORMAL") as connection:
+            connection.execute(delete(idempotency).where(_is(claim)))
+
+    def sweep(self, live: Collection[str]) -> int:
+        """Deletes what has expired, and claims of this process that are not among `live`; returns how many."""
+        now = now_ms()
+        columns = (idempotency.c.workspace_id, idempotency.c.key, idempotency.c.claim_id)
+        with write(self._database, synchronous="NORMAL") as connection:
+            expired = select(*columns).where(idempotency.c.expires_at < now).limit(_SWEEP_ROWS)
+            rows = [Claim(*row) for row in connection.execute(expired)]
+            mine = select(*columns).where(
+                idempotency.c.state == State.RUNNING,
+                idempotency.c.process_id == self._process_id,
+                idempotency.c.created_at < now - SILENCE_MS,
+            )
+            rows += [claim for claim in (Claim(*row) for row in connection.execute(mine)) if claim.claim_id not in live]
+            for claim in rows:
+                connection.execute(delete(idempotency).where(_is(claim)))
+        return len(rows)
+
+    def _claim(self, workspace_id: str, key: str, fingerprint: bytes) -> Claim | Taken:
+        claim = Claim(workspace_id, key, new_id("claim_"))
+        where = (idempotency.c.workspace_id == workspace_id) & (idempotency.c.key == key)
+        with write(self._database, synchronous="NORMAL") as connection:
+            row = connection.execute(select(idempotency).where(where).with_for_update()).mappings().one_or_none()
+            now = now_ms()
+            if row is not None and _holds(connection, row, now):
+                reply = None
+                if row["state"] == State.KEPT:
+                    reply = KeptReply(row["status"], row["headers"], row["body"])
+                return Taken(State(row["state"]), row["fingerprint"], reply)
+            if row is not None:
+                connection.execute(delete(idempotency).where(where))
+            connection.execute(
+                insert(idempotency).values(
+                    workspace_id=workspace_id,
+                    key=key,
+                    claim_id=claim.claim_id,
+                    process_id=self._process_id,
+                    fingerprint=fingerprint,
+                    state=State.RUNNING,
+                    created_at=now,
+                    expires_at=now + KEPT_MS,
+                )
+            )
+        return claim
+
+
+def _is(claim: Claim) -> Any:
+    """Still this claim: another process may have taken the key since."""
+    return (
+        (idempotency.c.workspace_id == claim.workspace_id)
+        & (idempotency.c.key == claim.key)
+        & (idempotency.c.claim_id == claim.claim_id)
+        & (idempotency.c.state == State.RUNNING)
+    )
+
+
+def _holds(connection: Connection, row: Any, now: int) -> bool:
+    """Whether the row still stands for a kept reply or for a request that runs."""
+    if row["expires_at"] < now:
+        return False
+    if row["state"] != State.RUNNING:
+        return True
+    if row["created_at"] > now - SILENCE_MS:
+        return True  # its process may not have had its first heartbeat yet
+    beat = select(processes.c.heartbeat_at).where(processes.c.id == row["process_id"])
+    heartbeat_at = connection.execute(beat).scalar_one_or_none()
+    return heartbeat_at is not None and heartbeat_at >= now - SILENCE_MS
