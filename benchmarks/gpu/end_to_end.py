@@ -1,11 +1,11 @@
 """Part d: decoding and prefilling of whole models, random weights, as a share of the roofline of this very card.
 
-Steps are launched one ahead of their ids, as the core's runner allows. Beside it, transformers where it is installed.
+Steps are launched one ahead of their ids, as the core's runner allows. Beside it, transformers (its
+continuous batching too) and vLLM, where they are installed.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from aiexport_edge.engine.core.plan import PENDING_ID
 from benchmarks.gpu.models import has_room, random_model, runner_of, shapes
+from benchmarks.gpu.peers import run_transformers, run_vllm
 from benchmarks.gpu.report import Bench
 from benchmarks.gpu.sequences import Sequences
 from benchmarks.gpu.timing import copy_bandwidth, matmul_rate
@@ -31,7 +32,10 @@ def run(bench: Bench) -> None:
         _measure(bench, name, values, dtype, bandwidth, rate)
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
-        _transformers(bench, name, values, dtype)
+        run_transformers(bench, PART, name, values, dtype)
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+        run_vllm(bench, PART, name, values)
 
 
 def _measure(
@@ -92,30 +96,3 @@ def _decode_step(bench: Bench, sequences: Sequences, batch: int, context: int, v
     sequences.settle(requests, pending)
     assert all(PENDING_ID not in request.token_ids for request in requests)
     return seconds
-
-
-@torch.inference_mode()
-def _transformers(bench: Bench, name: str, values: dict[str, Any], dtype: torch.dtype) -> None:
-    if importlib.util.find_spec("transformers") is None:
-        bench.say("d: transformers is not installed")
-        return
-    import transformers
-
-    settings = {key: value for key, value in values.items() if key not in ("architectures", "torch_dtype")}
-    settings |= {"eos_token_id": None, "pad_token_id": 0}
-    with torch.device(bench.device):
-        auto: Any = transformers.AutoModelForCausalLM
-        model = auto.from_config(transformers.Qwen3Config(**settings), dtype=dtype).eval()
-    steps = 3 if bench.dry_run else 32
-    for batch, context in ((1, 20),) if bench.dry_run else ((1, 1024), (32, 1024)):
-        prompt = torch.randint(3, 200, (batch, context), device=bench.device)
-        model.generate(prompt, max_new_tokens=2, do_sample=False)
-        times = []
-        for count in (1, 1 + steps):  # the difference is the decodes'
-            bench.synchronize()
-            began = time.perf_counter()
-            model.generate(prompt, max_new_tokens=count, min_new_tokens=count, do_sample=False)
-            bench.synchronize()
-            times.append(time.perf_counter() - began)
-        seconds = max(times[1] - times[0], 1e-9) / steps
-        bench.add(PART, f"{name} transformers decode B{batch} {context}", {"tokens_s": batch / seconds})
