@@ -1,0 +1,1 @@
+"""`python -m benchmarks.overhead`: what the stack costs by itself, with a core that computes nothing."""
