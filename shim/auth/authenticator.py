@@ -44,7 +44,7 @@ class Authenticator:
             principal = self._cache.get(digest) or await self._look_up(digest)
             if (
                 principal is not None
-                and hmac.compare_digest(principal.key_hash, digest)
+                and hmac.compare_digest(principal.digest, digest)
                 and (principal.expires_at is None or principal.expires_at > datetime.now(UTC))
             ):
                 return principal

@@ -19,5 +19,13 @@ class InvalidValue(StoreError):
     """A name, plan, scope or limit that can't be."""
 
 
+class NotAllowed(StoreError):
+    """More than who asks may give."""
+
+
+class TooMany(StoreError):
+    """There are as many of these as there may be."""
+
+
 class WrongSchema(StoreError):
     """The database was made by another version of the product."""

@@ -55,6 +55,7 @@ keys = Table(
     Column("scopes", String(200), nullable=False),  # separated by spaces
     Column("test", Boolean, nullable=False),
     Column("created_at", BigInteger, nullable=False),
+    Column("lifetime", BigInteger),  # milliseconds that it was made for; a rotation ends it sooner
     Column("expires_at", BigInteger),
     Column("revoked_at", BigInteger),
 )

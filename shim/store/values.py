@@ -54,18 +54,51 @@ class RotatedKey:
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who a key stands for, as much as a request needs to know."""
+    """Who a credential stands for, as much as a request needs to know."""
 
-    key_id: str
-    key_hash: bytes
+    kind: str  # "key", or "token" for an OAuth client's
+    key_id: str  # of the key, or of the OAuth client: what usage counts under
+    digest: bytes  # SHA-256 of the credential
     workspace_id: str
     workspace: str
     plan: str
     cache_salt: bytes
     scopes: frozenset[str]
     expires_at: datetime | None
+    test: bool  # a test key; what it makes is too
     requests_per_minute: int | None  # the workspace's own: None is the plan's, 0 no limit
     tokens_per_day: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class OAuthClient:
+    """A program that exchanges its id and secret for tokens; everything but the secret."""
+
+    client_id: str
+    workspace: str
+    scopes: tuple[str, ...]
+    created_at: datetime
+    old_secret_expires_at: datetime | None
+    revoked_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class CreatedOAuthClient:
+    """`client_secret` is shown this once and stored nowhere."""
+
+    client_id: str
+    client_secret: str
+    workspace: str
+    scopes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RotatedSecret:
+    """A client's new secret, and until when the old one goes on."""
+
+    client_id: str
+    client_secret: str
+    old_secret_expires_at: datetime
 
 
 @dataclass(frozen=True, slots=True)

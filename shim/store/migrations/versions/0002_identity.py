@@ -10,6 +10,8 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
+    op.add_column("keys", sa.Column("lifetime", sa.BigInteger))
+    op.execute("UPDATE keys SET lifetime = expires_at - created_at")
     op.create_table(
         "oauth_clients",
         sa.Column("id", sa.String(40), primary_key=True),
