@@ -1,16 +1,27 @@
-"""Matrix products: weights packed once for the processor's matrix units (oneDNN, through torch); cuBLAS on a GPU.
+"""Matrix products: weights packed once for the processor; cuBLAS on a GPU.
 
-A library chooses its loops by the number of rows, so a row's bits change with the batch that it is in. In deterministic
-mode rows are cut and padded into tiles of a few sizes; which sizes give a row the same bits is found by trial, once per
-shape, since it differs between processors, dtypes and shapes. Knows nothing of models.
+On a CPU they are our own (`kernels.cpu.products`) where it multiplies bfloat16 pairs but has no tile unit, and for int8
+weights; else oneDNN's, through torch. A library chooses its loops by the number of rows, so a row's bits change with
+the batch that it is in. In deterministic mode a library's rows are cut and padded into tiles of a few sizes; which
+sizes give a row the same bits is found by trial, once per shape, since it differs between processors, dtypes and
+shapes. Our own products need none of that. Knows nothing of models.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
+
+from aiexport_edge.kernels.quantization import quantize_int8
+
+if TYPE_CHECKING:
+    from aiexport_edge.kernels.cpu.products import PackedWeight
+
+QUANTIZATIONS = ("none", "int8")
+INT8_BLOCK = 64
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -123,35 +134,101 @@ def _find_tiling(
     return next((tiling for tiling in TILINGS[:-1] if agrees(tiling)), TILINGS[-1])
 
 
+def _pack_own(
+    weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, *, quantized: bool
+) -> PackedWeight | None:
+    """The weight in our own packing, None where this processor's products are a library's."""
+    if weight.device.type != "cpu":
+        return None
+    if not quantized and (dtype != torch.bfloat16 or torch.cpu._is_amx_tile_supported()):
+        return None
+    from aiexport_edge.kernels.cpu import dot
+
+    if not (dot.HAS_INT8 if quantized else dot.HAS_BFLOAT16):
+        return None
+    from aiexport_edge.kernels.cpu.products import PackedWeight
+
+    return PackedWeight(weight if quantized else weight.to(dtype), bias, quantized=quantized)
+
+
+def _pack_quantized(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> tuple[Product, Product]:
+    """The product with this weight in int8, one scale per output, and its rows: torch's, on `dtype`."""
+    num_outputs, width = weight.shape
+    # It reads whole blocks, past the end of weights that are no multiple of them.
+    missing = -width % INT8_BLOCK
+    values, scales = quantize_int8(torch.nn.functional.pad(weight, (0, missing, 0, -num_outputs % INT8_BLOCK)))
+    factors = scales.to(dtype)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        x = torch.nn.functional.pad(x, (0, missing)).contiguous()
+        out: torch.Tensor = torch.ops.aten._weight_int8pack_mm(x, values, factors)[:, :num_outputs]
+        return out if bias is None else out + bias
+
+    def gather(ids: torch.Tensor) -> torch.Tensor:
+        return (values[ids] * scales[ids, None])[:, :width]
+
+    return product, gather
+
+
 class PackedLinear:
     """y = x Wᵀ + b, with W packed: the caller may drop the weight it came from.
 
     Where the processor has no products of `dtype`, the weight is packed in float32 and x is converted. With
     `deterministic`, the bits of a row of y depend on that row of x alone: not on other rows, its place among them or
-    the number of threads. Set that number before (`aiexport_edge.kernels.threads.set_num_threads`).
+    the number of threads. Set that number before (`aiexport_edge.kernels.threads.set_num_threads`). With `quantize`
+    "int8", on a CPU, W is rounded to 8 bits with a scale per output.
     """
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: torch.dtype, deterministic: bool
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        dtype: torch.dtype,
+        deterministic: bool,
+        quantize: str = "none",
     ) -> None:
         """weight [N, K], bias [N], in any float dtype."""
+        assert quantize in QUANTIZATIONS
         self.out_features, self.in_features = weight.shape
         self.dtype = dtype
         self.deterministic = deterministic
+        self._tiling: tuple[int, ...] = ()
+        self._gather: Product | None = None
+        self._own = _pack_own(weight, bias, dtype, quantized=quantize == "int8")
+        if self._own is not None:
+            return
+        if quantize == "int8":
+            self._product_dtype = dtype
+            self._product, self._gather = _pack_quantized(weight, None if bias is None else bias.to(dtype), dtype)
+            return
         self._product_dtype = _product_dtype(dtype, weight.device)
         self._product = _pack(
             weight.to(self._product_dtype), None if bias is None else bias.to(self._product_dtype).contiguous()
         )
-        self._tiling: tuple[int, ...] = ()
         if deterministic:
             num_threads = torch.get_num_threads() if weight.device.type == "cpu" else 1
             self._tiling = _find_tiling(
                 self.out_features, self.in_features, self._product_dtype, bias is not None, num_threads, weight.device
             )
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [M, K] in `dtype` -> [M, N] in `dtype`."""
+    @property
+    def gathers(self) -> bool:
+        """Whether `gather` gives the weight's rows, so that an embedding that is tied to it need not be kept."""
+        return self._own is not None or self._gather is not None
+
+    def gather(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows `ids` (int64 [T]) of W as products have them, [T, K] in `dtype`."""
+        if self._own is not None:
+            return self._own.gather(ids, self.dtype)
+        assert self._gather is not None
+        return self._gather(ids).to(self.dtype)
+
+    def __call__(self, x: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        """x [M, K] in `dtype` -> [M, N] in `out_dtype`, or in `dtype`."""
         assert x.dtype == self.dtype
+        if self._own is not None:
+            return self._own.multiply(x, out_dtype or self.dtype)
         x = x.to(self._product_dtype).contiguous()
         if not self._tiling:
             out = self._product(x)
@@ -159,7 +236,7 @@ class PackedLinear:
             out = self._tile(x)
         else:
             out = torch.cat([self._tile(rows) for rows in torch.split(x, self._tiling[-1])])
-        return out.to(self.dtype)
+        return out.to(out_dtype or self.dtype)
 
     def _tile(self, x: torch.Tensor) -> torch.Tensor:
         """At most a largest tile of rows, padded up to the next size of tile."""

@@ -16,7 +16,11 @@ def warm() -> Path:
     """Compile what is not compiled yet, and load all of it. Where the machine code lies."""
     for name in OPERATIONS:
         importlib.import_module(f"aiexport_edge.kernels.cpu.{name}")
+    from aiexport_edge.kernels.cpu import dot
     from aiexport_edge.kernels.cpu.jit import CACHE_DIRECTORY
+
+    if dot.HAS_BFLOAT16 and dot.HAS_INT8:
+        importlib.import_module("aiexport_edge.kernels.cpu.products")
 
     return CACHE_DIRECTORY
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from aiexport_edge.engine.models.config import ModelConfig
@@ -63,24 +64,27 @@ class Layer:
 
 
 class Decoder:
-    """Token ids to logits, over paged keys and values."""
+    """Token ids to logits, over paged keys and values. `embedding` None: it is tied to the head, which gathers."""
 
     def __init__(
         self,
         config: ModelConfig,
         *,
-        embedding: Tensor,
+        embedding: Tensor | None,
         layers: Sequence[Layer],
         norm: Tensor,
         head: PackedLinear,
         cos_sin: Tensor,
+        deterministic: bool = False,
     ) -> None:
+        """`deterministic`: a token's bits depend on the tokens before it alone; the products must have been made so."""
         self.config = config
         self.embedding = embedding
         self.layers = tuple(layers)
         self.norm = norm
         self.head = head
         self.cos_sin = cos_sin
+        self.deterministic = deterministic
         self.scale = config.head_dim**-0.5
 
     def forward(self, batch: Batch, kv_caches: Sequence[KVCache]) -> Tensor:
@@ -109,12 +113,14 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [S, vocabulary] of hidden states [S, hidden] that `forward` returned."""
-        return self.head(hidden).float()
+        return self.head(hidden, out_dtype=torch.float32)
 
     def _embed(self, batch: Batch) -> Tensor:
         if batch.inputs_embeds is not None:
             return batch.inputs_embeds
         assert batch.input_ids is not None
+        if self.embedding is None:
+            return self.head.gather(batch.input_ids)
         return gather_rows(self.embedding, batch.input_ids)
 
     def _norm(self, hidden: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,6 +142,7 @@ class Decoder:
             q_weight=layer.q_norm,
             k_weight=layer.k_norm,
             eps=self.config.rms_norm_eps,
+            batch_invariant=self.deterministic,
         )
 
     def _attend(self, layer: Layer, q: Tensor, batch: Batch, kv_cache: KVCache, plans: DecodePlans) -> Tensor:
@@ -143,7 +150,14 @@ class Decoder:
         window = layer.sliding_window
         if batch.is_decode:
             if window not in plans:
-                plans[window] = plan_decode(q, kv_cache[0], batch.block_tables, batch.seq_lens, sliding_window=window)
+                plans[window] = plan_decode(
+                    q,
+                    kv_cache[0],
+                    batch.block_tables,
+                    batch.seq_lens,
+                    sliding_window=window,
+                    batch_invariant=self.deterministic,
+                )
             attended = decode_attention(
                 q,
                 *kv_cache,
@@ -152,6 +166,7 @@ class Decoder:
                 scale=self.scale,
                 sliding_window=window,
                 plan=plans[window],
+                batch_invariant=self.deterministic,
             )
         else:
             attended = paged_attention(
@@ -162,6 +177,7 @@ class Decoder:
                 batch.seq_lens,
                 scale=self.scale,
                 sliding_window=window,
+                batch_invariant=self.deterministic,
             )
         return attended.view(attended.shape[0], -1)
 

@@ -51,12 +51,14 @@ def load_model(
     *,
     name: str = "",
     dtype: str = "auto",
+    quantize: str = "none",
     context_window: int = 0,
     deterministic: bool = False,
     device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
-    """Read `directory`. `context_window` 0 is the model's own; `progress` is told bytes done and in all.
+    """Read `directory`. `context_window` 0 is the model's own; `progress` is told bytes done and in all. `quantize`
+    "int8" rounds the products' weights to 8 bits while they are packed, on a CPU.
 
     Raises ModelError with a sentence for the operator.
     """
@@ -68,7 +70,7 @@ def load_model(
             f"{directory}: a context window of {context_window} tokens is more than the model's {config.context_window}"
         )
     with open_checkpoint(directory) as checkpoint:
-        weights = _Weights(checkpoint, config, dtype=dtype, device=device, progress=progress)
+        weights = _Weights(checkpoint, config, dtype=dtype, quantize=quantize, device=device, progress=progress)
         decoder = _build(weights, context_window or config.context_window, deterministic)
     return LoadedModel(
         name=name,
@@ -185,11 +187,13 @@ class _Weights:
         config: ModelConfig,
         *,
         dtype: str,
+        quantize: str,
         device: torch.device,
         progress: Progress | None,
     ) -> None:
         self.config = config
         self.device = device
+        self._quantize = quantize
         self._checkpoint = checkpoint
         self._names = _check(checkpoint, config)
         entries = [checkpoint.entries[name] for name in self._names.values()]
@@ -220,7 +224,11 @@ class _Weights:
         parts = [f"{prefix}.{part}" for part in FUSIONS.get(product, (product,))]
         weight = self.parameter(*(f"{part}.weight" for part in parts))
         bias_rows = self.parameter(*(f"{part}.bias" for part in parts)) if bias else None
-        return PackedLinear(weight, bias_rows, dtype=self.dtype, deterministic=deterministic)
+        return self.product(weight, bias_rows, deterministic=deterministic)
+
+    def product(self, weight: Tensor, bias: Tensor | None, *, deterministic: bool) -> PackedLinear:
+        """Packed, and quantized where that was asked for."""
+        return PackedLinear(weight, bias, dtype=self.dtype, deterministic=deterministic, quantize=self._quantize)
 
     def _report(self) -> None:
         if self._progress is not None:
@@ -232,14 +240,18 @@ def _build(weights: _Weights, max_positions: int, deterministic: bool) -> Decode
     embedding = weights.parameter(EMBEDDING)
     layers = [_layer(weights, index, deterministic) for index in range(config.num_layers)]
     norm = weights.parameter(FINAL_NORM)
-    head = embedding if config.tie_word_embeddings else weights.parameter(HEAD)
+    if config.tie_word_embeddings:
+        head = weights.product(embedding, None, deterministic=deterministic)
+    else:
+        head = weights.product(weights.parameter(HEAD), None, deterministic=deterministic)
     return Decoder(
         config,
-        embedding=embedding,
+        embedding=None if config.tie_word_embeddings and head.gathers else embedding,
         layers=layers,
         norm=norm,
-        head=PackedLinear(head, None, dtype=weights.dtype, deterministic=deterministic),
+        head=head,
         cos_sin=cos_sin_table(config.rope, config.head_dim, max_positions, weights.device),
+        deterministic=deterministic,
     )
 
 

@@ -202,7 +202,7 @@ _load_float16, _load_first_float16 = _loader(_AS_FLOAT16), _first_loader(_AS_FLO
 _store_float16, _store_first_float16 = _storer(_AS_FLOAT16), _first_storer(_AS_FLOAT16)
 
 
-def _transpose(builder: Any, rows: list[Any]) -> list[Any]:
+def transpose(builder: Any, rows: list[Any]) -> list[Any]:
     """Sixteen rows of sixteen lanes to sixteen columns: exchange the off-diagonal quarters of ever smaller squares."""
     rows = list(rows)
     width = LANES // 2
@@ -230,7 +230,7 @@ def _transposer(storage: _Storage) -> Any:
             place = pointer(builder, addresses, I64, ir.Constant(I32, row))
             address = builder.add(builder.load(place, align=8, typ=I64), offset)
             rows.append(_read_first(builder, address, num_words, WORDS, "v16i32", storage.item_bytes))
-        for number, words in enumerate(_transpose(builder, rows)):
+        for number, words in enumerate(transpose(builder, rows)):
             for part, value in enumerate(storage.unpack_words(builder, words)):
                 row_offset = builder.mul(target_stride, ir.Constant(I64, number * per_word + part))
                 builder.store(value, pointer(builder, builder.add(target, row_offset), FLOATS), align=4)

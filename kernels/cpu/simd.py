@@ -161,6 +161,12 @@ def negate(builder: Any, value: Any) -> Any:
     return builder.fneg(value)
 
 
+@operation(vector, vector)
+def absolute(builder: Any, value: Any) -> Any:
+    """|value|."""
+    return call(builder, "llvm.fabs.v16f32", FLOATS, value)
+
+
 @operation(vector, vector, vector)
 def maximum(builder: Any, left: Any, right: Any) -> Any:
     """The larger of each lane; right where one is NaN."""

@@ -1,0 +1,67 @@
+"""32-bit words of two bfloat16 or four int8: squares of them transposed, rows of float32 quantized into them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir  # type: ignore[import-untyped]
+
+from aiexport_edge.kernels.cpu.memory import pointer, transpose
+from aiexport_edge.kernels.cpu.simd import (
+    FLOATS,
+    I32,
+    I64,
+    LANES,
+    WORDS,
+    broadcast,
+    call,
+    constant,
+    float32,
+    int64,
+    lanes_below,
+    none,
+    operation,
+)
+
+_BYTES = ir.VectorType(ir.IntType(8), LANES)
+
+
+@operation(none, int64, int64, int64)
+def set_int32(builder: Any, address: Any, index: Any, value: Any) -> None:
+    """Write item `index` of an int32 array."""
+    builder.store(builder.trunc(value, I32), pointer(builder, address, I32, index), align=4)
+
+
+@operation(none, int64, int64, int64, int64, int64, int64)
+def transpose_words(
+    builder: Any, source: Any, source_stride: Any, num_rows: Any, num_words: Any, target: Any, target_stride: Any
+) -> None:
+    """target[w, r] = source[r, w] for 16 words of 16 rows; rows from `num_rows` on are zero and not read.
+
+    Words from `num_words` on are neither read nor written. Strides are in bytes, words at any multiple of two.
+    """
+    nothing, whole = ir.Constant(I64, 0), ir.Constant(I64, LANES)
+    rows = []
+    for row in range(LANES):
+        exists = builder.icmp_signed(">", num_rows, ir.Constant(I64, row))
+        count = lanes_below(builder, builder.select(exists, num_words, nothing))
+        address = builder.add(source, builder.mul(source_stride, ir.Constant(I64, row)))
+        place = pointer(builder, address, WORDS)
+        rows.append(
+            call(builder, "llvm.masked.load.v16i32.p0", WORDS, place, ir.Constant(I32, 2), count, constant(WORDS, 0))
+        )
+    for word, value in enumerate(transpose(builder, rows)):
+        exists = builder.icmp_signed(">", num_words, ir.Constant(I64, word))
+        count = lanes_below(builder, builder.select(exists, whole, nothing))
+        place = pointer(builder, builder.add(target, builder.mul(target_stride, ir.Constant(I64, word))), WORDS)
+        call(builder, "llvm.masked.store.v16i32.p0", ir.VoidType(), value, place, ir.Constant(I32, 4), count)
+
+
+@operation(int64, int64, float32, int64)
+def quantize_lanes(builder: Any, source: Any, factor: Any, target: Any) -> Any:
+    """Sixteen float32 times `factor`, rounded to nearest, ties to even, to int8; their sum. |x| * factor <= 127."""
+    value = builder.load(pointer(builder, source, FLOATS), align=4, typ=FLOATS)
+    scaled = builder.fmul(value, broadcast(builder, factor, FLOATS))
+    words = builder.fptosi(call(builder, "llvm.rint.v16f32", FLOATS, scaled), WORDS)
+    builder.store(builder.trunc(words, _BYTES), pointer(builder, target, _BYTES), align=1)
+    return builder.sext(call(builder, "llvm.vector.reduce.add.v16i32", I32, words), I64)
