@@ -72,6 +72,13 @@ class SigningRows:
             connection.execute(insert(signing_keys).values(row))
         return self._key(row)
 
+    def drop_retired(self) -> int:
+        """Deletes every key that does not sign; returns how many."""
+        with write(self._database) as connection:
+            dropped = connection.execute(delete(signing_keys).where(signing_keys.c.retired_at.is_not(None))).rowcount
+            bump(connection)
+        return dropped
+
     def _retire(self, connection: Connection, now: int) -> None:
         connection.execute(update(signing_keys).where(signing_keys.c.retired_at.is_(None)).values(retired_at=now))
         connection.execute(delete(signing_keys).where(signing_keys.c.retired_at < now - milliseconds(self._kept)))
