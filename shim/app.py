@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from aiexport_edge.shim.api.health import Health
 from aiexport_edge.shim.api.messages import PING_S, Messages
 from aiexport_edge.shim.api.models import Models
+from aiexport_edge.shim.api.oauth import OAuth
 from aiexport_edge.shim.exchange import ExchangeMiddleware, exchange_of, on_http_exception
 from aiexport_edge.shim.idempotency import Idempotent
 from aiexport_edge.shim.services import Services
@@ -47,6 +48,7 @@ def create_app(services: Services, *, ping_s: float = PING_S) -> Starlette:
             _Route("/v2/messages/stream", streaming, methods=["POST"]),
             _Route("/v2/models", models.list_models),
             _Route("/v2/models/{model_id}", models.get_model),
+            _Route("/v2/oauth/token", OAuth(services).token, methods=["POST"]),
             _Route("/v1/messages", messages, methods=["POST"]),
             _Route("/v1/models", models.list_models),
             _Route("/v1/models/{model_id}", models.get_model),

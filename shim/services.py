@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from aiexport_edge.proto.config import Config
 from aiexport_edge.shim import metrics
 from aiexport_edge.shim.auth.authenticator import Authenticator
+from aiexport_edge.shim.auth.tokens import SigningKeys, Tokens
 from aiexport_edge.shim.body import BodyBudget
 from aiexport_edge.shim.catalog import Catalog
 from aiexport_edge.shim.engines.engines import Engines
@@ -34,7 +35,8 @@ class Services:
         self.engines = engines
         self.secrets = SecretBox(MasterKeys(config.state, allow_new=lambda: not holds_secrets(store.database)))
         self.threads = ThreadPoolExecutor(4, "shim")
-        self.authenticator = Authenticator(store, self.threads)
+        self.tokens = Tokens(store.database, SigningKeys(store.database, self.secrets))
+        self.authenticator = Authenticator(store, self.tokens, self.threads)
         self.catalog = Catalog(config.models, config.plans, engines)
         self.process_id = new_id("proc_")
         self.ledger = UsageLedger(UsageRows(store.database, self.process_id))
