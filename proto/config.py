@@ -19,6 +19,8 @@ from aiexport_edge.proto import config_limits as limits
 from aiexport_edge.proto import config_values as values
 from aiexport_edge.proto.config_batches import BatchesConfig, read_batches
 from aiexport_edge.proto.config_limits import PLAN_DEFAULTS, LimitsConfig, PlanConfig
+from aiexport_edge.proto.config_telemetry import TelemetryConfig, read_telemetry
+from aiexport_edge.proto.config_tls import TlsConfig, read_tls
 from aiexport_edge.proto.config_values import DEMO, FAMILIES
 from aiexport_edge.proto.config_webhooks import WebhooksConfig, read_webhooks
 from aiexport_edge.proto.units import is_loopback, join_address, parse_duration, parse_size, split_address
@@ -107,6 +109,8 @@ class ShimConfig:
     engine_token_file: Path | None
     max_body_bytes: int
     inflight_body_bytes: int
+    max_connections: int  # of one worker process
+    cors_origins: tuple[str, ...]  # web pages whose scripts may call; none by default
     drain: timedelta  # how long open streams may go on after SIGTERM
 
 
@@ -126,14 +130,6 @@ class AdminConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class TelemetryConfig:
-    """`[telemetry]`. `log_level` is debug, info, warning or error; `log_format` text or json."""
-
-    log_level: str
-    log_format: str
-
-
-@dataclass(frozen=True, slots=True)
 class Config:
     """Everything, defaults included. `path` is None where there is no file; `state` is an absolute directory."""
 
@@ -147,6 +143,7 @@ class Config:
     limits: LimitsConfig
     store: StoreConfig
     admin: AdminConfig
+    tls: TlsConfig
     telemetry: TelemetryConfig
     batches: BatchesConfig
     webhooks: WebhooksConfig
@@ -267,10 +264,8 @@ def _read(root: _Table, file: Path | None, state: Path) -> Config:
     retention = store.take("retention", parse_duration, timedelta(days=29))
     store.end()
     admin = _admin(root.table("admin"))
-    telemetry = root.table("telemetry")
-    log_level = telemetry.take("log_level", values.one_of(("debug", "info", "warning", "error")), "info")
-    log_format = telemetry.take("log_format", values.one_of(("text", "json")), "text")
-    telemetry.end()
+    tls = read_tls(root.table("tls"), base)
+    telemetry = read_telemetry(root.table("telemetry"))
     batches = read_batches(root.table("batches"))
     webhooks = read_webhooks(root.table("webhooks"), base)
     root.end()
@@ -287,7 +282,8 @@ def _read(root: _Table, file: Path | None, state: Path) -> Config:
         limits=limits_config,
         store=StoreConfig(url, retention),
         admin=admin,
-        telemetry=TelemetryConfig(log_level, log_format),
+        tls=tls,
+        telemetry=telemetry,
         batches=batches,
         webhooks=webhooks,
     )
@@ -402,6 +398,8 @@ def _shim(table: _Table, base: Path) -> ShimConfig:
         engine_token_file=table.take("engine_token_file", values.path(base), None),
         max_body_bytes=table.take("max_body_bytes", parse_size, 32 << 20),
         inflight_body_bytes=table.take("inflight_body_bytes", parse_size, 256 << 20),
+        max_connections=table.take("max_connections", values.integer(1, 1 << 20), 4096),
+        cors_origins=table.take("cors_origins", values.origins, nothing),
         drain=table.take("drain", parse_duration, timedelta(seconds=30)),
     )
     table.end()

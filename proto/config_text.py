@@ -18,7 +18,7 @@ from aiexport_edge.proto.units import format_duration, format_size
 
 _SIZES = frozenset({"page_bytes", "pool_bytes", "max_body_bytes", "inflight_body_bytes"})
 _LIMITS = frozenset({"requests_per_minute", "tokens_per_day"})
-_SECTIONS = ("engine", "shim", "batches", "webhooks", "limits", "store", "admin", "telemetry")
+_SECTIONS = ("engine", "shim", "batches", "webhooks", "limits", "store", "admin", "tls", "telemetry")
 
 
 def effective(config: Config) -> dict[str, Any]:

@@ -136,6 +136,18 @@ def grpc_addresses(value: object) -> tuple[str, ...]:
     return tuple(grpc_address(item) for item in value)
 
 
+def origins(value: object) -> tuple[str, ...]:
+    """Origins as browsers send them (RFC 6454), or "*" alone for any."""
+    if not isinstance(value, list):
+        raise ValueError('must be a list of origins such as ["https://app.example.com"]')
+    for item in value:
+        if item == "*" and len(value) == 1:
+            continue
+        if not isinstance(item, str) or not re.fullmatch(r"https?://[a-z0-9.\[\]:_-]+", item):
+            raise ValueError(f'{item!r} is no origin; write it as "https://app.example.com", without a path')
+    return tuple(value)
+
+
 def path(base: Path) -> Callable[[object], Path | None]:
     def parse(value: object) -> Path | None:
         return base / Path(text(value)).expanduser()

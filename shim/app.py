@@ -12,14 +12,16 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from aiexport_edge.shim.api.health import Health
 from aiexport_edge.shim.api.messages import PING_S, Messages
 from aiexport_edge.shim.api.models import Models
 from aiexport_edge.shim.api.oauth import OAuth
+from aiexport_edge.shim.cors import Cors
 from aiexport_edge.shim.exchange import ExchangeMiddleware, exchange_of, on_http_exception
 from aiexport_edge.shim.idempotency import Idempotent
+from aiexport_edge.shim.prompt_log import PromptLog
 from aiexport_edge.shim.services import Services
 
 
@@ -40,8 +42,13 @@ def create_app(services: Services, *, ping_s: float = PING_S) -> Starlette:
             yield
 
     models, health = Models(services), Health(services)
-    messages = Idempotent(Messages(services, ping_s=ping_s), services.idempotency)
-    streaming = Idempotent(Messages(services, always_stream=True, ping_s=ping_s), services.idempotency)
+    messages: ASGIApp = Idempotent(Messages(services, ping_s=ping_s), services.idempotency)
+    streaming: ASGIApp = Idempotent(Messages(services, always_stream=True, ping_s=ping_s), services.idempotency)
+    if services.config.telemetry.log_prompts:
+        messages, streaming = PromptLog(messages), PromptLog(streaming)
+    middleware = [Middleware(ExchangeMiddleware)]
+    if services.config.shim.cors_origins:
+        middleware.insert(0, Middleware(Cors, services.config.shim.cors_origins))
     app = Starlette(
         routes=[
             _Route("/v2/messages", messages, methods=["POST"]),
@@ -55,7 +62,7 @@ def create_app(services: Services, *, ping_s: float = PING_S) -> Starlette:
             _Route("/healthz", health.healthz),
             _Route("/readyz", health.readyz),
         ],
-        middleware=[Middleware(ExchangeMiddleware)],
+        middleware=middleware,
         exception_handlers={HTTPException: on_http_exception},
         lifespan=lifespan,
     )

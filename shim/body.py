@@ -14,6 +14,7 @@ from starlette.types import Receive
 from aiexport_edge.shim.errors import InvalidRequest, Overloaded, RequestTooLarge
 
 IDLE_S = 30.0  # between two pieces of a body
+MIN_BYTES_PER_S = 4096  # on the whole, past the first IDLE_S: one that trickles holds a connection and its place
 _CLOSE = ((b"connection", b"close"),)  # the rest may still come, and is no request
 
 
@@ -65,9 +66,12 @@ async def read_body(headers: list[tuple[bytes, bytes]], receive: Receive, *, max
         if name == b"content-length" and value.isdigit() and int(value) > max_bytes:
             raise too_large
     pieces: list[bytes] = []
+    now = asyncio.get_running_loop().time
+    started = now()
     while True:
+        left = IDLE_S + lease.size / MIN_BYTES_PER_S - (now() - started)
         try:
-            async with asyncio.timeout(IDLE_S):
+            async with asyncio.timeout(min(IDLE_S, left)):
                 message = await receive()
         except TimeoutError:
             raise InvalidRequest("The request body did not arrive in time.", headers=_CLOSE) from None

@@ -76,6 +76,10 @@ class Unprocessable(ApiError):
     """An idempotency key that belongs to another request."""
 
 
+class HeadTooLarge(ApiError):
+    """The headers are over the limit."""
+
+
 class RateLimited(ApiError):
     """The workspace has used up its share for now."""
 
@@ -99,6 +103,7 @@ TABLE: dict[type[ApiError], tuple[int, str]] = {
     UnsupportedMediaType: (415, "invalid_request_error"),
     Unprocessable: (422, "invalid_request_error"),
     RateLimited: (429, "rate_limit_error"),
+    HeadTooLarge: (431, "invalid_request_error"),
     InternalError: (500, "api_error"),
     Overloaded: (503, "overloaded_error"),
 }

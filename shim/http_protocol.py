@@ -1,46 +1,65 @@
-"""uvicorn's HTTP/1.1 protocol with what a server on an open network needs besides: bounds on a request's head, and the
-error shape for what is not HTTP at all.
+"""uvicorn's HTTP/1.1 protocol with what a server on an open network needs besides: bounds on a request's head, on the
+number of connections and on what a client that does not read can hold, and the error shape for what is not HTTP at all.
 """
 
 from __future__ import annotations
 
 from asyncio import TimerHandle, Transport
+from http import HTTPStatus
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from aiexport_edge.shim.errors import InvalidRequest, error_body
+from aiexport_edge.shim import logs
+from aiexport_edge.shim.errors import ApiError, HeadTooLarge, InvalidRequest, Overloaded, error_body
 from aiexport_edge.shim.store.keys import new_id
 
 MAX_HEAD_BYTES = 64 << 10
 HEAD_S = 30.0  # from a connection's, or a further request's, first byte to the end of its head
+STALL_S = 120.0  # a client that has not made room for more bytes for so long is given up
+MAX_CONNECTIONS = 4096
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """Closes a connection whose request head is too long, or is not there in time."""
+    """Closes a connection whose request head is too long, or is not there in time, and one that takes no bytes.
+
+    Past `max_connections` each further one is told so; past twice as many it is closed at once.
+    """
+
+    max_connections = MAX_CONNECTIONS
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head_bytes = 0  # of a head that has not ended yet
         self._head_timer: TimerHandle | None = None
+        self._stall_timer: TimerHandle | None = None
+        self._one_too_many = False
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._start_timer()
+        if len(self.connections) > self.max_connections:
+            self._one_too_many = True
+            if len(self.connections) > 2 * self.max_connections:
+                transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_stall_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
+            return
+        if self._one_too_many:
+            self._refuse(Overloaded("This server has as many connections as it may have.", retry_after=1.0))
             return
         self._head_bytes += len(data)
         super().data_received(data)
         if self.transport.is_closing() or not self._head_bytes:
             return
         if self._head_bytes > MAX_HEAD_BYTES:
-            self.send_400_response("The request's head is too long.")
+            self._refuse(HeadTooLarge(f"The request's headers are larger than {MAX_HEAD_BYTES:,} bytes."))
         elif self._head_timer is None:
             self._start_timer()
 
@@ -57,15 +76,46 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
+        self._refuse(InvalidRequest(msg))
+
+    # ------------------------------------------------------------------------------------------ what takes no bytes
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._stall_timer is None:
+            self._stall_timer = self.loop.call_later(STALL_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop_stall_timer()
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Closing waits until all is written, for ever where nobody reads."""
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
+        else:
+            super().timeout_keep_alive_handler()
+
+    def _stop_stall_timer(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+
+    # ------------------------------------------------------------------------------------------ heads
+
+    def _refuse(self, error: ApiError) -> None:
+        """An error reply where no application has been asked, and the end of the connection."""
         request_id = new_id("req_")
-        body = error_body(InvalidRequest(msg), request_id)
+        body = error_body(error, request_id)
+        retry = "" if error.retry_after is None else f"retry-after: {error.retry_after:.0f}\r\n"
         head = (
-            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\nrequest-id: {request_id}\r\nx-request-id: {request_id}\r\n"
+            f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nrequest-id: {request_id}\r\nx-request-id: {request_id}\r\n{retry}"
             "connection: close\r\n\r\n"
         )
         self.transport.write(head.encode("ascii") + body)
         self.transport.close()
+        logs.access(f"- - {error.status}", {"request_id": request_id, "refused": error.message})
 
     def _end_of_head(self) -> None:
         self._head_bytes = 0

@@ -29,7 +29,8 @@ class _Text(logging.Formatter):
         fields = getattr(record, "fields", {})
         line = f"{_time(record)} {record.levelname.lower():7} {record.getMessage()}"
         for name, value in fields.items():
-            line += f" {name}={value}"
+            text = str(value)
+            line += f" {name}={text if text.isprintable() else json.dumps(text, ensure_ascii=False)}"
         return line
 
 

@@ -11,12 +11,14 @@ import asyncio
 import ctypes
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 import uvloop
@@ -25,8 +27,12 @@ from starlette.applications import Starlette
 from aiexport_edge.proto import config as configuration
 from aiexport_edge.proto.lifetime import die_with_parent
 
+if TYPE_CHECKING:
+    from aiexport_edge.shim.tls import Certificate
+
 KEEP_ALIVE_S = 75
 BACKLOG = 2048
+_MOST_FILES = 1 << 16
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
 ENDING_S = 2  # for the last events of streams that are cut at the end of the drain
 
@@ -44,6 +50,7 @@ class _Server(uvicorn.Server):
 def main(arguments: list[str] | None = None) -> int:
     die_with_parent()
     _give_memory_back()
+    _raise_file_limit()
     parser = argparse.ArgumentParser(prog="aiexport_edge.shim.server", description=__doc__)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--state", type=Path)
@@ -85,6 +92,14 @@ def _give_memory_back() -> None:
         mallopt(_M_ARENA_MAX, 2)
 
 
+def _raise_file_limit() -> None:
+    """As many descriptors as this user may have: a connection is one, and shells give 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 async def serve(config: configuration.Config, fd: int, admin_fd: int | None, addresses: tuple[str, ...]) -> int:
     """Serves until SIGTERM or SIGINT, then drains. Returns the exit status."""
     from aiexport_edge.shim.app import create_admin_app, create_app
@@ -93,17 +108,24 @@ async def serve(config: configuration.Config, fd: int, admin_fd: int | None, add
     from aiexport_edge.shim.errors import Overloaded
     from aiexport_edge.shim.services import Services
     from aiexport_edge.shim.store import StoreError, open_store
+    from aiexport_edge.shim.tls import Certificate, CertificateError
 
+    certificate = None
     try:
+        if config.tls.cert is not None and config.tls.key is not None:
+            certificate = Certificate(config.tls.cert, config.tls.key)
         store = open_store(config.store.url)
         access = EngineAccess.load(config.shim.engine_ca, config.shim.engine_token_file)
-    except (StoreError, OSError) as error:
+    except (CertificateError, StoreError, OSError) as error:
         log.error("%s", error)
         return 1
     engines = Engines(addresses, client=f"shim-{os.getpid()}", access=access)
     services = Services(config, store, engines)
     drain_s = int(config.shim.drain.total_seconds())
-    servers = [(server(create_app(services), drain_s=drain_s), socket.socket(fileno=fd))]
+    rest = server(
+        create_app(services), drain_s=drain_s, max_connections=config.shim.max_connections, certificate=certificate
+    )
+    servers = [(rest, socket.socket(fileno=fd))]
     if admin_fd is not None:
         servers.append((server(create_admin_app(services), drain_s=1), socket.socket(fileno=admin_fd)))
     loop = asyncio.get_running_loop()
@@ -119,34 +141,46 @@ async def serve(config: configuration.Config, fd: int, admin_fd: int | None, add
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, drain)
+    renewing = None if certificate is None else asyncio.create_task(certificate.run())
     try:
         await asyncio.gather(*(each.serve(sockets=[listener]) for each, listener in servers))
     finally:
+        if renewing is not None:
+            renewing.cancel()
         store.close()
     return 0
 
 
-def server(app: Starlette, *, drain_s: int) -> uvicorn.Server:
-    """uvicorn around an application, with nothing of its own in the log."""
-    from aiexport_edge.shim.http_protocol import HttpProtocol
+def server(
+    app: Starlette, *, drain_s: int, max_connections: int = 0, certificate: Certificate | None = None
+) -> uvicorn.Server:
+    """uvicorn around an application, with nothing of its own in the log; `max_connections` 0: as many as by default."""
+    from aiexport_edge.shim.http_protocol import MAX_CONNECTIONS, HttpProtocol
+
+    class Protocol(HttpProtocol):
+        pass
+
+    Protocol.max_connections = max_connections or MAX_CONNECTIONS
 
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # `exchange.py` logs what goes wrong, once
     logging.getLogger("uvicorn.access").setLevel(logging.CRITICAL)  # it would write query strings
-    return _Server(
-        uvicorn.Config(
-            app,
-            http=HttpProtocol,
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=drain_s,
-            backlog=BACKLOG,
-        )
+    settings = uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=drain_s,
+        backlog=BACKLOG,
     )
+    if certificate is not None:
+        settings.load()
+        settings.ssl = certificate.context
+    return _Server(settings)
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ class _Installation:
             asyncio.to_thread(welcome.prepare, self._config, demo=bool(self._engine))
         )
         self._shims = [Child(spec, self._log) for spec in self._shim_specs]
-        await self._unless_given_up(welcome.until_ready(self._rest))
+        await self._unless_given_up(welcome.until_ready(self._rest, tls=self._config.tls.cert is not None))
         for child in self._shims + self._engine:
             child.proven = True
         await asyncio.to_thread(welcome.show, greeting, self._config, self._rest)

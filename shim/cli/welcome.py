@@ -13,6 +13,7 @@ import os
 import shlex
 import shutil
 import socket
+import ssl
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,18 +66,26 @@ def _demo_key(store: Store, names: tuple[str, ...], marker: Path) -> str:
     return created.key
 
 
-async def until_ready(rest: socket.socket) -> None:
+async def until_ready(rest: socket.socket, *, tls: bool) -> None:
     """Returns when the installation answers `GET /readyz` with 200 on its own listener."""
     host, port = reachable_host(rest), rest.getsockname()[1]
     while True:
         with contextlib.suppress(OSError, asyncio.TimeoutError):
-            if await asyncio.wait_for(_readyz(host, port), PROBE_TIMEOUT):
+            if await asyncio.wait_for(_readyz(host, port, _own_tls() if tls else None), PROBE_TIMEOUT):
                 return
         await asyncio.sleep(PROBE_SECONDS)
 
 
-async def _readyz(host: str, port: int) -> bool:
-    reader, writer = await asyncio.open_connection(host, port)
+def _own_tls() -> ssl.SSLContext:
+    """For talking to our own listener: its certificate names the host that clients use, not this address."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+async def _readyz(host: str, port: int, tls: ssl.SSLContext | None) -> bool:
+    reader, writer = await asyncio.open_connection(host, port, ssl=tls)
     try:
         writer.write(f"GET /readyz HTTP/1.1\r\nHost: {join_address(host, port)}\r\nConnection: close\r\n\r\n".encode())
         status_line = await reader.readline()
@@ -87,7 +96,8 @@ async def _readyz(host: str, port: int) -> bool:
 
 def show(greeting: Greeting, config: Config, rest: socket.socket) -> None:
     """Prints on stdout where to send requests and with which key."""
-    root = f"http://{join_address(reachable_host(rest), rest.getsockname()[1])}"
+    scheme = "http" if config.tls.cert is None else "https"
+    root = f"{scheme}://{join_address(reachable_host(rest), rest.getsockname()[1])}"
     lines = [f"AI Export Edge serves {root}/v2"]
     if not is_loopback(rest.getsockname()[0]):
         lines[0] += f" (listening on {join_address(*rest.getsockname()[:2])})"
