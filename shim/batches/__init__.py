@@ -1,0 +1,1 @@
+"""Batches: taken in as they arrive, executed below interactive work, each request answered and billed once."""
