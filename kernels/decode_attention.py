@@ -50,12 +50,13 @@ def plan_decode(
     seq_lens: torch.Tensor,
     *,
     sliding_window: int = 0,
+    batch_invariant: bool = False,
 ) -> torch.Tensor | None:
     """What the layers of a step that have the same shapes, lengths and window share of their work; for `plan`.
 
     None where they share nothing.
     """
-    if q.is_cuda:
+    if q.is_cuda and not batch_invariant:
         from aiexport_edge.kernels.gpu import decode_attention as gpu
 
         return gpu.plan_splits(q, k_cache, block_tables, seq_lens, sliding_window=sliding_window)
@@ -74,9 +75,14 @@ def decode_attention(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     plan: torch.Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
-    """See `decode_attention_reference`. `plan`: what `plan_decode` said, or None to have it found again."""
-    if q.is_cuda:
+    """See `decode_attention_reference`. `plan`: what `plan_decode` said, or None to have it found again.
+
+    `batch_invariant`: a token's bits are those that `paged_attention` gives it, decoded or prefilled, alone or not;
+    on a GPU at the price of splits.
+    """
+    if q.is_cuda and not batch_invariant:
         from aiexport_edge.kernels.gpu import decode_attention as gpu
 
         return gpu.decode_attention(
@@ -103,4 +109,5 @@ def decode_attention(
         sliding_window=sliding_window,
         k_scale=k_scale,
         v_scale=v_scale,
+        batch_invariant=batch_invariant,
     )

@@ -100,8 +100,12 @@ def qk_norm_rope(
     mrope_section: Sequence[int] | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
-    """See `qk_norm_rope_reference`, which is what runs for codes on the CPU."""
+    """See `qk_norm_rope_reference`, which is what runs for codes on the CPU.
+
+    `batch_invariant`: a token's bits do not depend on what is computed with it. On the CPU they never do.
+    """
     if qkv.device.type == "cpu" and k_scale is None:
         from aiexport_edge.kernels.cpu import rope as cpu
 
@@ -119,12 +123,27 @@ def qk_norm_rope(
             eps=eps,
             mrope_section=mrope_section,
         )
-    op = qk_norm_rope_reference
     if qkv.is_cuda:
         from aiexport_edge.kernels.gpu import qk_norm_rope as gpu
 
-        op = gpu.qk_norm_rope
-    return op(
+        return gpu.qk_norm_rope(
+            qkv,
+            cos_sin,
+            positions,
+            slots,
+            k_cache,
+            v_cache,
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
+            q_weight=q_weight,
+            k_weight=k_weight,
+            eps=eps,
+            mrope_section=mrope_section,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            batch_invariant=batch_invariant,
+        )
+    return qk_norm_rope_reference(
         qkv,
         cos_sin,
         positions,

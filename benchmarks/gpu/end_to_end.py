@@ -30,6 +30,8 @@ def run(bench: Bench) -> None:
     for name, values in shapes(bench).items():
         bench.say(f"d: making {name}")
         _measure(bench, name, values, dtype, bandwidth, rate)
+        if name == next(iter(shapes(bench))):
+            _measure_deterministic(bench, name, values, dtype)
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
         run_transformers(bench, PART, name, values, dtype)
@@ -76,6 +78,26 @@ def _measure(
         bound = prefill_seconds(shape, num_tokens, flops=rate)
         row = {"tokens_s": num_tokens / seconds, "bound_tokens_s": num_tokens / bound, "share": bound / seconds}
         bench.add(PART, f"{name} prefill {num_tokens}", row)
+
+
+def _measure_deterministic(bench: Bench, name: str, values: dict[str, Any], dtype: torch.dtype) -> None:
+    """What deterministic mode costs, at one point of the smallest model."""
+    batch, context = (3, 40) if bench.dry_run else (32, 1024)
+    row = {}
+    for mode, deterministic in (("default", False), ("deterministic", True)):
+        model = random_model(
+            values,
+            dtype=dtype,
+            device=bench.device,
+            context_window=context + 2 * STEPS,
+            deterministic=deterministic,
+        )
+        pool_bytes = 64 << 20 if bench.dry_run else 0
+        runner = runner_of(bench, model, max_num_running=batch, max_step_tokens=2 * context, pool_bytes=pool_bytes)
+        seconds = _decode_step(bench, Sequences(runner), batch, context, model.config.vocab_size)
+        row[f"{mode}_tokens_s"] = batch / seconds
+    row["ratio"] = row["deterministic_tokens_s"] / row["default_tokens_s"]
+    bench.add(PART, f"{name} deterministic decode B{batch} {context}", row)
 
 
 def _decode_step(bench: Bench, sequences: Sequences, batch: int, context: int, vocabulary: int) -> float:

@@ -1,7 +1,7 @@
 """Part b: models of every family, random weights, against transformers: the same logits and greedy tokens.
 
 In float32, so that the tokens are the same ones; in bfloat16 the logits are to be as near to float32's as transformers'
-own are. Each eager, by graphs, batched, chunked and preempted.
+own are. Each eager, by graphs, batched, chunked and preempted. In deterministic mode all of these give the same bits.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def run(bench: Bench) -> None:
             exact.save_pretrained(directory)
             _compare_tokens(bench, name, Path(directory), exact)
             _compare_bfloat16(bench, name, Path(directory), exact)
+            _compare_bits(bench, name, Path(directory))
 
 
 def _make(name: str) -> Any:
@@ -91,8 +92,8 @@ def _prompts(bench: Bench) -> list[list[int]]:
     return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
 
 
-def _runner(bench: Bench, directory: Path, dtype: str, *, graphed: bool) -> Runner:
-    model = load_model(directory, dtype=dtype, device=bench.device)
+def _runner(bench: Bench, directory: Path, dtype: str, *, graphed: bool, deterministic: bool = False) -> Runner:
+    model = load_model(directory, dtype=dtype, device=bench.device, deterministic=deterministic)
     need = ModelNeed("model", model.config.kv_bytes_per_token(model.dtype.itemsize), model.context_window)
     shape = pool_shape([need], page_bytes=0, pool_bytes=64 << 20, max_num_running=16, available_bytes=0)
     accelerator = accelerator_for(bench)
@@ -167,3 +168,16 @@ def _compare_bfloat16(bench: Bench, name: str, directory: Path, exact: Any) -> N
 
     values = {"ours": distance(ours), "transformers": distance(theirs)}
     bench.add(PART, f"{name} bfloat16", {**values, "ok": values["ours"] < 2 * values["transformers"]})
+
+
+def _compare_bits(bench: Bench, name: str, directory: Path) -> None:
+    """Deterministic mode: every logit of every way to run, bit for bit that of the request alone."""
+    prompts, num_tokens = _prompts(bench), 6 if bench.dry_run else NUM_TOKENS
+    sequences = Sequences(_runner(bench, directory, "bfloat16", graphed=True, deterministic=True))
+    scenarios = _scenarios(sequences, prompts, num_tokens)
+    alone = [torch.stack(sequences.logits[request.handle][:num_tokens]) for request in scenarios.pop("alone")]
+    for scenario, requests in scenarios.items():
+        got = [torch.stack(sequences.logits[request.handle][:num_tokens]) for request in requests]
+        differing = sum(int((a != b).any(dim=1).sum()) for a, b in zip(got, alone, strict=True))
+        row = {"differing": differing, "of": num_tokens * len(prompts), "ok": not differing}
+        bench.add(PART, f"{name} bfloat16 deterministic {scenario}", row)

@@ -62,7 +62,12 @@ def shapes(bench: Bench) -> dict[str, dict[str, Any]]:
 
 
 def random_model(
-    values: dict[str, Any], *, dtype: torch.dtype, device: torch.device, context_window: int
+    values: dict[str, Any],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    context_window: int,
+    deterministic: bool = False,
 ) -> LoadedModel:
     """A model of this config.json with weights of variance 1 / inputs, as activations like."""
     with tempfile.TemporaryDirectory() as directory:
@@ -81,7 +86,7 @@ def random_model(
         return torch.ones(size, dtype=dtype, device=device)
 
     def product(rows: int, columns: int) -> PackedLinear:
-        return PackedLinear(matrix(rows, columns), dtype=dtype, deterministic=False)
+        return PackedLinear(matrix(rows, columns), dtype=dtype, deterministic=deterministic)
 
     hidden, inner = config.hidden_size, config.intermediate_size
     q_rows, kv_rows = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -105,10 +110,11 @@ def random_model(
         embedding=embedding,
         layers=layers,
         norm=ones(hidden),
-        head=PackedLinear(embedding, dtype=dtype, deterministic=False)
+        head=PackedLinear(embedding, dtype=dtype, deterministic=deterministic)
         if config.tie_word_embeddings
         else product(config.vocab_size, hidden),
         cos_sin=cos_sin_table(config.rope, config.head_dim, context_window, device),
+        deterministic=deterministic,
     )
     return LoadedModel("random", config, decoder, dtype, context_window, num_parameters * dtype.itemsize)
 

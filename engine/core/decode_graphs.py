@@ -105,4 +105,4 @@ class DecodeGraphs:
         assert batch.input_ids is not None
         ids = torch.index_select(self.inputs.tokens, 0, batch.input_ids)
         hidden = self._decoder.forward(replace(batch, input_ids=ids), self._kv_caches)
-        logits.copy_(self._decoder.head(hidden))
+        logits.copy_(self._decoder.logits(hidden))

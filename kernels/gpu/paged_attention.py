@@ -45,16 +45,27 @@ _SMALL = {64: (128, 64, 8, 3), 128: (64, 32, 4, 3), 256: (64, 16, 8, 3)}
 
 
 def settings(
-    architecture: Architecture, *, num_tokens: int, num_sequences: int, group: int, head_dim: int, element_size: int
+    architecture: Architecture,
+    *,
+    num_tokens: int,
+    num_sequences: int,
+    group: int,
+    head_dim: int,
+    element_size: int,
+    batch_invariant: bool = False,
 ) -> PrefillSettings:
-    """Launch settings from shapes alone; short chunks (a few rows a sequence on average) take small blocks."""
+    """Launch settings from shapes alone; short chunks (a few rows a sequence on average) take small blocks.
+
+    `batch_invariant`: from the model's shape alone. Tiles of keys begin at position 0, so a row's sums then run in the
+    same order whatever is computed with it.
+    """
     shared = shared_limit(architecture.capability)
     table = _LARGE if shared > 200_000 else _MEDIUM if shared > 150_000 else _SMALL
     padded = next_power_of_2(head_dim)
     rows, tile, num_warps, num_stages = table[max(64, padded)]
     if element_size > 2:  # float32 is for checking, not for speed
         rows, tile, num_warps, num_stages = 32, 16, 4, 2
-    rows_per_sequence = ceil_div(num_tokens, max(1, num_sequences)) * group
+    rows_per_sequence = 17 if batch_invariant else ceil_div(num_tokens, max(1, num_sequences)) * group
     if rows_per_sequence <= 16 or rows < 32:
         rows, num_warps = 16, 4
     elif rows_per_sequence <= 64:
@@ -212,6 +223,7 @@ def paged_attention_launch(
     sliding_window: int = 0,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    batch_invariant: bool = False,
     architecture: Architecture | None = None,
 ) -> tuple[Launch, torch.Tensor]:
     """The launch and the tensor that it fills: zeros before, for the rows past query_start_loc[B]."""
@@ -232,6 +244,7 @@ def paged_attention_launch(
         group=group,
         head_dim=head_dim,
         element_size=q.element_size(),
+        batch_invariant=batch_invariant,
     )
     out = torch.zeros((num_tokens, num_q_heads, head_dim), dtype=q.dtype, device=q.device)
     num_blocks = num_tokens // (setting.block_rows // group) + num_sequences
@@ -286,6 +299,7 @@ def paged_attention(
     sliding_window: int = 0,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    batch_invariant: bool = False,
     architecture: Architecture | None = None,
 ) -> torch.Tensor:
     """See `aiexport_edge.kernels.paged_attention.paged_attention_reference`.
@@ -303,6 +317,7 @@ def paged_attention(
         sliding_window=sliding_window,
         k_scale=k_scale,
         v_scale=v_scale,
+        batch_invariant=batch_invariant,
         architecture=architecture,
     )
     launch.run()

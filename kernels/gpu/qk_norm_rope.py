@@ -186,10 +186,13 @@ def _qk_norm_rope(
         _store_heads(target + heads * v_head_stride + columns, values.to(tl.float32), inside, scale, QUANTIZED)
 
 
-def settings(num_tokens: int, head_dim: int) -> dict[str, int]:
-    """Heads and warps of a program: about 1024 elements, 8 a thread; few tokens are spread over more programs."""
+def settings(num_tokens: int, head_dim: int, *, batch_invariant: bool = False) -> dict[str, int]:
+    """Heads and warps of a program: about 1024 elements, 8 a thread; few tokens are spread over more programs.
+
+    `batch_invariant`: they are not, so that a head's sum of squares always runs in the same order.
+    """
     block = next_power_of_2(head_dim)
-    elements = ELEMENTS_PER_PROGRAM if num_tokens > 16 else ELEMENTS_PER_PROGRAM // 4
+    elements = ELEMENTS_PER_PROGRAM if num_tokens > 16 or batch_invariant else ELEMENTS_PER_PROGRAM // 4
     heads = max(1, elements // block)
     return {"HEADS": heads, "num_warps": num_warps_for(heads * block, most=4), "num_stages": 1}
 
@@ -210,6 +213,7 @@ def qk_norm_rope_launch(
     mrope_section: Sequence[int] | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Launch, torch.Tensor]:
     """The launch and the q that it fills."""
     num_tokens = qkv.shape[0]
@@ -225,7 +229,7 @@ def qk_norm_rope_launch(
     if quantized:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     q_out = torch.empty((num_tokens, num_q_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
-    setting = settings(num_tokens, head_dim)
+    setting = settings(num_tokens, head_dim, batch_invariant=batch_invariant)
     num_blocks = ceil_div(num_q_heads, setting["HEADS"]) + 2 * ceil_div(num_kv_heads, setting["HEADS"])
     height_end = width_end = 0
     if mrope_section is not None:
@@ -287,6 +291,7 @@ def qk_norm_rope(
     mrope_section: Sequence[int] | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """See `aiexport_edge.kernels.qk_norm_rope.qk_norm_rope_reference`.
 
@@ -307,6 +312,7 @@ def qk_norm_rope(
         mrope_section=mrope_section,
         k_scale=k_scale,
         v_scale=v_scale,
+        batch_invariant=batch_invariant,
     )
     launch.run()
     return q

@@ -143,3 +143,31 @@ def test_settings_hold_a_whole_group() -> None:
                         element_size=2,
                     )
                     assert setting.block_rows >= max(16, group)
+
+
+@pytest.mark.parametrize("architecture", [KNOWN[0], KNOWN[-1]], ids=lambda architecture: str(architecture.capability))
+def test_batch_invariant_bits(architecture: Architecture) -> None:
+    """A sequence's rows, all at once, in two chunks, and the last alone and beside a longer sequence."""
+    generator = torch.Generator().manual_seed(8)
+    pages = page_layout(generator, [150, 200], num_kv_heads=2, tokens_per_page=18, head_dim=64, dtype=torch.bfloat16)
+    q = randn(generator, 150, 8, 64, dtype=torch.bfloat16)
+
+    def attend(queries: torch.Tensor, starts: list[int], lengths: list[int], rows: slice) -> torch.Tensor:
+        return paged_attention(
+            queries,
+            pages.k_cache,
+            pages.v_cache,
+            pages.block_tables[rows],
+            torch.tensor(starts, dtype=torch.int32),
+            torch.tensor(lengths, dtype=torch.int32),
+            scale=0.125,
+            batch_invariant=True,
+            architecture=architecture,
+        )
+
+    whole = attend(q, [0, 150], [150], slice(0, 1))
+    assert torch.equal(attend(q[:71], [0, 71], [71], slice(0, 1)), whole[:71])
+    assert torch.equal(attend(q[71:], [0, 79], [150], slice(0, 1)), whole[71:])
+    assert torch.equal(attend(q[149:], [0, 1], [150], slice(0, 1)), whole[149:])
+    beside = torch.cat((q[149:], q[:90]))
+    assert torch.equal(attend(beside, [0, 1, 91], [150, 200], slice(0, 2))[:1], whole[149:])

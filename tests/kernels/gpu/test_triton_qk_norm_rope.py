@@ -65,8 +65,8 @@ def run_both(
         same = (memory == expected_memory) | expected_memory.isnan()
         assert same.float().mean() > 0.995
     assert torch.equal(memory.isnan(), expected_memory.isnan())  # nothing else was touched
-    tolerance = {"rtol": 1 / 8, "atol": 2**-9} if quantized else {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
-    torch.testing.assert_close(memory, expected_memory, **tolerance, equal_nan=True)
+    rtol, atol = (1 / 8, 2**-9) if quantized else (TOLERANCE[dtype], TOLERANCE[dtype])
+    torch.testing.assert_close(memory, expected_memory, rtol=rtol, atol=atol, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,6 +7,7 @@ strided pages, padding rows) is one that the kernels take.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,8 +34,19 @@ from aiexport_edge.kernels.gpu import (
 def _triton_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = "aiexport_edge.engine.models.decoder"
 
-    def decode(*arguments: torch.Tensor, plan: torch.Tensor, **options: float) -> torch.Tensor:
-        return decode_attention.decode_attention(*arguments, num_splits=plan, **options)  # type: ignore[arg-type]
+    def plan(*arguments: torch.Tensor, batch_invariant: bool, **options: Any) -> torch.Tensor | None:
+        return None if batch_invariant else decode_attention.plan_splits(*arguments, **options)
+
+    def decode(
+        q: torch.Tensor, *arguments: torch.Tensor, plan: torch.Tensor, batch_invariant: bool, **options: Any
+    ) -> torch.Tensor:
+        if not batch_invariant:
+            return decode_attention.decode_attention(q, *arguments, num_splits=plan, **options)
+        k_cache, v_cache, block_tables, seq_lens = arguments
+        starts = torch.arange(q.shape[0] + 1, dtype=torch.int32)
+        return paged_attention.paged_attention(
+            q, k_cache, v_cache, block_tables, starts, seq_lens, batch_invariant=True, **options
+        )
 
     for name, operation in {
         "gather_rows": gather.gather_rows,
@@ -42,7 +54,7 @@ def _triton_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         "add_rms_norm": rms_norm.add_rms_norm,
         "qk_norm_rope": qk_norm_rope.qk_norm_rope,
         "paged_attention": paged_attention.paged_attention,
-        "plan_decode": decode_attention.plan_splits,
+        "plan_decode": plan,
         "decode_attention": decode,
         "swiglu": swiglu.swiglu,
     }.items():
@@ -68,10 +80,10 @@ def _request(handle: int, prompt: list[int], pages: list[int]) -> Request:
     )
 
 
-def _runner(directory: Path) -> Runner:
-    models = [load_model(directory, dtype="float32", context_window=64)]
+def _runner(directory: Path, *, deterministic: bool = False) -> Runner:
+    models = [load_model(directory, dtype="float32", context_window=64, deterministic=deterministic)]
     config = CoreConfig([], "cuda:0", 0, 1 << 20, 3, 32, 1, 0.0)
-    return make_runner(config, models, torch.device("cpu"), FakeAccelerator())
+    return make_runner(config, models, torch.device("cpu"), FakeAccelerator(), keep_logits=deterministic)
 
 
 @pytest.mark.parametrize("name", ["qwen3", pytest.param("mistral_window", marks=pytest.mark.prove)])
@@ -101,3 +113,26 @@ def test_a_model_by_triton_kernels_equals_transformers(name: str, tmp_path: Path
         request.token_ids[-1] = previous[request.handle][0]
         expected, _ = greedy(model, text, request.num_output_tokens)
         assert request.token_ids[len(text) :] == expected
+
+
+def test_deterministic_bits_do_not_depend_on_the_step(tmp_path: Path) -> None:
+    """The logits of a request's last token: prefilled whole, in chunks, and decoded beside another request."""
+    runner = _runner(save("qwen3", tmp_path), deterministic=True)
+    prompt, other = prompts([19, 7])
+
+    def run(request: Request, start: int, end: int, *beside: Chunk) -> torch.Tensor:
+        chunk = Chunk(request, start, end - start, end == len(prompt))
+        runner.step(StepPlan([ModelPlan(0, [*beside, chunk])]))
+        return runner.last_logits.get(request.handle, torch.empty(0))
+
+    whole = run(_request(1, prompt, [3, 5]), 0, 19)
+    chunked = _request(2, prompt, [7, 8])
+    run(chunked, 0, 4)
+    run(chunked, 4, 17)
+    assert torch.equal(run(chunked, 17, 19), whole)
+    decoded = _request(3, prompt, [9, 10])
+    run(decoded, 0, 18)
+    assert torch.equal(run(decoded, 18, 19, Chunk(_request(4, other, [11]), 0, 7, True)), whole)
+    again = _request(5, other, [12])
+    runner.step(StepPlan([ModelPlan(0, [Chunk(again, 0, 6, False)])]))
+    assert torch.equal(run(decoded, 18, 19, Chunk(again, 6, 1, True)), whole)
