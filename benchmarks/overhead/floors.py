@@ -80,11 +80,14 @@ def serve_events(fd: int) -> None:
 
 async def serve_tokens(address: str) -> None:
     """Sends the same message for ever to whoever calls."""
-    outputs = [
-        pb.Output(tag=tag, delta=pb.Delta(text=WORD, token_ids=[300], output_tokens=9, emitted_bytes=54))
-        for tag in range(DELTAS)
-    ]
-    message = pb.StepOutputs(outputs=outputs).SerializeToString()
+    deltas = pb.Deltas(
+        tags=range(DELTAS),
+        texts=[WORD] * DELTAS,
+        token_ids=[300] * DELTAS,
+        output_tokens=[9] * DELTAS,
+        emitted_bytes=[54] * DELTAS,
+    )
+    message = pb.StepOutputs(deltas=deltas).SerializeToString()
 
     async def session(events: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         while True:

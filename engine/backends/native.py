@@ -286,8 +286,9 @@ class NativeBackend:
             if live is not None and not live.started:
                 live.started = True
                 live.listener.started(started.cached_tokens)
-        for tokens in report.tokens:
+        if report.tokens:
             self._failures = self._blind_crashes = 0
+        for tokens in report.tokens:
             live = self._live.get(tokens.handle)
             if live is not None:
                 live.deaths = live.kills = 0

@@ -222,7 +222,7 @@ class Generation:
             self.failed("The engine could not write this reply's text.")
             return
         self._output_tokens += piece.num_ids
-        self._deliver(piece.text, ids[: piece.num_ids])
+        self._deliver(piece.text, ids if piece.num_ids == len(ids) else ids[: piece.num_ids])
         if piece.stop is not None:
             self._owner.backend.finish(self._handle)
             self._finish(pb.FINISH_STOP_SEQUENCE, piece.stop)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from aiexport_edge.proto import engine_pb2 as pb
 
@@ -28,14 +30,45 @@ class OutboxBound:
 DEFAULT_BOUND = OutboxBound()
 
 
+class _Pending:
+    """A message in the making. The deltas lie in columns, as the message has them."""
+
+    def __init__(self) -> None:
+        self.outputs: list[pb.Output] = []
+        self.ends: list[pb.Output] = []
+        self.ended: set[int] = set()  # tags of `ends`
+        self.rows: dict[int, int] = {}  # where in the columns a tag's delta is
+        self.texts: list[str] = []
+        self.token_ids: list[Sequence[int]] = []
+        self.output_tokens: list[int] = []
+        self.emitted_bytes: list[int] = []
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.outputs or self.rows or self.ends)
+
+    def message(self, *, draining: bool) -> pb.StepOutputs:
+        outputs = pb.StepOutputs(outputs=self.outputs, draining=draining, ends=self.ends)
+        if self.rows:
+            deltas = outputs.deltas
+            deltas.tags.extend(self.rows)
+            deltas.texts.extend(self.texts)
+            deltas.token_ids.extend(chain.from_iterable(self.token_ids))
+            if len(deltas.token_ids) != len(self.rows) or not all(self.token_ids):
+                deltas.num_token_ids.extend(map(len, self.token_ids))
+            deltas.output_tokens.extend(self.output_tokens)
+            deltas.emitted_bytes.extend(self.emitted_bytes)
+        return outputs
+
+
 class Outbox:
     """Filled on the event loop, emptied by the one task that writes to the client."""
 
     def __init__(self, on_overflow: Callable[[], None], bound: OutboxBound) -> None:
         self._on_overflow = on_overflow
         self._bound = bound
-        self._pending = pb.StepOutputs()
-        self._deltas: dict[int, pb.Delta] = {}  # by tag: the delta in `_pending` that more can be joined to
+        self._pending = _Pending()
+        self._complete: deque[_Pending] = deque()  # messages before it, which nothing is added to
         self._bytes = 0
         self._since = 0.0  # when the oldest pending output came
         self._draining = False
@@ -45,34 +78,37 @@ class Outbox:
         self._wake = asyncio.Event()
 
     def accepted(self, tag: int, accepted: pb.Accepted) -> None:
-        self._add(_OUTPUT_BYTES).outputs.add(tag=tag, accepted=accepted)
+        self._begin(tag)
+        self._add(_OUTPUT_BYTES).outputs.append(pb.Output(tag=tag, accepted=accepted))
 
     def refused(self, tag: int, detail: pb.ErrorDetail) -> None:
-        self._add(_OUTPUT_BYTES + len(detail.message)).outputs.add(tag=tag, refused=detail)
+        self._begin(tag)
+        self._add(_OUTPUT_BYTES + len(detail.message)).outputs.append(pb.Output(tag=tag, refused=detail))
 
     def started(self, tag: int, cached_tokens: int) -> None:
-        self._add(_OUTPUT_BYTES).outputs.add(tag=tag, started=pb.Started(cached_tokens=cached_tokens))
+        self._add(_OUTPUT_BYTES).outputs.append(pb.Output(tag=tag, started=pb.Started(cached_tokens=cached_tokens)))
 
     def delta(self, tag: int, text: str, ids: Sequence[int], *, output_tokens: int, emitted_bytes: int) -> None:
-        """More of a reply; the counters are cumulative."""
-        delta = self._deltas.get(tag)
-        if delta is None:
-            pending = self._add(_OUTPUT_BYTES + len(text) + 4 * len(ids))
-            delta = self._deltas[tag] = pending.outputs.add(tag=tag, delta=pb.Delta(text=text, token_ids=ids)).delta
-        else:
-            self._add(len(text) + 4 * len(ids))
-            delta.text += text
-            delta.token_ids.extend(ids)
-        delta.output_tokens = output_tokens
-        delta.emitted_bytes = emitted_bytes
+        """More of a reply; the counters are cumulative. `ids` is kept and must not change."""
+        pending = self._add(_OUTPUT_BYTES + len(text) + 4 * len(ids))
+        row = pending.rows.get(tag)
+        if row is None:
+            pending.rows[tag] = len(pending.texts)
+            pending.texts.append(text)
+            pending.token_ids.append(ids)
+            pending.output_tokens.append(output_tokens)
+            pending.emitted_bytes.append(emitted_bytes)
+            return
+        pending.texts[row] += text
+        pending.token_ids[row] = [*pending.token_ids[row], *ids]
+        pending.output_tokens[row] = output_tokens
+        pending.emitted_bytes[row] = emitted_bytes
 
     def finished(self, tag: int, finished: pb.Finished) -> None:
-        self._add(_OUTPUT_BYTES).outputs.add(tag=tag, finished=finished)
-        self._deltas.pop(tag, None)
+        self._end(tag, _OUTPUT_BYTES, pb.Output(tag=tag, finished=finished))
 
     def failed(self, tag: int, detail: pb.ErrorDetail) -> None:
-        self._add(_OUTPUT_BYTES + len(detail.message)).outputs.add(tag=tag, failed=detail)
-        self._deltas.pop(tag, None)
+        self._end(tag, _OUTPUT_BYTES + len(detail.message), pb.Output(tag=tag, failed=detail))
 
     def drain(self) -> None:
         """From here on every message says that the engine drains, the next one at once."""
@@ -87,25 +123,39 @@ class Outbox:
     def discard(self) -> None:
         """Nothing more will be sent: what is pending and what still comes is thrown away."""
         self._discarding = True
-        self._pending = pb.StepOutputs()
-        self._deltas.clear()
+        self._pending = _Pending()
+        self._complete.clear()
         self.close()
 
     async def take(self) -> pb.StepOutputs | None:
         """The next message, as soon as there is one. None once closed and empty."""
         await self._wake.wait()
-        self._wake.clear()
+        if self._discarding:
+            return None
+        if self._complete:
+            return self._complete.popleft().message(draining=self._draining)
+        pending = self._pending
         if self._closed:
-            self._wake.set()
-            if self._discarding or not self._pending.outputs:
+            if pending.is_empty:
                 return None
-        pending, self._pending = self._pending, pb.StepOutputs()
-        pending.draining = self._draining
-        self._deltas.clear()
+        else:
+            self._wake.clear()
+        self._pending = _Pending()
         self._bytes = 0
-        return pending
+        return pending.message(draining=self._draining)
 
-    def _add(self, num_bytes: int) -> pb.StepOutputs:
+    def _begin(self, tag: int) -> None:
+        """A tag that is used again begins in another message than that in which it ends."""
+        if tag in self._pending.ended:
+            self._complete.append(self._pending)
+            self._pending = _Pending()
+
+    def _end(self, tag: int, num_bytes: int, output: pb.Output) -> None:
+        pending = self._add(num_bytes)
+        pending.ends.append(output)
+        pending.ended.add(tag)
+
+    def _add(self, num_bytes: int) -> _Pending:
         now = time.monotonic()
         if self._bytes == 0:
             self._since = now

@@ -5,7 +5,7 @@ elsewhere.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc
@@ -64,20 +64,9 @@ class EngineService(EngineServicer):
         generation = self._generations.submit(request, outbox, 0, outbox.close)
         try:
             while (outputs := await outbox.take()) is not None:
-                for output in outputs.outputs:
-                    match output.WhichOneof("event"):
-                        case "accepted":
-                            event = pb.GenerateEvent(accepted=output.accepted)
-                        case "started":
-                            event = pb.GenerateEvent(started=output.started)
-                        case "delta":
-                            event = pb.GenerateEvent(delta=output.delta)
-                        case "finished":
-                            event = pb.GenerateEvent(finished=output.finished)
-                        case "refused":
-                            await errors.abort(context, output.refused)
-                        case _:
-                            await errors.abort(context, output.failed)
+                for event in _events(outputs):
+                    if isinstance(event, pb.ErrorDetail):
+                        await errors.abort(context, event)
                     await context.write(event)
         finally:
             generation.drop()
@@ -137,3 +126,28 @@ class EngineService(EngineServicer):
             response.page_bytes = core.page_bytes
             response.preemptions = core.preemptions
         return response
+
+
+def _events(outputs: pb.StepOutputs) -> Iterator[pb.GenerateEvent | pb.ErrorDetail]:
+    """What a message says of the only request that it is about, in order. An error ends the call."""
+    for output in outputs.outputs:
+        match output.WhichOneof("event"):
+            case "accepted":
+                yield pb.GenerateEvent(accepted=output.accepted)
+            case "started":
+                yield pb.GenerateEvent(started=output.started)
+            case _:
+                yield output.refused
+    for text, output_tokens, emitted_bytes in zip(
+        outputs.deltas.texts, outputs.deltas.output_tokens, outputs.deltas.emitted_bytes, strict=True
+    ):
+        ids = outputs.deltas.token_ids
+        yield pb.GenerateEvent(
+            delta=pb.Delta(text=text, token_ids=ids, output_tokens=output_tokens, emitted_bytes=emitted_bytes)
+        )
+    for output in outputs.ends:
+        match output.WhichOneof("event"):
+            case "finished":
+                yield pb.GenerateEvent(finished=output.finished)
+            case _:
+                yield output.failed

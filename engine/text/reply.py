@@ -6,14 +6,13 @@ Owns the order of these three. Knows no requests and no budget.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from aiexport_edge.engine.text.detokenizer import Detokenizer
 from aiexport_edge.engine.text.stops import StopMatcher
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """What some ids bring: `text` to send now, how many of the ids belong to the reply, and the stop sequence that ends
     it, None while it goes on.
     """
@@ -48,6 +47,8 @@ class ReplyText:
     def feed(self, ids: Sequence[int]) -> Piece:
         """The text that becomes certain by `ids`. After a stop sequence or an id of `stop_ids` nothing is fed."""
         feed, matcher = self._detokenizer.feed, self._matcher
+        if matcher is None and len(ids) == 1 and ids[0] not in self._stop_ids:  # what a step mostly brings
+            return Piece(self._unsent(feed(ids[0])), 1, None)
         parts: list[str] = []
         for num_ids, token_id in enumerate(ids, start=1):
             if token_id in self._stop_ids:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -160,13 +161,14 @@ class Generation:
             self.cached_tokens = started.cached_tokens
             self._notify()
 
-    def on_delta(self, delta: pb.Delta) -> None:
-        self._ids.extend(delta.token_ids)
-        self._output_tokens = delta.output_tokens
-        if not delta.text:
+    def on_delta(self, text: str, ids: Sequence[int], output_tokens: int, emitted_bytes: int) -> None:
+        """More of the reply; the counters are cumulative."""
+        self._ids.extend(ids)
+        self._output_tokens = output_tokens
+        if not text:
             return
-        self._emitted_bytes = delta.emitted_bytes
-        self._text.append(delta.text)
+        self._emitted_bytes = emitted_bytes
+        self._text.append(text)
         if self._emitted_bytes - self._taken_bytes > self._max_buffered_bytes:
             self.fail(ClientGone("reads too slowly"))
         else:

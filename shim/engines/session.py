@@ -10,8 +10,9 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -199,27 +200,36 @@ class Session:
             self.draining = True
             log.info("engine %s: draining", self.address)
             self._on_change()
+        live = self._live  # a tag that is not in it was aborted here, and the engine did not know yet
         for output in outputs.outputs:
-            generation = self._live.get(output.tag)
+            generation = live.get(output.tag)
             if generation is None:
-                continue  # aborted here, and the engine did not know yet
+                continue
             match output.WhichOneof("event"):
                 case "accepted":
                     generation.on_accepted(output.accepted)
                 case "started":
                     generation.on_started(output.started)
-                case "delta":
-                    generation.on_delta(output.delta)
-                    if generation.ended:
-                        self.abort(output.tag)
                 case "refused":
-                    del self._live[output.tag]
+                    del live[output.tag]
                     generation.on_refused(output.refused)
+        deltas = outputs.deltas
+        for tag, text, ids, output_tokens, emitted_bytes in zip(
+            deltas.tags, deltas.texts, _ids_by_row(deltas), deltas.output_tokens, deltas.emitted_bytes, strict=True
+        ):
+            generation = live.get(tag)
+            if generation is not None:
+                generation.on_delta(text, ids, output_tokens, emitted_bytes)
+                if generation.ended:  # its consumer is too slow
+                    self.abort(tag)
+        for output in outputs.ends:
+            generation = live.pop(output.tag, None)
+            if generation is None:
+                continue
+            match output.WhichOneof("event"):
                 case "finished":
-                    del self._live[output.tag]
                     generation.on_finished(output.finished)
                 case "failed":
-                    del self._live[output.tag]
                     generation.on_failed(output.failed)
 
     def _end(self) -> None:
@@ -235,6 +245,13 @@ class Session:
             self._on_change()
         for generation in lost:
             self._on_lost(generation)
+
+
+def _ids_by_row(deltas: pb.Deltas) -> Iterable[Sequence[int]]:
+    if not deltas.num_token_ids:
+        return zip(deltas.token_ids)
+    ids = iter(deltas.token_ids)
+    return [list(islice(ids, number)) for number in deltas.num_token_ids]
 
 
 def _is_local(address: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,14 +181,8 @@ class Reply:
                 assert not self.num_deltas
                 self.started = output.started
             case "delta":
-                assert self.accepted is not None
-                delta = output.delta
-                assert delta.output_tokens >= self.output_tokens
-                assert delta.emitted_bytes >= self.emitted_bytes
-                self.text += delta.text
-                self.ids += delta.token_ids
-                self.num_deltas += 1
-                self.output_tokens, self.emitted_bytes = delta.output_tokens, delta.emitted_bytes
+                assert isinstance(output, pb.GenerateEvent)
+                self.hear_delta(output.delta)
             case "finished":
                 assert self.accepted is not None
                 assert output.finished.output_tokens >= self.output_tokens
@@ -199,6 +193,30 @@ class Reply:
                 self.failed = output.failed
             case other:
                 raise AssertionError(other)
+
+    def hear_delta(self, delta: pb.Delta) -> None:
+        assert not self.ended, "nothing comes after the end"
+        assert self.accepted is not None
+        assert delta.output_tokens >= self.output_tokens
+        assert delta.emitted_bytes >= self.emitted_bytes
+        self.text += delta.text
+        self.ids += delta.token_ids
+        self.num_deltas += 1
+        self.output_tokens, self.emitted_bytes = delta.output_tokens, delta.emitted_bytes
+
+
+def rows(deltas: pb.Deltas) -> Iterator[tuple[int, pb.Delta]]:
+    """The deltas of a message by tag."""
+    assert len(set(deltas.tags)) == len(deltas.tags)
+    ids = list(deltas.token_ids)
+    num_ids = list(deltas.num_token_ids) or [1] * len(deltas.tags)
+    assert sum(num_ids) == len(ids)
+    counters = zip(deltas.output_tokens, deltas.emitted_bytes, strict=True)
+    for tag, text, number, (output_tokens, emitted_bytes) in zip(
+        deltas.tags, deltas.texts, num_ids, counters, strict=True
+    ):
+        mine, ids = ids[:number], ids[number:]
+        yield tag, pb.Delta(text=text, token_ids=mine, output_tokens=output_tokens, emitted_bytes=emitted_bytes)
 
 
 class SessionClient:
@@ -255,6 +273,10 @@ class SessionClient:
                 self.num_messages += 1
                 self.draining |= outputs.draining
                 for output in outputs.outputs:
+                    self.replies[output.tag].hear(output)
+                for tag, delta in rows(outputs.deltas):
+                    self.replies[tag].hear_delta(delta)
+                for output in outputs.ends:
                     self.replies[output.tag].hear(output)
                 self._changed.set()
         except (grpc.aio.AioRpcError, asyncio.CancelledError):

@@ -166,7 +166,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
                         if task is not None and not task.done():
                             task.cancel()
                             finished = pb.Finished(reason=pb.FINISH_ABORTED)
-                            _put(outbox, pb.Output(tag=event.abort.tag, finished=finished))
+                            _put_end(outbox, pb.Output(tag=event.abort.tag, finished=finished))
                         self._note(self.seen.aborted, event.abort.tag)
         finally:
             for task in running.values():
@@ -203,21 +203,22 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         emitted = resume.emitted_bytes
         for index in range(len(resume.forced_ids), min(len(tokens), max_tokens)):
             if self.fail_after is not None and index >= self.fail_after[0]:
-                _put(outbox, pb.Output(tag=tag, failed=self.fail_after[1]))
+                _put_end(outbox, pb.Output(tag=tag, failed=self.fail_after[1]))
                 return
             if self._free.is_set():
                 await asyncio.sleep(0)
             else:
                 await self._permits.acquire()
             so_far = "".join(tokens[: index + 1]).encode()
-            delta = pb.Delta(
-                text=so_far[emitted:].decode(),
+            deltas = pb.Deltas(
+                tags=[tag],
+                texts=[so_far[emitted:].decode()],
                 token_ids=[index],
-                output_tokens=index + 1,
-                emitted_bytes=len(so_far),
+                output_tokens=[index + 1],
+                emitted_bytes=[len(so_far)],
             )
             emitted = len(so_far)
-            _put(outbox, pb.Output(tag=tag, delta=delta))
+            outbox.put_nowait(pb.StepOutputs(deltas=deltas))
         reason = pb.FINISH_END_TURN if len(tokens) <= max_tokens else pb.FINISH_MAX_TOKENS
         stop_sequence = ""
         for stop in request.sampling.stop_sequences:
@@ -230,7 +231,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
             cached_tokens=self.cached_tokens,
             output_tokens=min(len(tokens), max_tokens),
         )
-        _put(outbox, pb.Output(tag=tag, finished=finished))
+        _put_end(outbox, pb.Output(tag=tag, finished=finished))
 
     # ---------------------------------------------------------------------------------------- inside
 
@@ -260,3 +261,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
 
 def _put(outbox: asyncio.Queue[pb.StepOutputs | None], output: pb.Output) -> None:
     outbox.put_nowait(pb.StepOutputs(outputs=[output]))
+
+
+def _put_end(outbox: asyncio.Queue[pb.StepOutputs | None], output: pb.Output) -> None:
+    outbox.put_nowait(pb.StepOutputs(ends=[output]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import Any
 
 import pytest
@@ -20,6 +20,10 @@ def no_overflow() -> None:
     raise AssertionError("overflow")
 
 
+def _events(outputs: Iterable[pb.Output]) -> list[tuple[int, str | None]]:
+    return [(output.tag, output.WhichOneof("event")) for output in outputs]
+
+
 def test_deltas_of_a_request_are_joined_and_events_keep_their_order() -> None:
     async def test() -> None:
         outbox = Outbox(no_overflow, OutboxBound())
@@ -32,21 +36,21 @@ def test_deltas_of_a_request_are_joined_and_events_keep_their_order() -> None:
         outbox.refused(1, pb.ErrorDetail(message="no"))  # the tag is used again
         outputs = await outbox.take()
         assert outputs is not None
-        assert [(output.tag, output.WhichOneof("event")) for output in outputs.outputs] == [
-            (1, "accepted"),
-            (1, "started"),
-            (1, "delta"),
-            (2, "delta"),
-            (1, "finished"),
-            (1, "refused"),
-        ]
-        delta = outputs.outputs[2].delta
-        assert (delta.text, list(delta.token_ids)) == ("abé", [5, 6, 7])
-        assert (delta.output_tokens, delta.emitted_bytes) == (3, 4)
+        assert _events(outputs.outputs) == [(1, "accepted"), (1, "started")]
+        deltas = outputs.deltas
+        assert list(zip(deltas.tags, deltas.texts, strict=True)) == [(1, "abé"), (2, "x")]
+        assert list(deltas.token_ids) == [5, 6, 7, 9]
+        assert list(deltas.num_token_ids) == [3, 1]
+        assert list(deltas.output_tokens) == [3, 4]
+        assert list(deltas.emitted_bytes) == [4, 7]
+        assert _events(outputs.ends) == [(1, "finished")]
         outbox.delta(2, "y", [1], output_tokens=5, emitted_bytes=8)
-        outputs = await outbox.take()
-        assert outputs is not None
-        assert outputs.outputs[0].delta.text == "y"  # what has been taken is not touched again
+        again = await outbox.take()
+        assert again is not None
+        assert _events(again.outputs) == [(1, "refused")]
+        assert list(again.deltas.texts) == ["y"]  # what has been taken is not touched again
+        assert not again.deltas.num_token_ids
+        assert not again.ends
 
     run(test())
 
@@ -60,7 +64,7 @@ def test_it_ends_when_closed_and_empty() -> None:
         outbox.close()
         outputs = await waiter
         assert outputs is not None
-        assert len(outputs.outputs) == 1
+        assert len(outputs.ends) == 1
         assert await outbox.take() is None
         assert await outbox.take() is None
 
