@@ -41,6 +41,13 @@ class Catalog:
         self._plans = plans
         self._sizes = sizes
 
+    def ids_by_weights(self) -> dict[str, frozenset[str]]:
+        """Every id, under the name by which the engines know its weights."""
+        ids: dict[str, set[str]] = {}
+        for listed in self._listed.values():
+            ids.setdefault(listed.spec.weights, set()).add(listed.id)
+        return {weights: frozenset(of_weights) for weights, of_weights in ids.items()}
+
     def weight(self, plan: str) -> float:
         """The plan's share of service against others."""
         return self._plans[plan].weight

@@ -30,6 +30,9 @@ FIRST_TOKEN_SECONDS = Histogram(
 )
 TOKENS = Counter("aiexport_tokens", "Tokens of ended requests", ["model", "kind"], registry=_registry)
 MESSAGES = Counter("aiexport_messages", "Message requests by how they ended", ["model", "outcome"], registry=_registry)
+BATCH_REQUESTS = Counter(
+    "aiexport_batch_requests", "Requests of batches by how they ended", ["model", "outcome"], registry=_registry
+)
 IN_FLIGHT = Gauge(
     "aiexport_messages_in_flight",
     "Message requests admitted and not ended",

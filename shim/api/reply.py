@@ -33,7 +33,7 @@ class Reply:
         self.message_id = new_id("msg_")
         self.entry: Entry | None = None
         self.outcome = "completed"
-        self._model = request.model
+        self.model = request.model
         self._opened = False
 
     def take(self) -> tuple[str, pb.Finished | None]:
@@ -83,20 +83,15 @@ class Reply:
     def message(self, *, text: str | None = None, finished: pb.Finished | None = None) -> dict[str, Any]:
         """The message object; without `finished` the one that opens a stream."""
         assert self.entry is not None
-        ending = {"stop_reason": None, "stop_sequence": None} if finished is None else _ending(finished)
-        return {
-            "id": self.message_id,
-            "type": "message",
-            "role": "assistant",
-            "model": self._model,
-            "content": [] if text is None else [{"type": "text", "text": text}],
-            **ending,
-            "usage": {
-                "input_tokens": self.entry.prompt_tokens - self.entry.cached_tokens,
-                "cache_read_input_tokens": self.entry.cached_tokens,
-                "output_tokens": 0 if finished is None else self.entry.output_tokens,
-            },
-        }
+        return message_object(
+            self.message_id,
+            self.model,
+            text,
+            finished,
+            prompt_tokens=self.entry.prompt_tokens,
+            cached_tokens=self.entry.cached_tokens,
+            output_tokens=self.entry.output_tokens,
+        )
 
     def account(self, status: str) -> None:
         """Settles the counts: what never began has read nothing, and a whole reply that failed costs nothing."""
@@ -114,6 +109,33 @@ class Reply:
         metrics.TOKENS.labels(entry.model, "input").inc(entry.prompt_tokens - entry.cached_tokens)
         metrics.TOKENS.labels(entry.model, "cache_read").inc(entry.cached_tokens)
         metrics.TOKENS.labels(entry.model, "output").inc(entry.output_tokens)
+
+
+def message_object(
+    message_id: str,
+    model: str,
+    text: str | None,
+    finished: pb.Finished | None,
+    *,
+    prompt_tokens: int,
+    cached_tokens: int,
+    output_tokens: int,
+) -> dict[str, Any]:
+    """The message object of the API. `model` is the id that was asked for; `finished` None: it has only begun."""
+    ending = {"stop_reason": None, "stop_sequence": None} if finished is None else _ending(finished)
+    return {
+        "id": message_id,
+        "type": "message",
+        "role": "assistant",
+        "model": model,
+        "content": [] if text is None else [{"type": "text", "text": text}],
+        **ending,
+        "usage": {
+            "input_tokens": prompt_tokens - cached_tokens,
+            "cache_read_input_tokens": cached_tokens,
+            "output_tokens": 0 if finished is None else output_tokens,
+        },
+    }
 
 
 def _ending(finished: pb.Finished) -> dict[str, Any]:
