@@ -8,7 +8,8 @@ from asyncio import TimerHandle, Transport
 from http import HTTPStatus
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from aiexport_edge.shim import logs
 from aiexport_edge.shim.errors import ApiError, HeadTooLarge, InvalidRequest, Overloaded, error_body
@@ -16,6 +17,7 @@ from aiexport_edge.shim.store.keys import new_id
 
 MAX_HEAD_BYTES = 64 << 10
 HEAD_S = 30.0  # from a connection's, or a further request's, first byte to the end of its head
+MAX_PIPELINED = 32  # requests that wait for an earlier one's reply; what else has arrived is read and held, too
 STALL_S = 120.0  # a client that has not made room for more bytes for so long is given up
 MAX_CONNECTIONS = 4096
 
@@ -34,6 +36,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._head_timer: TimerHandle | None = None
         self._stall_timer: TimerHandle | None = None
         self._one_too_many = False
+        self._replying: RequestResponseCycle | None = None  # `cycle` is the last that has arrived
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -46,6 +49,9 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self._stop_stall_timer()
+        if self._replying is not None and not self._replying.response_complete:
+            self._replying.disconnected = True
+            self._replying.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -66,6 +72,8 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._end_of_head()
         super().on_headers_complete()
+        if len(self.pipeline) > MAX_PIPELINED:
+            raise InvalidRequest("Too many requests were sent before their replies.")  # ends the parser's work, too
 
     def on_body(self, body: bytes) -> None:
         self._end_of_head()
@@ -77,6 +85,10 @@ class HttpProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(InvalidRequest(msg))
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._replying = cycle
+        super()._start_asgi_task(cycle, app)
 
     # ------------------------------------------------------------------------------------------ what takes no bytes
 
@@ -104,7 +116,13 @@ class HttpProtocol(HttpToolsProtocol):
     # ------------------------------------------------------------------------------------------ heads
 
     def _refuse(self, error: ApiError) -> None:
-        """An error reply where no application has been asked, and the end of the connection."""
+        """An error reply where no application has been asked, and the end of the connection.
+
+        In the middle of another reply there is no place for it.
+        """
+        if self._replying is not None and not self._replying.response_complete:
+            self.transport.close()
+            return
         request_id = new_id("req_")
         body = error_body(error, request_id)
         retry = "" if error.retry_after is None else f"retry-after: {error.retry_after:.0f}\r\n"

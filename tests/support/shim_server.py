@@ -22,6 +22,7 @@ from aiexport_edge.shim.engines.engines import Engines
 from aiexport_edge.shim.server import server
 from aiexport_edge.shim.services import Services
 from aiexport_edge.shim.store import CreatedKey, Store, open_store
+from aiexport_edge.shim.tls import Certificate
 
 HAIKU = "apex-haiku-4-20250401"
 SONNET = "apex-sonnet-4-20250501"
@@ -37,10 +38,21 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> Non
 
 
 class ShimServer:
-    """`base_url` and `admin_url` answer from `start` to `stop`. The workspace `acme` is on Enterprise."""
+    """`base_url` and `admin_url` answer from `start` to `stop`. The workspace `acme` is on Enterprise.
 
-    def __init__(self, state: Path, addresses: tuple[str, ...], *, ping_s: float = 10.0, **settings: Any) -> None:
-        config = configuration.load(None, state)
+    `configure` changes the configuration before anything is made of it.
+    """
+
+    def __init__(
+        self,
+        state: Path,
+        addresses: tuple[str, ...],
+        *,
+        ping_s: float = 10.0,
+        configure: Callable[[configuration.Config], configuration.Config] = lambda config: config,
+        **settings: Any,
+    ) -> None:
+        config = configure(configuration.load(None, state))
         limits = {name: settings.pop(name) for name in ("max_body_bytes", "inflight_body_bytes") if name in settings}
         self.config = replace(config, shim=replace(config.shim, **limits))
         self._addresses = addresses
@@ -52,6 +64,10 @@ class ShimServer:
         self.key: CreatedKey = self.store.create_key("acme")
         self._sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
         self.base_url, self.admin_url = (f"http://127.0.0.1:{s.getsockname()[1]}" for s in self._sockets)
+        tls = self.config.tls
+        self.certificate = Certificate(tls.cert, tls.key) if tls.cert and tls.key else None
+        if self.certificate is not None:
+            self.base_url = self.base_url.replace("http:", "https:")
         self._thread = threading.Thread(target=self._run, daemon=True)
         self.servers: list[uvicorn.Server] = []
 
@@ -67,7 +83,8 @@ class ShimServer:
         self.store.close()
 
     def wait_ready(self) -> None:
-        until(lambda: httpx.get(f"{self.base_url}/readyz").status_code == 200, "the shim is ready")
+        with httpx.Client(verify=self.certificate is None) as client:
+            until(lambda: client.get(f"{self.base_url}/readyz").status_code == 200, "the shim is ready")
 
     def client(self, key: str | None = None, **kwargs: Any) -> httpx.Client:
         return httpx.Client(
@@ -75,7 +92,7 @@ class ShimServer:
         )
 
     def address(self) -> tuple[str, int]:
-        host, _, port = self.base_url.removeprefix("http://").partition(":")
+        host, _, port = self.base_url.partition("://")[2].partition(":")
         return host, int(port)
 
     def _run(self) -> None:
@@ -87,10 +104,18 @@ class ShimServer:
         self.engines = Engines(self._addresses, client="test", **self._settings)
         self.services = Services(self.config, self.store, self.engines)
         self.servers = [
-            server(create_app(self.services, ping_s=self._ping_s), drain_s=2),
+            server(
+                create_app(self.services, ping_s=self._ping_s),
+                drain_s=2,
+                max_connections=self.config.shim.max_connections,
+                certificate=self.certificate,
+            ),
             server(create_admin_app(self.services), drain_s=1),
         ]
 
+        renewing = None if self.certificate is None else asyncio.create_task(self.certificate.run())
         async with asyncio.TaskGroup() as group:
             for each, listener in zip(self.servers, self._sockets, strict=True):
                 group.create_task(each.serve(sockets=[listener]))
+        if renewing is not None:
+            renewing.cancel()
