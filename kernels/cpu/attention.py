@@ -14,6 +14,7 @@ import math
 import numpy as np
 import torch
 
+from aiexport_edge.kernels.cpu.attention_pairs import arrange_keys, arrange_query, attend_block
 from aiexport_edge.kernels.cpu.attention_plan import (
     BY_SPLIT,
     END_SPLIT,
@@ -40,6 +41,7 @@ from aiexport_edge.kernels.cpu.attention_rows import (
     state_size,
     weigh,
 )
+from aiexport_edge.kernels.cpu.dot import HAS_BFLOAT16
 from aiexport_edge.kernels.cpu.jit import inner, kernel
 from aiexport_edge.kernels.cpu.memory import (
     get_int32,
@@ -115,10 +117,12 @@ def _attend_block(
     group: int,
     high: int,
     window: int,
+    pairs: int,
+    factor: float,
     state: int,
     scratch: int,
 ) -> None:
-    """One block for all rows of a tile; the first row sees keys below `high`.
+    """One block for all rows of a tile; the first row sees keys below `high`. `pairs`: see `attention_pairs`.
 
     `here` and `following` hold the places of this block's and the next one's 64 keys, then of their values.
     """
@@ -132,7 +136,13 @@ def _attend_block(
             for line in range(0, row_bytes, CACHE_LINE):
                 prefetch(get_int64(following, place) + line)
                 prefetch(get_int64(following, BLOCK + place) + line)
-        widen_columns(dtype, here + 8 * key, columns + 4 * key, 4 * BLOCK, head_dim)
+        if pairs != 0:
+            arrange_keys(here + 8 * key, head_dim, columns + 4 * key)
+        else:
+            widen_columns(dtype, here + 8 * key, columns + 4 * key, 4 * BLOCK, head_dim)
+    if pairs != 0:
+        attend_block(here, count, head_dim, queries, rows, group, high, window, factor, state, scratch)
+        return
     for place in range(count):
         widen(dtype, get_int64(here, BLOCK + place), wide_values + 4 * place * width, head_dim)
     num_columns = (count + COLUMNS - 1) // COLUMNS * COLUMNS
@@ -188,6 +198,7 @@ def attend_tiles(
     states: int,
     state_bytes: int,
     row_bytes: int,
+    pairs: int,
     scale: float,
 ) -> None:
     """Every unit's attention to `out`, or in a plan by splits its state to record * num_kv_heads + head of `states`."""
@@ -216,7 +227,11 @@ def attend_tiles(
 
         for row in range(rows):
             place = queries + 4 * row * width
-            widen(q_dtype, q + first_head + row // group * row_bytes + row % group * head_bytes, place, head_dim)
+            source = q + first_head + row // group * row_bytes + row % group * head_bytes
+            if pairs != 0:
+                arrange_query(source, head_dim, queries, row, rows)
+                continue
+            widen(q_dtype, source, place, head_dim)
             for i in range(0, head_dim, LANES):
                 store(place + 4 * i, multiply(load(place + 4 * i), factor))
 
@@ -249,6 +264,8 @@ def attend_tiles(
                     group,
                     position + 1 - base,
                     window,
+                    pairs,
+                    scale,
                     state,
                     work_space,
                 )
@@ -381,6 +398,7 @@ def paged_attention(
         states.data_ptr(),
         state_bytes,
         row_bytes,
+        int(HAS_BFLOAT16 and q.dtype == k_cache.dtype == torch.bfloat16 and head_dim % COLUMNS == 0),
         scale * LOG2_E,
     )
     if by_split:

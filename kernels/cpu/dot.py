@@ -133,3 +133,54 @@ def int8_tile(num_rows: int) -> Tile:
 
     function: Tile = tile
     return function
+
+
+def pair_tile(num_rows: int) -> Tile:
+    """out[rows, 32] (+)= left @ right in float32, over bfloat16 pairs; `start` 0: from zero. Strides are in bytes.
+
+    The word of left's row r at depth d lies at r * row_stride + d * depth_stride.
+    """
+
+    @simd.operation(simd.none, *[simd.int64] * 9)
+    def tile(
+        builder: Any,
+        left: Any,
+        row_stride: Any,
+        depth_stride: Any,
+        right: Any,
+        right_stride: Any,
+        out: Any,
+        out_stride: Any,
+        depth: Any,
+        start: Any,
+    ) -> None:
+        def output(row: int, column: int) -> Any:
+            place = builder.add(out, builder.mul(out_stride, ir.Constant(I64, row)))
+            return memory.pointer(builder, _at(builder, place, 4 * column), FLOATS)
+
+        adds = builder.icmp_signed("!=", start, ir.Constant(I64, 0))
+        sums = {}
+        for cell in _cells(num_rows):
+            sums[cell] = cgutils.alloca_once_value(builder, simd.constant(FLOATS, 0.0))  # type: ignore[no-untyped-call]
+        with builder.if_then(adds):
+            for cell, place in sums.items():
+                builder.store(builder.load(output(*cell), align=4, typ=FLOATS), place)
+        with cgutils.for_range(builder, depth) as loop:
+            columns = builder.add(right, builder.mul(right_stride, loop.index))
+            rows = builder.add(left, builder.mul(depth_stride, loop.index))
+            rights = {
+                column: memory.read(builder, _at(builder, columns, 4 * column), WORDS)
+                for column in range(0, COLUMNS, LANES)
+            }
+            for row in range(num_rows):
+                place = builder.add(rows, builder.mul(row_stride, ir.Constant(I64, row)))
+                word = builder.load(memory.pointer(builder, place, I32), align=4, typ=I32)
+                factor = simd.broadcast(builder, word, WORDS)
+                for column, values in rights.items():
+                    cell = sums[row, column]
+                    builder.store(dot_bfloat16(builder, builder.load(cell), factor, values), cell)
+        for cell, place in sums.items():
+            builder.store(builder.load(place), output(*cell), align=4)
+
+    function: Tile = tile
+    return function

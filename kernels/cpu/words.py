@@ -1,4 +1,4 @@
-"""32-bit words of two bfloat16 or four int8: squares of them transposed, rows of float32 quantized into them."""
+"""32-bit words of two bfloat16 or four int8: made of rows, by transposing or pairing them or by rounding float32."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from aiexport_edge.kernels.cpu.memory import pointer, transpose
 from aiexport_edge.kernels.cpu.simd import (
     FLOATS,
+    HALVES,
     I32,
     I64,
     LANES,
@@ -21,9 +22,11 @@ from aiexport_edge.kernels.cpu.simd import (
     lanes_below,
     none,
     operation,
+    vector,
 )
 
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
+_HALVES, _INDEXES = ir.VectorType(ir.IntType(16), 2 * LANES), ir.VectorType(I32, 2 * LANES)
 
 
 @operation(none, int64, int64, int64)
@@ -65,3 +68,41 @@ def quantize_lanes(builder: Any, source: Any, factor: Any, target: Any) -> Any:
     words = builder.fptosi(call(builder, "llvm.rint.v16f32", FLOATS, scaled), WORDS)
     builder.store(builder.trunc(words, _BYTES), pointer(builder, target, _BYTES), align=1)
     return builder.sext(call(builder, "llvm.vector.reduce.add.v16i32", I32, words), I64)
+
+
+@operation(none, int64, int64, int64, int64)
+def gather_columns(builder: Any, addresses: Any, offset: Any, target: Any, target_stride: Any) -> None:
+    """target[w, r] = word w of the 16 words that begin `offset` bytes into the r-th of sixteen rows."""
+    rows = []
+    for row in range(LANES):
+        place = pointer(builder, addresses, I64, ir.Constant(I32, row))
+        address = builder.add(builder.load(place, align=8, typ=I64), offset)
+        rows.append(builder.load(pointer(builder, address, WORDS), align=2, typ=WORDS))
+    for word, value in enumerate(transpose(builder, rows)):
+        place = pointer(builder, builder.add(target, builder.mul(target_stride, ir.Constant(I64, word))), WORDS)
+        builder.store(value, place, align=4)
+
+
+@operation(none, int64, int64, int64)
+def pair_rows(builder: Any, first: Any, second: Any, target: Any) -> None:
+    """32 words, each with number i of the first row low and of the second row high."""
+    low, high = (builder.load(pointer(builder, row, _HALVES), align=2, typ=_HALVES) for row in (first, second))
+    for half in range(2):
+        order = [lane // 2 + LANES * half + (2 * LANES if lane % 2 else 0) for lane in range(2 * LANES)]
+        words = builder.shuffle_vector(low, high, ir.Constant(_INDEXES, order))
+        builder.store(words, pointer(builder, _past(builder, target, 4 * LANES * half), _HALVES), align=4)
+
+
+def _past(builder: Any, address: Any, offset: int) -> Any:
+    return builder.add(address, ir.Constant(I64, offset))
+
+
+@operation(vector, int64, vector)
+def store_rounded(builder: Any, address: Any, value: Any) -> Any:
+    """Sixteen numbers, none negative or NaN, to memory as bfloat16 (nearest, ties to even); the rounded numbers."""
+    bits = builder.bitcast(value, WORDS)
+    odd = builder.and_(builder.lshr(bits, constant(WORDS, 16)), constant(WORDS, 1))
+    bits = builder.add(builder.add(bits, constant(WORDS, 0x7FFF)), odd)
+    halves = builder.trunc(builder.lshr(bits, constant(WORDS, 16)), HALVES)
+    builder.store(halves, pointer(builder, address, HALVES), align=2)
+    return builder.bitcast(builder.and_(bits, constant(WORDS, 0xFFFF0000)), FLOATS)
