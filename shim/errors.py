@@ -10,6 +10,8 @@ from typing import Any
 
 import msgspec
 
+STORE_RETRY_S = 5.0
+
 
 class ApiError(Exception):
     """A refusal or failure as the client sees it. `param` is the path of the field at fault.
@@ -112,6 +114,11 @@ TABLE: dict[type[ApiError], tuple[int, str]] = {
 def internal_error() -> InternalError:
     """What a client is told of a bug: nothing but the request id, which is in the reply anyway."""
     return InternalError("An internal error occurred. If it happens again, tell the operator this reply's request_id.")
+
+
+def store_unavailable() -> Overloaded:
+    """What a client is told while the store can't be written or read; the operator finds the remedy in the log."""
+    return Overloaded("The server can't keep accounts just now; send the request again.", retry_after=STORE_RETRY_S)
 
 
 def error_document(error: ApiError, request_id: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -19,12 +20,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from aiexport_edge.shim import logs, metrics
 from aiexport_edge.shim.body import ClientDisconnected
 from aiexport_edge.shim.engines.generation import ClientGone
-from aiexport_edge.shim.errors import ApiError, MethodNotAllowed, NotFound, error_body, internal_error
+from aiexport_edge.shim.errors import (
+    ApiError,
+    MethodNotAllowed,
+    NotFound,
+    error_body,
+    internal_error,
+    store_unavailable,
+)
+from aiexport_edge.shim.limits.limits import Ticket
 from aiexport_edge.shim.store import Principal
+from aiexport_edge.shim.store.errors import is_unavailable, remedy
 from aiexport_edge.shim.store.keys import new_id
 
 CLIENT_CLOSED = 499  # in the log alone: the client left before there was a status
 _MAX_PATH_CHARS = 200
+_UNCOUNTED = frozenset({429, 503})  # statuses that cost nothing of the workspace's requests a minute
 _PROBES = frozenset({"/healthz", "/readyz"})  # asked every few seconds for ever
 
 log = logging.getLogger(__name__)
@@ -39,6 +50,7 @@ class Exchange:
     route: str = "other"  # the path's pattern; never the path itself, which a client chooses
     status: int = 0
     principal: Principal | None = None  # once the door has let the caller in
+    ticket: Ticket | None = None  # against the limits of its workspace, where it has any
     facts: dict[str, Any] = field(default_factory=dict)  # for the access line: workspace, model, tokens, …
 
     @property
@@ -93,8 +105,12 @@ class ExchangeMiddleware:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                ids = ((b"request-id", request_id), (b"x-request-id", request_id))
-                message = {**message, "headers": [*message["headers"], *ids]}
+                headers = [*message["headers"], (b"request-id", request_id), (b"x-request-id", request_id)]
+                if exchange.ticket is not None:
+                    if exchange.status in _UNCOUNTED:
+                        await exchange.ticket.give_back()
+                    headers += exchange.ticket.headers()
+                message = {**message, "headers": headers}
             await send(message)
 
         try:
@@ -103,6 +119,13 @@ class ExchangeMiddleware:
             exchange.facts["client"] = str(gone) or "left"
         except ApiError as error:
             await self._refuse(exchange, error, send_with_id)
+        except SQLAlchemyError as error:
+            if not is_unavailable(error):
+                log.exception("%s failed", exchange.request_id)
+                await self._refuse(exchange, internal_error(), send_with_id)
+            else:
+                log.error("%s could not be served: %s", exchange.request_id, remedy(error))
+                await self._refuse(exchange, store_unavailable(), send_with_id)
         except Exception:
             log.exception("%s failed", exchange.request_id)
             await self._refuse(exchange, internal_error(), send_with_id)

@@ -15,6 +15,8 @@ from aiexport_edge.shim.body import BodyBudget
 from aiexport_edge.shim.catalog import Catalog
 from aiexport_edge.shim.engines.engines import Engines
 from aiexport_edge.shim.idempotency import IdempotencyKeys
+from aiexport_edge.shim.limits.limits import Limits
+from aiexport_edge.shim.limits.windows import open_window
 from aiexport_edge.shim.secrets import MasterKeys, SecretBox
 from aiexport_edge.shim.store import Store
 from aiexport_edge.shim.store.idempotency_rows import IdempotencyRows
@@ -40,6 +42,13 @@ class Services:
         self.catalog = Catalog(config.models, config.plans, engines)
         self.process_id = new_id("proc_")
         self.ledger = UsageLedger(UsageRows(store.database, self.process_id))
+        self.limits = Limits(
+            config.plans,
+            open_window(config, store.database, self.threads),
+            self.ledger,
+            store.database,
+            self.threads,
+        )
         self.idempotency = IdempotencyKeys(IdempotencyRows(store.database, self.process_id), self.threads)
         self.bodies = BodyBudget(config.shim.inflight_body_bytes)
 
@@ -59,6 +68,7 @@ class Services:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.get_running_loop().run_in_executor(self.threads, self.ledger.close)
+            await self.limits.close()
             self.threads.shutdown()
 
     async def _measure(self) -> None:

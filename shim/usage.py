@@ -1,5 +1,7 @@
 """What each request has used: reserved before its 200, checkpointed while it runs, settled at its end.
 
+Where the tokens of a workspace are limited, the same transaction that writes a request's row reserves what it may use.
+
 `settle` never waits, so that it can be called where nothing may be awaited (a client has left, the process drains). One
 thread writes: what has come together since its last transaction goes into the next, so that 64 requests at once cost
 two or three commits, not 64. It also keeps this process's heartbeat and settles what dead processes left behind.
@@ -12,13 +14,15 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from aiexport_edge.shim.store.usage_rows import UsageRows
+from aiexport_edge.shim.prices import Price
+from aiexport_edge.shim.store.errors import remedy
+from aiexport_edge.shim.store.usage_rows import Claim, Saved, Standing, UsageRows
 from aiexport_edge.shim.store.values import UsageRow
 
 CHECKPOINT_S = 1.0
@@ -29,9 +33,21 @@ _MAX_BATCH = 1000
 log = logging.getLogger(__name__)
 
 
+class QuotaSpent(Exception):
+    """The claim was refused: the day's tokens are used, or reserved by what is in flight."""
+
+    def __init__(self, standing: Standing) -> None:
+        super().__init__("the tokens of the day are used or reserved")
+        self.standing = standing
+
+
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One request's usage. The request's handler fills it in as it goes; the writer thread reads it."""
+    """One request's usage. The request's handler fills it in as it goes; the writer thread reads it.
+
+    `model` is the id that was asked for, and that the reply names; `claim` is set where the workspace's tokens are
+    limited (`Limits.reserve` does).
+    """
 
     request_id: str
     message_id: str
@@ -39,6 +55,9 @@ class Entry:
     key_id: str
     model: str
     prompt_tokens: int
+    price: Price
+    batch: bool = False
+    claim: Claim | None = None
     cached_tokens: int = 0
     output_tokens: int = 0
     status: str = "running"
@@ -60,13 +79,23 @@ class Entry:
             created_at=self.created_at,
             first_token_at=self.first_token_at,
             ended_at=self.ended_at,
+            batch=self.batch,
+            cost=self.prompt_tokens * self.price.input + self.output_tokens * self.price.output,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Reserve:
-    entry: Entry
-    done: asyncio.Future[None]
+    entry: Entry | None  # None: a claim without a row
+    claim: Claim | None
+    done: asyncio.Future[Standing | None]
+
+    @property
+    def id(self) -> str:
+        if self.entry is not None:
+            return self.entry.request_id
+        assert self.claim is not None
+        return self.claim.id
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +103,30 @@ class _Settle:
     entry: Entry
 
 
+@dataclass(frozen=True, slots=True)
+class _Release:
+    claim_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Flush:
+    done: asyncio.Future[Standing | None]
+
+
+_Item = _Reserve | _Settle | _Release | _Flush
+
+
 class UsageLedger:
     """Owns the writer thread. `start` and `close` once each; the other methods from the event loop."""
 
     def __init__(self, rows: UsageRows) -> None:
         self._rows = rows
-        self._inbox: queue.SimpleQueue[_Reserve | _Settle | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="usage", daemon=True)
         # The writer thread's own:
         self._running: dict[str, tuple[Entry, UsageRow]] = {}  # with what was last written
         self._unsaved: dict[str, UsageRow] = {}  # settled, not yet written because the store failed
+        self._unreleased: set[str] = set()  # claims, likewise
 
     def start(self) -> None:
         self._thread.start()
@@ -93,11 +136,31 @@ class UsageLedger:
         self._inbox.put(None)
         self._thread.join()
 
-    async def reserve(self, entry: Entry) -> None:
-        """Returns once the entry's row is committed; raises what the database raised."""
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._inbox.put(_Reserve(entry, done))
-        await done
+    async def reserve(self, entry: Entry) -> Standing | None:
+        """Returns once the entry's row is committed, with how its workspace then stands where it has a claim.
+
+        Raises `QuotaSpent` where the claim is refused, or what the database raised.
+        """
+        return await self._ask(lambda done: _Reserve(entry, entry.claim, done))
+
+    async def hold(self, claim: Claim) -> Standing:
+        """Reserves tokens without a row; raises as `reserve` does. `release` them, or let `record` do so."""
+        standing = await self._ask(lambda done: _Reserve(None, claim, done))
+        assert standing is not None
+        return standing
+
+    def release(self, claim_id: str) -> None:
+        """Lets go of what `hold` reserved. Returns at once."""
+        self._inbox.put(_Release(claim_id))
+
+    async def flush(self) -> None:
+        """Returns once everything settled before is in the database; raises what the database raised."""
+        await self._ask(_Flush)
+
+    async def _ask(self, item: Callable[[asyncio.Future[Standing | None]], _Item]) -> Standing | None:
+        done: asyncio.Future[Standing | None] = asyncio.get_running_loop().create_future()
+        self._inbox.put(item(done))
+        return await done
 
     def settle(self, entry: Entry, status: str) -> None:
         """The request's end: completed, aborted or failed. Returns at once."""
@@ -124,11 +187,11 @@ class UsageLedger:
         try:
             self._rows.leave()
         except SQLAlchemyError as error:
-            log.error("the store could not be told that this process ends: %s", _reason(error))
+            log.error("the store could not be told that this process ends: %s", remedy(error))
 
-    def _collect(self, until: float) -> tuple[list[_Reserve | _Settle], bool]:
+    def _collect(self, until: float) -> tuple[list[_Item], bool]:
         """What has come in: waits for the first until the next checkpoint, takes the others that are there."""
-        batch: list[_Reserve | _Settle] = []
+        batch: list[_Item] = []
         timeout = max(0.0, until - time.monotonic())
         try:
             item = self._inbox.get(timeout=timeout)
@@ -141,16 +204,24 @@ class UsageLedger:
             return batch, False
         return batch, True
 
-    def _save(self, batch: list[_Reserve | _Settle], *, checkpoint: bool) -> None:
+    def _save(self, batch: list[_Item], *, checkpoint: bool) -> None:
+        asked = [item for item in batch if isinstance(item, _Reserve | _Flush)]
         reserves = [item for item in batch if isinstance(item, _Reserve)]
-        reserved = [item.entry.row() for item in reserves]
-        changed = dict(self._unsaved)
-        for reserve, row in zip(reserves, reserved, strict=True):
-            self._running[row.request_id] = (reserve.entry, row)
+        entries = [item.entry for item in reserves if item.entry is not None]
+        # a client that left at once may have settled its entry already
+        reserved = [replace(entry.row(), status="running", ended_at=None) for entry in entries]
+        claims = [item.claim for item in reserves if item.claim is not None]
+        changed, released = dict(self._unsaved), set(self._unreleased)
+        for entry, row in zip(entries, reserved, strict=True):
+            self._running[row.request_id] = (entry, row)
         for item in batch:
             if isinstance(item, _Settle):
                 self._running.pop(item.entry.request_id, None)
                 changed[item.entry.request_id] = item.entry.row()
+                if item.entry.claim is not None:
+                    released.add(item.entry.claim.id)
+            elif isinstance(item, _Release):
+                released.add(item.claim_id)
         if checkpoint:
             for request_id, (entry, written) in list(self._running.items()):
                 row = entry.row()
@@ -158,47 +229,51 @@ class UsageLedger:
                     self._running[request_id] = (entry, row)
                     changed[request_id] = row
         try:
-            self._rows.save(reserved, list(changed.values()))
+            saved = self._rows.save(reserved, list(changed.values()), claims, sorted(released))
         except SQLAlchemyError as error:
-            log.error("usage could not be written and will be tried again: %s", _reason(error))
+            log.error("usage could not be written and will be tried again: %s", remedy(error))
             self._unsaved = {request_id: row for request_id, row in changed.items() if row.ended_at is not None}
+            self._unreleased = released | {claim.id for claim in claims}  # the commit may have gone through
             for row in reserved:
                 self._running.pop(row.request_id, None)
-            _resolve(reserves, error)
+            _resolve(asked, error)
         else:
-            self._unsaved = {}
-            _resolve(reserves, None)
+            self._unsaved, self._unreleased = {}, set()
+            for refused in saved.refused:
+                self._running.pop(refused, None)
+            _resolve(asked, saved)
 
     def _sweep(self) -> None:
         try:
             settled = self._rows.settle_dead(SILENCE)
         except SQLAlchemyError as error:
-            log.error("usage of ended processes could not be settled: %s", _reason(error))
+            log.error("usage of ended processes could not be settled: %s", remedy(error))
         else:
             if settled:
                 log.warning("settled %d requests of a process that died", settled)
 
 
-def _resolve(reserves: Iterable[_Reserve], error: Exception | None) -> None:
+def _resolve(asked: Iterable[_Reserve | _Flush], outcome: Saved | Exception) -> None:
     """Tells the waiting handlers, in one call a loop."""
 
-    def tell(dones: list[asyncio.Future[None]]) -> None:
-        for done in dones:
-            if not done.done():
-                if error is None:
-                    done.set_result(None)
-                else:
-                    done.set_exception(error)
+    def tell(items: list[_Reserve | _Flush]) -> None:
+        for item in items:
+            if item.done.done():
+                continue
+            if isinstance(outcome, Exception):
+                item.done.set_exception(outcome)
+            elif isinstance(item, _Flush) or item.claim is None:
+                item.done.set_result(None)
+            elif item.id in outcome.refused:
+                item.done.set_exception(QuotaSpent(outcome.standings[item.claim.workspace_id]))
+            else:
+                item.done.set_result(outcome.standings[item.claim.workspace_id])
 
-    by_loop: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
-    for reserve in reserves:
-        by_loop.setdefault(reserve.done.get_loop(), []).append(reserve.done)
-    for loop, dones in by_loop.items():
+    by_loop: dict[asyncio.AbstractEventLoop, list[_Reserve | _Flush]] = {}
+    for item in asked:
+        by_loop.setdefault(item.done.get_loop(), []).append(item)
+    for loop, items in by_loop.items():
         try:
-            loop.call_soon_threadsafe(tell, dones)
+            loop.call_soon_threadsafe(tell, items)
         except RuntimeError:  # the loop is closed: nobody waits any more
             continue
-
-
-def _reason(error: SQLAlchemyError) -> str:
-    return str(getattr(error, "orig", None) or error)

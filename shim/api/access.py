@@ -1,4 +1,7 @@
-"""The door of every endpoint that needs credentials: who asks, and whether the key allows it. No body is read yet."""
+"""The door of every endpoint that needs credentials: who asks, whether the key and the limits allow it.
+
+No body is read yet.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,23 @@ from aiexport_edge.shim.store import Principal
 
 
 async def enter(services: Services, scope: Scope, needed: str) -> Principal:
-    """The caller, whose credentials have the scope `needed`; noted in the access line.
+    """The caller, whose credentials have the scope `needed`; noted in the access line, counted as one request.
 
-    Raises `Unauthenticated` or `PermissionDenied`.
+    Raises `Unauthenticated`, `RateLimited` or `PermissionDenied`.
     """
     principal = await services.authenticator.authenticate(scope["headers"])
     exchange = exchange_of(scope)
     exchange.principal = principal
     exchange.facts.update(workspace=principal.workspace, key=principal.key_id)
+    ticket = exchange.ticket = services.limits.ticket(principal)
+    if ticket is not None:
+        await ticket.take()
     require_scope(principal, needed)
     return principal
+
+
+def require_tokens(scope: Scope) -> None:
+    """For calls that use tokens: refuses (`RateLimited`) at once where the caller's workspace has none left today."""
+    ticket = exchange_of(scope).ticket
+    if ticket is not None:
+        ticket.require_tokens()

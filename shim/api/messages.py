@@ -15,13 +15,14 @@ from starlette.types import Receive, Scope, Send
 
 from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.shim import json_body, metrics, sse
-from aiexport_edge.shim.api.access import enter
+from aiexport_edge.shim.api.access import enter, require_tokens
 from aiexport_edge.shim.api.generate_request import generate_request
 from aiexport_edge.shim.api.messages_request import MessagesRequest, parse_messages_request
 from aiexport_edge.shim.api.reply import Reply
 from aiexport_edge.shim.body import BodyLease, read_body
 from aiexport_edge.shim.engines.generation import ClientGone, Generation
 from aiexport_edge.shim.exchange import exchange_of
+from aiexport_edge.shim.prices import Price
 from aiexport_edge.shim.services import Services
 from aiexport_edge.shim.store import Principal
 from aiexport_edge.shim.usage import Entry
@@ -42,6 +43,7 @@ class Messages:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         services, exchange = self._services, exchange_of(scope)
         principal = await enter(services, scope, "messages")
+        require_tokens(scope)
         with services.bodies.lease() as lease:
             request = await self._read(scope, receive, lease)
             listed = services.catalog.use(request.model, principal.plan)
@@ -76,18 +78,20 @@ class Messages:
     @asynccontextmanager
     async def _accounted(self, reply: Reply, principal: Principal, accepted: pb.Accepted) -> AsyncIterator[None]:
         """Around the reply: its usage row, reserved before and settled after, whatever happens between."""
+        spec = reply.listed.spec
         entry = reply.entry = Entry(
             request_id=reply.exchange.request_id,
             message_id=reply.message_id,
             workspace_id=principal.workspace_id,
             key_id=principal.key_id,
-            model=reply.listed.id,
+            model=reply.model,
             prompt_tokens=accepted.prompt_tokens,
+            price=Price.per_million(spec.input_per_million, spec.output_per_million),
         )
         metrics.IN_FLIGHT.inc()
         status = "failed"
         try:
-            await self._services.ledger.reserve(entry)
+            await self._services.limits.reserve(entry, principal, accepted.prompt_tokens + accepted.max_tokens)
             yield
             status = reply.outcome
         except (ClientGone, asyncio.CancelledError):

@@ -1,38 +1,149 @@
-"""Usage rows in the database, written in batches by one thread a process (`shim/usage.py`).
+"""Usage rows, their sums by day, and what is reserved of a daily quota: in the database, one transaction at a time.
 
-A row is written `running` when a request is admitted, and settled at its end. The rows of a process that died are
-settled by another with what was last checkpointed.
+A row is written `running` when a request is admitted, and settled at its end; that same transaction adds it to the sums
+(`usage_days`). A row that is settled again, because its process was only asleep when another settled it, changes the
+sums by the difference. So the sums are those of the settled rows, always, and stay when the rows are deleted.
+
+A quota compares two sums: what the day's settled rows have used, and what is reserved by requests in flight. Nothing
+else is counted anywhere, so nothing can drift; reservations of a dead process go with it. Rows of one process are
+written in batches by one thread (`shim/usage.py`); `record` is for those who settle in a transaction of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import datetime, timedelta
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
 
-from sqlalchemy import Engine, bindparam, delete, insert, select, update
+from sqlalchemy import Connection, Engine, RowMapping, bindparam, delete, func, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 
-from aiexport_edge.shim.store.database import write
-from aiexport_edge.shim.store.schema import processes, usage
+from aiexport_edge.shim.store.database import read, write
+from aiexport_edge.shim.store.schema import processes, reservations, usage, usage_days, workspaces
 from aiexport_edge.shim.store.store import now_ms
 from aiexport_edge.shim.store.values import UsageRow
 
-_SETTLE = (
+DAY_MS = 86_400_000
+_IDS_AT_ONCE = 1000
+DOUBT = timedelta(seconds=4)  # a heartbeat that looks old must have stood still for so long: the clock may have jumped
+
+_CHANGED = (
+    "status",
+    "input_tokens",
+    "cache_read_input_tokens",
+    "output_tokens",
+    "cost",
+    "first_token_at",
+    "ended_at",
+)
+_SUMS = ("requests", "input_tokens", "cache_read_input_tokens", "output_tokens", "cost")
+_CHANGE = (
     update(usage)
     .where(usage.c.request_id == bindparam("row_id"))
-    .values(
-        {
-            name: bindparam(f"new_{name}")
-            for name in (
-                "status",
-                "input_tokens",
-                "cache_read_input_tokens",
-                "output_tokens",
-                "first_token_at",
-                "ended_at",
-            )
-        }
-    )
+    .values({name: bindparam(f"new_{name}") for name in _CHANGED})
 )
+_CHANGE_RUNNING = _CHANGE.where(usage.c.status == "running")
+_TOKENS = usage_days.c.input_tokens + usage_days.c.cache_read_input_tokens + usage_days.c.output_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Tokens to be reserved under `id` (the request's) while less than `limit` of the day is used and reserved."""
+
+    id: str
+    workspace_id: str
+    tokens: int
+    limit: int
+    day: int
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A workspace's tokens of a day: `used` by what is settled, `reserved` by what is in flight."""
+
+    day: int
+    used: int = 0
+    reserved: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What came of the claims: the ids refused, and how each workspace with a claim stands after them."""
+
+    refused: frozenset[str]
+    standings: Mapping[str, Standing]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _SumKey:
+    """A row of `usage_days`; sorted by, so that two processes never wait for each other in a circle."""
+
+    workspace_id: str
+    day: int
+    model: str
+    key_id: str
+    batch: bool
+
+    @classmethod
+    def of(cls, row: UsageRow) -> _SumKey:
+        return cls(row.workspace_id, day_of(row.created_at), row.model, row.key_id, row.batch)
+
+
+_Sums = dict[_SumKey, list[int]]
+
+
+def day_of(moment: datetime) -> int:
+    """Days since 1970-01-01 in UTC."""
+    return _milliseconds(moment) // DAY_MS
+
+
+def date_of(day: int) -> date:
+    return date(1970, 1, 1) + timedelta(days=day)
+
+
+def today() -> int:
+    return day_of(datetime.now(UTC))
+
+
+# ---------------------------------------------------------------------------------------------- in a transaction
+
+
+def record(connection: Connection, rows: Iterable[UsageRow], process_id: str) -> None:
+    """Writes rows that have ended, once each whatever happens: one whose id is there already is left as it is.
+
+    Their reservations go. For a transaction that settles something else along with the usage.
+    """
+    rows = [row for row in rows if row.status != "running"]
+    known = usage.c.request_id.in_([row.request_id for row in rows])
+    there = set(connection.execute(select(usage.c.request_id).where(known)).scalars())
+    new = [row for row in rows if row.request_id not in there]
+    if new:
+        connection.execute(insert(usage), [_inserted(row, process_id) for row in new])
+    _add(connection, _sums(new))
+    _release(connection, [row.request_id for row in rows])
+
+
+def standing(connection: Connection, workspace_id: str, day: int) -> Standing:
+    """How much of a day is used and reserved."""
+    used = select(func.coalesce(func.sum(_TOKENS), 0)).where(
+        usage_days.c.workspace_id == workspace_id, usage_days.c.day == day
+    )
+    reserved = select(func.coalesce(func.sum(reservations.c.tokens), 0)).where(
+        reservations.c.workspace_id == workspace_id, reservations.c.day == day
+    )
+    row = connection.execute(select(used.scalar_subquery(), reserved.scalar_subquery())).one()
+    return Standing(day, int(row[0]), int(row[1]))
+
+
+def read_standing(database: Engine, workspace_id: str, day: int) -> Standing:
+    """`standing` in a transaction of its own."""
+    with read(database) as connection:
+        return standing(connection, workspace_id, day)
+
+
+# ---------------------------------------------------------------------------------------------- one process's rows
 
 
 class UsageRows:
@@ -41,62 +152,203 @@ class UsageRows:
     def __init__(self, database: Engine, process_id: str) -> None:
         self._database = database
         self.process_id = process_id
+        self._heard: dict[str, tuple[int, float]] = {}  # others' last heartbeats, and since when they stand still
 
-    def save(self, reserved: Sequence[UsageRow], changed: Sequence[UsageRow]) -> None:
-        """One transaction: inserts `reserved`, brings `changed` up to date, and shows that this process is alive."""
+    def save(
+        self,
+        reserved: Sequence[UsageRow],
+        changed: Sequence[UsageRow],
+        claims: Sequence[Claim] = (),
+        released: Sequence[str] = (),
+    ) -> Saved:
+        """One transaction: brings `changed` up to date, settles those that have ended, lets go of the reservations
+        `released`, then decides `claims` in order and inserts the rows `reserved` whose claim was not refused; and
+        shows that this process is alive. What is in both is new and ended already: it is inserted first."""
+        new, claimed = {row.request_id for row in reserved}, {claim.id for claim in claims}
         with write(self._database, synchronous="NORMAL") as connection:
-            if reserved:
-                connection.execute(insert(usage), [self._inserted(row) for row in reserved])
-            if changed:
-                connection.execute(_SETTLE, [_changes(row) for row in changed])
+            _bring_up_to_date(connection, [row for row in changed if row.request_id not in new])
+            _release(connection, [claim_id for claim_id in released if claim_id not in claimed])
+            saved = self._decide(connection, claims)
+            accepted = [_inserted(row, self.process_id) for row in reserved if row.request_id not in saved.refused]
+            if accepted:
+                connection.execute(insert(usage), accepted)
+            _bring_up_to_date(connection, [row for row in changed if row.request_id in new])
+            _release(connection, [claim_id for claim_id in released if claim_id in claimed])
             now = now_ms()
             beat = update(processes).where(processes.c.id == self.process_id).values(heartbeat_at=now)
             if connection.execute(beat).rowcount == 0:
                 connection.execute(insert(processes).values(id=self.process_id, started_at=now, heartbeat_at=now))
+        return saved
 
     def settle_dead(self, silence: timedelta) -> int:
         """Settles the running rows of processes without a heartbeat for `silence` as aborted; returns how many.
 
-        One that was only asleep writes its rows again when it settles them itself.
+        One that was only asleep settles its rows again itself, with what they really used.
         """
+        with read(self._database) as connection:
+            found = {row.id: row.heartbeat_at for row in connection.execute(select(processes))}
+        dead = self._silent(found, silence)
+        if not dead:
+            return 0
         with write(self._database, synchronous="NORMAL") as connection:
-            latest = now_ms() - silence // timedelta(milliseconds=1)
-            dead = [
-                row.id
-                for row in connection.execute(
-                    select(processes.c.id).where(processes.c.heartbeat_at < latest, processes.c.id != self.process_id)
-                )
-            ]
-            if not dead:
-                return 0
-            orphans = (usage.c.status == "running") & usage.c.process_id.in_(dead)
-            settled = connection.execute(update(usage).where(orphans).values(status="aborted", ended_at=now_ms()))
-            connection.execute(delete(processes).where(processes.c.id.in_(dead)))
-            return settled.rowcount
+            return _end_processes(connection, dead)
 
     def leave(self) -> None:
         """This process ends. Rows that are still running are settled as they are."""
         with write(self._database, synchronous="NORMAL") as connection:
-            left = (usage.c.status == "running") & (usage.c.process_id == self.process_id)
-            connection.execute(update(usage).where(left).values(status="aborted", ended_at=now_ms()))
-            connection.execute(delete(processes).where(processes.c.id == self.process_id))
+            _end_processes(connection, [self.process_id])
 
-    def _inserted(self, row: UsageRow) -> dict[str, object]:
-        return {
-            "request_id": row.request_id,
-            "message_id": row.message_id,
-            "process_id": self.process_id,
-            "workspace_id": row.workspace_id,
-            "key_id": row.key_id,
-            "model": row.model,
-            "status": row.status,
-            "input_tokens": row.input_tokens,
-            "cache_read_input_tokens": row.cache_read_input_tokens,
-            "output_tokens": row.output_tokens,
-            "created_at": _milliseconds(row.created_at),
-            "first_token_at": _milliseconds(row.first_token_at),
-            "ended_at": _milliseconds(row.ended_at),
-        }
+    def _silent(self, found: Mapping[str, int], silence: timedelta) -> list[str]:
+        """Which of the processes `found`, with their heartbeats, count as dead.
+
+        By this process's own unswayable clock, or sooner by the wall clock, which a dead process's peers of an earlier
+        start need: but never on the word of a clock that has only just jumped.
+        """
+        now, now_wall = time.monotonic(), now_ms()
+        heard = {}
+        dead = []
+        for process_id, heartbeat in found.items():
+            if process_id == self.process_id:
+                continue
+            before = self._heard.get(process_id)
+            since = before[1] if before is not None and before[0] == heartbeat else now
+            heard[process_id] = (heartbeat, since)
+            still = timedelta(seconds=now - since)
+            looks_old = now_wall - heartbeat > silence // timedelta(milliseconds=1)
+            if still >= silence or (looks_old and still >= DOUBT):
+                dead.append(process_id)
+        self._heard = heard
+        return dead
+
+    def _decide(self, connection: Connection, claims: Sequence[Claim]) -> Saved:
+        """A claim is granted while something is left after what is in flight: so the last one may overrun, alone."""
+        refused = set()
+        standings: dict[str, Standing] = {}
+        granted = []
+        for claim in sorted(claims, key=lambda claim: (claim.workspace_id, claim.day)):  # stable: else as they came
+            now = standings.get(claim.workspace_id)
+            if now is None:
+                _lock(connection, claim.workspace_id)
+            if now is None or now.day != claim.day:
+                now = standing(connection, claim.workspace_id, claim.day)
+            if now.used + now.reserved < claim.limit:
+                granted.append(claim)
+                now = replace(now, reserved=now.reserved + claim.tokens)
+            else:
+                refused.add(claim.id)
+            standings[claim.workspace_id] = now
+        if granted:
+            rows = [
+                {
+                    "id": claim.id,
+                    "process_id": self.process_id,
+                    "workspace_id": claim.workspace_id,
+                    "day": claim.day,
+                    "tokens": claim.tokens,
+                }
+                for claim in granted
+            ]
+            connection.execute(insert(reservations), rows)
+        return Saved(frozenset(refused), standings)
+
+
+def _lock(connection: Connection, workspace_id: str) -> None:
+    """One claim on a workspace's quota at a time. SQLite has one writer anyway."""
+    if connection.dialect.name != "sqlite":
+        mine = select(workspaces.c.id).where(workspaces.c.id == workspace_id)
+        connection.execute(mine.with_for_update(key_share=True))
+
+
+def _bring_up_to_date(connection: Connection, rows: Sequence[UsageRow]) -> None:
+    running = [_changes(row) for row in rows if row.status == "running"]
+    if running:
+        connection.execute(_CHANGE_RUNNING, running)
+    _settle(connection, [row for row in rows if row.status != "running"])
+
+
+def _settle(connection: Connection, rows: Sequence[UsageRow]) -> None:
+    """Brings rows to their end. One that is not there was never admitted: it is left out."""
+    for start in range(0, len(rows), _IDS_AT_ONCE):
+        before = _find(connection, [row.request_id for row in rows[start : start + _IDS_AT_ONCE]])
+        known = [row for row in rows[start : start + _IDS_AT_ONCE] if row.request_id in before]
+        if not known:
+            continue
+        connection.execute(_CHANGE, [_changes(row) for row in known])
+        sums = _sums(known)
+        for key, values in _sums([row for row in before.values() if row.status != "running"]).items():
+            sums[key] = [new - old for new, old in zip(sums.get(key, [0] * len(_SUMS)), values, strict=True)]
+        _add(connection, sums)
+
+
+def _end_processes(connection: Connection, process_ids: Sequence[str]) -> int:
+    """Settles what they left running, with what was last checkpointed; returns how many rows."""
+    query = select(usage).where(usage.c.status == "running", usage.c.process_id.in_(process_ids))
+    left = [_read(row) for row in connection.execute(query.order_by(usage.c.request_id).with_for_update()).mappings()]
+    ids = [row.request_id for row in left]
+    for start in range(0, len(ids), _IDS_AT_ONCE):
+        orphans = usage.c.request_id.in_(ids[start : start + _IDS_AT_ONCE])
+        connection.execute(update(usage).where(orphans).values(status="aborted", ended_at=now_ms()))
+    _add(connection, _sums(left))
+    connection.execute(delete(reservations).where(reservations.c.process_id.in_(process_ids)))
+    connection.execute(delete(processes).where(processes.c.id.in_(process_ids)))
+    return len(ids)
+
+
+def _find(connection: Connection, request_ids: Sequence[str]) -> dict[str, UsageRow]:
+    query = select(usage).where(usage.c.request_id.in_(request_ids)).order_by(usage.c.request_id).with_for_update()
+    return {row["request_id"]: _read(row) for row in connection.execute(query).mappings()}
+
+
+def _release(connection: Connection, ids: Sequence[str]) -> None:
+    for start in range(0, len(ids), _IDS_AT_ONCE):
+        gone = reservations.c.id.in_(ids[start : start + _IDS_AT_ONCE])
+        connection.execute(delete(reservations).where(gone))
+
+
+def _sums(rows: Iterable[UsageRow]) -> _Sums:
+    """What the rows add to their days. One that never began, or failed unbilled, is no message."""
+    sums: _Sums = {}
+    for row in rows:
+        if row.status == "completed" or row.tokens:
+            values = sums.setdefault(_SumKey.of(row), [0] * len(_SUMS))
+            new = (1, row.input_tokens, row.cache_read_input_tokens, row.output_tokens, row.cost)
+            for place, value in enumerate(new):
+                values[place] += value
+    return sums
+
+
+def _add(connection: Connection, sums: _Sums) -> None:
+    if not sums:
+        return
+    dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
+    new = dialect.insert(usage_days)
+    added = {name: usage_days.c[name] + new.excluded[name] for name in _SUMS}
+    statement = new.on_conflict_do_update(index_elements=list(usage_days.primary_key), set_=added)
+    rows = [asdict(key) | dict(zip(_SUMS, sums[key], strict=True)) for key in sorted(sums)]
+    connection.execute(statement, rows)
+
+
+# ---------------------------------------------------------------------------------------------- rows and columns
+
+
+def _inserted(row: UsageRow, process_id: str) -> dict[str, object]:
+    return {
+        "request_id": row.request_id,
+        "message_id": row.message_id,
+        "process_id": process_id,
+        "workspace_id": row.workspace_id,
+        "key_id": row.key_id,
+        "model": row.model,
+        "status": row.status,
+        "input_tokens": row.input_tokens,
+        "cache_read_input_tokens": row.cache_read_input_tokens,
+        "output_tokens": row.output_tokens,
+        "created_at": _milliseconds(row.created_at),
+        "first_token_at": _milliseconds_or_none(row.first_token_at),
+        "ended_at": _milliseconds_or_none(row.ended_at),
+        "batch": row.batch,
+        "cost": row.cost,
+    }
 
 
 def _changes(row: UsageRow) -> dict[str, object]:
@@ -106,10 +358,32 @@ def _changes(row: UsageRow) -> dict[str, object]:
         "new_input_tokens": row.input_tokens,
         "new_cache_read_input_tokens": row.cache_read_input_tokens,
         "new_output_tokens": row.output_tokens,
-        "new_first_token_at": _milliseconds(row.first_token_at),
-        "new_ended_at": _milliseconds(row.ended_at),
+        "new_cost": row.cost,
+        "new_first_token_at": _milliseconds_or_none(row.first_token_at),
+        "new_ended_at": _milliseconds_or_none(row.ended_at),
     }
 
 
-def _milliseconds(time: datetime | None) -> int | None:
-    return None if time is None else round(time.timestamp() * 1000)
+def _read(row: RowMapping) -> UsageRow:
+    return UsageRow(
+        request_id=row["request_id"],
+        message_id=row["message_id"],
+        workspace_id=row["workspace_id"],
+        key_id=row["key_id"],
+        model=row["model"],
+        status=row["status"],
+        input_tokens=row["input_tokens"],
+        cache_read_input_tokens=row["cache_read_input_tokens"],
+        output_tokens=row["output_tokens"],
+        created_at=datetime.fromtimestamp(row["created_at"] / 1000, UTC),
+        batch=row["batch"],
+        cost=row["cost"],
+    )
+
+
+def _milliseconds(moment: datetime) -> int:
+    return round(moment.timestamp() * 1000)
+
+
+def _milliseconds_or_none(moment: datetime | None) -> int | None:
+    return None if moment is None else _milliseconds(moment)

@@ -17,8 +17,9 @@ from support.shim_server import HAIKU, ShimServer, until
 
 from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.shim import usage
-from aiexport_edge.shim.store import Store, UsageRow, open_store
-from aiexport_edge.shim.store.usage_rows import UsageRows
+from aiexport_edge.shim.prices import Price
+from aiexport_edge.shim.store import Store, UsageRow, open_store, usage_rows
+from aiexport_edge.shim.store.usage_rows import Saved, UsageRows
 from aiexport_edge.shim.usage import Entry, UsageLedger
 
 Engines = Callable[..., ScriptedEngine]
@@ -47,7 +48,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 def entry(store: Store, name: str = "req_1") -> Entry:
-    return Entry(name, "msg_1", store.get_workspace("acme").id, "key_1", "m", prompt_tokens=10)
+    return Entry(name, "msg_1", store.get_workspace("acme").id, "key_1", "m", 10, Price(2, 10))
 
 
 def test_one_row_a_request(make_engine: Engines, make_shim: Shims) -> None:
@@ -146,7 +147,9 @@ def test_a_store_that_can_not_be_written_refuses(make_engine: Engines, make_shim
         assert client.get("/v2/models").status_code == 200
         monkeypatch.setattr(UsageRows, "save", fail)
         reply = client.post("/v2/messages/stream", json=message("COUNT 9"))
-        assert reply.status_code == 500
+        assert reply.status_code == 503
+        assert reply.json()["error"]["type"] == "overloaded_error"
+        assert int(reply.headers["retry-after"]) > 0
         assert "disk" not in reply.text
         engine.wait_for(lambda seen: len(seen.aborted) == 1, "the abort")
         monkeypatch.undo()
@@ -162,12 +165,13 @@ class SlowRows(UsageRows):
         self.saves: list[int] = []
         self.go = threading.Event()
 
-    def save(self, reserved: Any, changed: Any) -> None:
+    def save(self, reserved: Any, changed: Any, claims: Any = (), released: Any = ()) -> Saved:
         if not self.go.is_set() and reserved:
             assert self.go.wait(20)
-        super().save(reserved, changed)
+        saved = super().save(reserved, changed, claims, released)
         if reserved:
             self.saves.append(len(reserved))
+        return saved
 
 
 def test_reservations_share_a_transaction(store: Store) -> None:
@@ -192,11 +196,11 @@ def test_settled_rows_are_written_again_until_they_are(store: Store) -> None:
     class FailingRows(UsageRows):
         failures = 0
 
-        def save(self, reserved: Any, changed: Any) -> None:
+        def save(self, reserved: Any, changed: Any, claims: Any = (), released: Any = ()) -> Saved:
             if changed and self.failures < 2:
                 self.failures += 1
                 raise OperationalError("UPDATE", {}, Exception("database is locked"))
-            super().save(reserved, changed)
+            return super().save(reserved, changed, claims, released)
 
     failing = FailingRows(store.database, "proc_1")
     ledger = UsageLedger(failing)
@@ -216,8 +220,9 @@ def row(store: Store, request_id: str, output_tokens: int) -> UsageRow:
     return made.row()
 
 
-def test_rows_of_a_dead_process_are_settled_by_another(store: Store) -> None:
+def test_rows_of_a_dead_process_are_settled_by_another(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """With what was last checkpointed; a process that is alive keeps its own."""
+    monkeypatch.setattr(usage_rows, "DOUBT", timedelta(0))
     dead, alive, other = (UsageRows(store.database, f"proc_{name}") for name in ("dead", "alive", "other"))
     dead.save([row(store, "req_dead", 0)], [row(store, "req_dead", 7)])
     alive.save([row(store, "req_alive", 3)], [])

@@ -1,0 +1,1 @@
+"""What a workspace may use: requests in a minute, tokens in a day."""
