@@ -18,7 +18,7 @@ from starlette.responses import Response
 from aiexport_edge.proto.units import parse_duration
 from aiexport_edge.shim import json_body
 from aiexport_edge.shim.api.access import enter
-from aiexport_edge.shim.api.paging import page_document, page_limit, unknown_cursor
+from aiexport_edge.shim.api.paging import limit_of, page, unknown_cursor
 from aiexport_edge.shim.body import read_body
 from aiexport_edge.shim.errors import InvalidRequest, NotFound, PermissionDenied
 from aiexport_edge.shim.fields import Object, Value
@@ -45,12 +45,12 @@ class Keys:
     async def list_keys(self, request: Request) -> Response:
         """Newest first, expired ones too, deleted ones not."""
         principal = await enter(self._services, request.scope, "keys")
-        limit, after_id = page_limit(request), request.query_params.get("after_id")
+        limit, after_id = limit_of(request), request.query_params.get("after_id")
         try:
             found, has_more = await self._in_thread(lambda: self._rows.page(principal.workspace_id, limit, after_id))
         except NotFound:
             raise unknown_cursor(after_id or "", "key") from None
-        return _json(200, page_document([_described(key) for key in found], has_more=has_more))
+        return _json(200, page([_described(key) for key in found], has_more=has_more))
 
     async def create(self, request: Request) -> Response:
         """`{"scopes"?, "expires_in"?}`: seconds, or text such as "90d"."""

@@ -9,12 +9,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from aiexport_edge.shim.api.access import enter
+from aiexport_edge.shim.api.paging import limit_of, page
 from aiexport_edge.shim.errors import InvalidRequest, quoted
 from aiexport_edge.shim.services import Services
 
 FAMILIES = ("opus", "sonnet", "haiku", "custom")
-DEFAULT_LIMIT = 20
-MAX_LIMIT = 100
 
 
 class Models:
@@ -25,7 +24,7 @@ class Models:
 
     async def list_models(self, request: Request) -> Response:
         principal = await enter(self._services, request.scope, "messages")
-        limit = _limit(request.query_params.get("limit"))
+        limit = limit_of(request)
         family = request.query_params.get("family")
         if family is not None and family not in FAMILIES:
             raise InvalidRequest(f"family: must be one of {', '.join(FAMILIES)}, not {quoted(family)}", param="family")
@@ -37,28 +36,13 @@ class Models:
                 raise InvalidRequest(f"after_id: there is no model {quoted(after_id)}", param="after_id")
             listed = listed[ids.index(after_id) + 1 :]
         rest = [model for model in listed if family in (None, model.spec.family)]
-        page = rest[:limit]
-        return _json(
-            {
-                "data": [self._services.catalog.describe(model) for model in page],
-                "first_id": page[0].id if page else None,
-                "last_id": page[-1].id if page else None,
-                "has_more": len(rest) > len(page),
-            }
-        )
+        shown = [self._services.catalog.describe(model) for model in rest[:limit]]
+        return _json(page(shown, has_more=len(rest) > limit))
 
     async def get_model(self, request: Request) -> Response:
         principal = await enter(self._services, request.scope, "messages")
         listed = self._services.catalog.show(request.path_params["model_id"], principal.plan)
         return _json(self._services.catalog.describe(listed))
-
-
-def _limit(text: str | None) -> int:
-    if text is None:
-        return DEFAULT_LIMIT
-    if not (text.isascii() and text.isdigit() and len(text) <= 3 and 1 <= int(text) <= MAX_LIMIT):
-        raise InvalidRequest(f"limit: must be a number from 1 to {MAX_LIMIT}, not {quoted(text)}", param="limit")
-    return int(text)
 
 
 def _json(document: Any) -> Response:

@@ -13,7 +13,7 @@ DEFAULT_LIMIT = 20
 MAX_LIMIT = 100
 
 
-def page_limit(request: Request) -> int:
+def limit_of(request: Request) -> int:
     """`?limit=`, from 1 to `MAX_LIMIT`. Raises `InvalidRequest`."""
     text = request.query_params.get("limit")
     if text is None:
@@ -28,7 +28,7 @@ def unknown_cursor(after_id: str, what: str) -> InvalidRequest:
     return InvalidRequest(f"after_id: there is no {what} {quoted(after_id)}", param="after_id")
 
 
-def page_document(data: Sequence[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
+def page(data: Sequence[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
     """A page of objects that each have an `id`."""
     return {
         "data": data,
