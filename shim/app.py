@@ -15,6 +15,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from aiexport_edge.shim.api.health import Health
+from aiexport_edge.shim.api.keys import Keys
 from aiexport_edge.shim.api.messages import PING_S, Messages
 from aiexport_edge.shim.api.models import Models
 from aiexport_edge.shim.api.oauth import OAuth
@@ -41,7 +42,7 @@ def create_app(services: Services, *, ping_s: float = PING_S) -> Starlette:
         async with services.running():
             yield
 
-    models, health = Models(services), Health(services)
+    models, keys, health = Models(services), Keys(services), Health(services)
     messages: ASGIApp = Idempotent(Messages(services, ping_s=ping_s), services.idempotency)
     streaming: ASGIApp = Idempotent(Messages(services, always_stream=True, ping_s=ping_s), services.idempotency)
     if services.config.telemetry.log_prompts:
@@ -55,6 +56,10 @@ def create_app(services: Services, *, ping_s: float = PING_S) -> Starlette:
             _Route("/v2/messages/stream", streaming, methods=["POST"]),
             _Route("/v2/models", models.list_models),
             _Route("/v2/models/{model_id}", models.get_model),
+            _Route("/v2/keys", keys.list_keys),
+            _Route("/v2/keys", keys.create, methods=["POST"]),
+            _Route("/v2/keys/{key_id}/rotate", keys.rotate, methods=["POST"]),
+            _Route("/v2/keys/{key_id}", keys.delete, methods=["DELETE"]),
             _Route("/v2/oauth/token", OAuth(services).token, methods=["POST"]),
             _Route("/v1/messages", messages, methods=["POST"]),
             _Route("/v1/models", models.list_models),
