@@ -131,7 +131,6 @@ usage = Table(
     Column("cost", BigInteger, nullable=False, server_default="0"),  # 1e-12 US dollars
     Index("usage_workspace_time", "workspace_id", "created_at"),
     Index("usage_created_at", "created_at"),
-    Index("usage_created", "created_at"),  # the newest first tokens, for /status
     Index(
         "usage_running",
         "process_id",

@@ -32,4 +32,3 @@ def upgrade() -> None:
         sa.Column("ended_at", sa.BigInteger, nullable=False),
     )
     op.create_index("uptime_ended", "uptime", ["ended_at"])
-    op.create_index("usage_created", "usage", ["created_at"])
