@@ -24,6 +24,7 @@ COMMANDS = {
     "workspaces": ("workspaces", "make, list and change workspaces"),
     "keys": ("keys", "make, list, rotate and revoke API keys"),
     "models": ("models", "list the models, check that their files are complete"),
+    "usage": ("usage", "what workspaces have used, by model, key or day"),
     "config": ("settings", "check the configuration file, show the settings that hold"),
     "doctor": ("doctor", "what is wrong with this installation, and what to do"),
 }

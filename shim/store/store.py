@@ -10,7 +10,7 @@ import re
 import secrets
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from sqlalchemy import Connection, Engine, insert, select, update
 from sqlalchemy.exc import IntegrityError
@@ -29,6 +29,14 @@ PLANS = ("free", "pro", "enterprise")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,62}", re.ASCII)
 
 
+class WorkspaceChanges(TypedDict, total=False):
+    """What can be changed of a workspace; limits as `create_workspace` has them."""
+
+    plan: str
+    requests_per_minute: int | None
+    tokens_per_day: int | None
+
+
 def open_store(url: str) -> Store:
     """The store at an SQLAlchemy URL, migrated to this version's schema. Raises `StoreError`."""
     return Store(open_database(url))
@@ -45,13 +53,23 @@ class Store:
 
     # ------------------------------------------------------------------------------------------ workspaces
 
-    def create_workspace(self, name: str, plan: str) -> Workspace:
+    def create_workspace(
+        self, name: str, plan: str, *, requests_per_minute: int | None = None, tokens_per_day: int | None = None
+    ) -> Workspace:
+        """The limits are its own: None is the plan's, 0 none."""
         if not _NAME.fullmatch(name):
             raise InvalidValue(
                 f"{name!r} can't be a workspace's name; use lower-case letters, digits and _, at most 63, not _ first."
             )
         _check_plan(plan)
-        row = {"id": new_id("ws_"), "name": name, "plan": plan, "created_at": now_ms()}
+        row = {
+            "id": new_id("ws_"),
+            "name": name,
+            "plan": plan,
+            "created_at": now_ms(),
+            "requests_per_minute": requests_per_minute,
+            "tokens_per_day": tokens_per_day,
+        }
         try:
             with write(self.database) as connection:
                 connection.execute(insert(workspaces).values(**row, cache_salt=secrets.token_bytes(16)))
@@ -70,13 +88,15 @@ class Store:
         with read(self.database) as connection:
             return _find_workspace(connection, name)
 
-    def update_workspace(self, name: str, *, plan: str) -> Workspace:
-        """Changes the plan, for every request from now on."""
-        _check_plan(plan)
+    def update_workspace(self, name: str, **changes: Unpack[WorkspaceChanges]) -> Workspace:
+        """Changes what is named, for every request from now on."""
+        if "plan" in changes:
+            _check_plan(changes["plan"])
         with write(self.database) as connection:
             workspace = _find_workspace(connection, name)
-            connection.execute(update(workspaces).where(workspaces.c.id == workspace.id).values(plan=plan))
-            _bump(connection)
+            if changes:
+                connection.execute(update(workspaces).where(workspaces.c.id == workspace.id).values(**changes))
+                _bump(connection)
             return _find_workspace(connection, name)
 
     def delete_workspace(self, name: str) -> None:
@@ -160,4 +180,11 @@ def _check_plan(plan: str) -> None:
 
 
 def _workspace(row: Any) -> Workspace:
-    return Workspace(id=row["id"], name=row["name"], plan=row["plan"], created_at=time_of(row["created_at"]))
+    return Workspace(
+        id=row["id"],
+        name=row["name"],
+        plan=row["plan"],
+        created_at=time_of(row["created_at"]),
+        requests_per_minute=row["requests_per_minute"],
+        tokens_per_day=row["tokens_per_day"],
+    )
