@@ -14,11 +14,13 @@ from starlette.middleware import Middleware
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from aiexport_edge.shim.api.batch import Batches, BatchResults, CreateBatch
 from aiexport_edge.shim.api.health import Health
 from aiexport_edge.shim.api.keys import Keys
 from aiexport_edge.shim.api.messages import PING_S, Messages
 from aiexport_edge.shim.api.models import Models
 from aiexport_edge.shim.api.oauth import OAuth
+from aiexport_edge.shim.api.status import Status
 from aiexport_edge.shim.cors import Cors
 from aiexport_edge.shim.exchange import ExchangeMiddleware, exchange_of, on_http_exception
 from aiexport_edge.shim.idempotency import Idempotent
@@ -42,7 +44,8 @@ def create_app(services: Services, *, ping_s: float = PING_S) -> Starlette:
         async with services.running():
             yield
 
-    models, keys, health = Models(services), Keys(services), Health(services)
+    models, keys, health, batches = Models(services), Keys(services), Health(services), Batches(services)
+    create_batch: ASGIApp = Idempotent(CreateBatch(services), services.idempotency)
     messages: ASGIApp = Idempotent(Messages(services, ping_s=ping_s), services.idempotency)
     streaming: ASGIApp = Idempotent(Messages(services, always_stream=True, ping_s=ping_s), services.idempotency)
     if services.config.telemetry.log_prompts:
@@ -60,12 +63,22 @@ def create_app(services: Services, *, ping_s: float = PING_S) -> Starlette:
             _Route("/v2/keys", keys.create, methods=["POST"]),
             _Route("/v2/keys/{key_id}/rotate", keys.rotate, methods=["POST"]),
             _Route("/v2/keys/{key_id}", keys.delete, methods=["DELETE"]),
+            _Route("/v2/batch", create_batch, methods=["POST"]),
+            _Route("/v2/batch", batches.list_batches),
+            _Route("/v2/batch/{batch_id}", batches.get_batch),
+            _Route("/v2/batch/{batch_id}/results", BatchResults(services), methods=["GET", "HEAD"]),
+            _Route("/v2/batch/{batch_id}/cancel", batches.cancel_batch, methods=["DELETE"]),
+            _Route("/v2/keys", keys.list_keys),
+            _Route("/v2/keys", keys.create, methods=["POST"]),
+            _Route("/v2/keys/{key_id}/rotate", keys.rotate, methods=["POST"]),
+            _Route("/v2/keys/{key_id}", keys.delete, methods=["DELETE"]),
             _Route("/v2/oauth/token", OAuth(services).token, methods=["POST"]),
             _Route("/v1/messages", messages, methods=["POST"]),
             _Route("/v1/models", models.list_models),
             _Route("/v1/models/{model_id}", models.get_model),
             _Route("/healthz", health.healthz),
             _Route("/readyz", health.readyz),
+            _Route("/status", Status(services).status),
         ],
         middleware=middleware,
         exception_handlers={HTTPException: on_http_exception},

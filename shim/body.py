@@ -57,30 +57,50 @@ class BodyLease:
         self.size += size
 
 
-async def read_body(headers: list[tuple[bytes, bytes]], receive: Receive, *, max_bytes: int, lease: BodyLease) -> bytes:
-    """The whole body. Raises `RequestTooLarge` (at once where Content-Length says so), `Overloaded`,
-    `InvalidRequest` where it stops arriving, `ClientDisconnected`.
+class BodyReader:
+    """A body piece by piece, within its limit and within a time. Raises at once where Content-Length is past the limit.
+
+    Raises `RequestTooLarge`, `InvalidRequest` where it stops arriving, `ClientDisconnected`.
     """
-    too_large = RequestTooLarge(f"The request body is larger than {max_bytes:,} bytes.")
-    for name, value in headers:
-        if name == b"content-length" and value.isdigit() and int(value) > max_bytes:
-            raise too_large
-    pieces: list[bytes] = []
-    now = asyncio.get_running_loop().time
-    started = now()
-    while True:
-        left = IDLE_S + lease.size / MIN_BYTES_PER_S - (now() - started)
+
+    def __init__(self, headers: list[tuple[bytes, bytes]], receive: Receive, *, max_bytes: int) -> None:
+        self._receive = receive
+        self._max_bytes = max_bytes
+        self._now = asyncio.get_running_loop().time
+        self._started = self._now()
+        self.size = 0  # so far
+        self.ended = False
+        for name, value in headers:
+            if name == b"content-length" and value.isdigit() and int(value) > max_bytes:
+                raise self._too_large()
+
+    async def next(self) -> bytes:
+        """The next piece; `ended` says whether it was the last."""
+        left = IDLE_S + self.size / MIN_BYTES_PER_S - (self._now() - self._started)
         try:
             async with asyncio.timeout(min(IDLE_S, left)):
-                message = await receive()
+                message = await self._receive()
         except TimeoutError:
             raise InvalidRequest("The request body did not arrive in time.", headers=_CLOSE) from None
         if message["type"] == "http.disconnect":
             raise ClientDisconnected
         piece: bytes = message.get("body", b"")
-        if lease.size + len(piece) > max_bytes:
-            raise too_large
+        self.size += len(piece)
+        if self.size > self._max_bytes:
+            raise self._too_large()
+        self.ended = not message.get("more_body", False)
+        return piece
+
+    def _too_large(self) -> RequestTooLarge:
+        return RequestTooLarge(f"The request body is larger than {self._max_bytes:,} bytes.")
+
+
+async def read_body(headers: list[tuple[bytes, bytes]], receive: Receive, *, max_bytes: int, lease: BodyLease) -> bytes:
+    """The whole body. Raises what `BodyReader` raises, and `Overloaded` where the budget is spent."""
+    reader = BodyReader(headers, receive, max_bytes=max_bytes)
+    pieces: list[bytes] = []
+    while not reader.ended:
+        piece = await reader.next()
         lease.grow(len(piece))
         pieces.append(piece)
-        if not message.get("more_body", False):
-            return b"".join(pieces)
+    return b"".join(pieces)

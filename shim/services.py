@@ -6,26 +6,35 @@ import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 
 from aiexport_edge.proto.config import Config
 from aiexport_edge.shim import metrics
+from aiexport_edge.shim.address_policy import AddressPolicy
 from aiexport_edge.shim.auth.authenticator import Authenticator
 from aiexport_edge.shim.auth.tokens import SigningKeys, Tokens
+from aiexport_edge.shim.batches.executor import Executor
+from aiexport_edge.shim.batches.run import Runner
 from aiexport_edge.shim.body import BodyBudget
 from aiexport_edge.shim.catalog import Catalog
-from aiexport_edge.shim.engines.engines import Engines
+from aiexport_edge.shim.engines.engines import Engines, ModelState
 from aiexport_edge.shim.idempotency import IdempotencyKeys
 from aiexport_edge.shim.limits.limits import Limits
 from aiexport_edge.shim.limits.windows import open_window
 from aiexport_edge.shim.secrets import MasterKeys, SecretBox
-from aiexport_edge.shim.store import Store
+from aiexport_edge.shim.store import Store, batch_sweep
+from aiexport_edge.shim.store.batch_leases import BatchLeases
+from aiexport_edge.shim.store.batch_rows import BatchRows
 from aiexport_edge.shim.store.idempotency_rows import IdempotencyRows
 from aiexport_edge.shim.store.keys import new_id
 from aiexport_edge.shim.store.sealed_rows import holds_secrets
-from aiexport_edge.shim.store.usage_rows import UsageRows
+from aiexport_edge.shim.store.uptime_rows import UptimeRows
+from aiexport_edge.shim.store.usage_rows import UsageRows, record
+from aiexport_edge.shim.uptime import Uptime
 from aiexport_edge.shim.usage import UsageLedger
 
 _MEASURE_S = 1.0
+_SPOOLED_BODIES = 4  # of batches that are taken in at one time, each of the greatest size
 
 
 class Services:
@@ -50,7 +59,27 @@ class Services:
             self.threads,
         )
         self.idempotency = IdempotencyKeys(IdempotencyRows(store.database, self.process_id), self.threads)
+        self.uptime = Uptime(UptimeRows(store.database), self.threads, self.can_serve)
         self.bodies = BodyBudget(config.shim.inflight_body_bytes)
+        self.batch_spool = BodyBudget(_SPOOLED_BODIES * config.batches.max_body_bytes)
+        self.batch_threads = ThreadPoolExecutor(2, "batch-intake")
+        self.batch_rows = BatchRows(store.database)
+        self.webhook_policy = AddressPolicy(config.webhooks.allow)
+        self.batches = self._executor()
+
+    def _executor(self) -> Executor:
+        config, database = self.config, self.store.database
+        places = int(config.engine.queue_size * config.engine.tenant_queue_share)  # that one workspace may wait in
+        return Executor(
+            BatchLeases(database, self.process_id, partial(record, process_id=self.process_id)),
+            Runner(self.engines, self.catalog, self.limits),
+            self.engines,
+            self.catalog,
+            max_in_flight=config.batches.max_in_flight,
+            max_waiting=places // (4 * config.shim.workers),
+            sweep=partial(batch_sweep.stop, database),
+            forget=partial(batch_sweep.forget, database, config.store.retention),
+        )
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -59,6 +88,8 @@ class Services:
             asyncio.create_task(self.engines.run()),
             asyncio.create_task(self.authenticator.run()),
             asyncio.create_task(self.idempotency.run()),
+            asyncio.create_task(self.uptime.run()),
+            asyncio.create_task(self.batches.run()),
             asyncio.create_task(self._measure()),
         ]
         try:
@@ -69,7 +100,12 @@ class Services:
             await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.get_running_loop().run_in_executor(self.threads, self.ledger.close)
             await self.limits.close()
+            self.batch_threads.shutdown()
             self.threads.shutdown()
+
+    def can_serve(self) -> bool:
+        """Whether at least one model can be served now."""
+        return any(self.engines.state(spec.weights) is ModelState.READY for spec in self.config.models)
 
     async def _measure(self) -> None:
         """Keeps the gauges that nobody sets in passing."""

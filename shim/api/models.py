@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from aiexport_edge.shim.api.access import enter
-from aiexport_edge.shim.api.paging import limit_of, page
+from aiexport_edge.shim.api.paging import limit_of, page, unknown_cursor
 from aiexport_edge.shim.errors import InvalidRequest, quoted
 from aiexport_edge.shim.services import Services
 
@@ -33,7 +33,7 @@ class Models:
         if after_id is not None:
             ids = [model.id for model in listed]
             if after_id not in ids:
-                raise InvalidRequest(f"after_id: there is no model {quoted(after_id)}", param="after_id")
+                raise unknown_cursor(after_id, "model")
             listed = listed[ids.index(after_id) + 1 :]
         rest = [model for model in listed if family in (None, model.spec.family)]
         shown = [self._services.catalog.describe(model) for model in rest[:limit]]

@@ -1,8 +1,9 @@
 """Who works on which request of a batch, and what came of it. Used by every shim process; synchronous.
 
 A request is leased to a process, which is alive for as long as it is in `processes` (`usage_rows.py` takes out whoever
-falls silent); the requests of a dead one are queued again. A result counts only where the lease is still the one it was made under (owner and attempt),
-and comes with its usage row and the batch's counts in one transaction: each request is answered and billed once.
+falls silent); the requests of a dead one are queued again. A result counts only where the lease is still the one it was
+made under (owner and attempt), and comes with its usage row and the batch's counts in one transaction: each request is
+answered and billed once.
 
     queued ──lease──▶ processing ──answer──▶ succeeded, errored (or canceled, expired)
        ▲                  │
@@ -148,7 +149,8 @@ class BatchLeases:
     # ------------------------------------------------------------------------------------------ giving back
 
     def answer(self, answers: Sequence[Answer]) -> list[Answer]:
-        """Writes results with their usage and counts, in one transaction; returns those that counted.
+        """Writes results with their usage and counts, in one transaction; returns those that counted. One that is
+        "queued" gives its request back.
 
         The others' leases had been lost meanwhile; whoever has them now answers, and is billed.
         """
@@ -170,18 +172,6 @@ class BatchLeases:
         for batch_id in sorted({answer.leased.batch_id for answer in counted}):
             self._end(batch_id)
         return counted
-
-    def release(self, leased: Sequence[Leased]) -> None:
-        """Queues requests again that this process leased and will not answer."""
-        by_batch: dict[str, list[Leased]] = defaultdict(list)
-        for each in leased:
-            by_batch[each.batch_id].append(each)
-        with write(self._database, synchronous="NORMAL") as connection:
-            for batch_id in sorted(by_batch):
-                if batch_ends.lock(connection, batch_id) is None:
-                    continue
-                back = sum(self._write(connection, Answer(each, "queued", None, None)) for each in by_batch[batch_id])
-                self._count(connection, batch_id, ["queued"] * back)
 
     def _write(self, connection: Connection, answer: Answer) -> bool:
         leased = answer.leased

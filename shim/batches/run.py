@@ -1,0 +1,172 @@
+"""From a leased request to its answer: as often as it takes, where the fault is not the request's own.
+
+Passing faults (no room, no engine, a model that loads) are waited out; what the engine fails at is tried a few times.
+Only a whole reply is answered and billed; a request that is stopped halfway is neither.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from aiexport_edge.proto import engine_pb2 as pb
+from aiexport_edge.shim import json_body
+from aiexport_edge.shim.api.reply import message_object
+from aiexport_edge.shim.batches.item import Item, engine_request, read_item
+from aiexport_edge.shim.batches.pace import Pace
+from aiexport_edge.shim.catalog import Catalog, Listed
+from aiexport_edge.shim.engines.engines import Engines
+from aiexport_edge.shim.engines.generation import Generation
+from aiexport_edge.shim.errors import ApiError, InternalError, Overloaded, RateLimited
+from aiexport_edge.shim.limits.limits import Limits, OverQuota, Reservation
+from aiexport_edge.shim.prices import Price
+from aiexport_edge.shim.store.batch_values import Answer, Leased
+from aiexport_edge.shim.store.keys import new_id
+from aiexport_edge.shim.store.values import UsageRow
+
+MAX_TRIES = 3  # of a request that the engine fails at; it may be what breaks it
+
+log = logging.getLogger(__name__)
+
+
+class NoQuota(Exception):
+    """The workspace's tokens of the day are used or in flight. `seconds` until there may be some."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__("no tokens are left")
+        self.seconds = seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A leased request that is ready to be sent."""
+
+    leased: Leased
+    item: Item
+    listed: Listed
+    request: pb.GenerateRequest
+
+
+class Runner:
+    """What answering needs."""
+
+    def __init__(self, engines: Engines, catalog: Catalog, limits: Limits) -> None:
+        self._engines = engines
+        self._catalog = catalog
+        self._limits = limits
+
+    def prepare(self, leased: Leased) -> Prepared:
+        """Raises `ApiError` for a request that can't be sent: its model or plan has changed since it was accepted."""
+        item = read_item(json_body.parse(leased.body), "")
+        listed, request = engine_request(item, self._catalog, leased.principal, leased.request_id)
+        return Prepared(leased, item, listed, request)
+
+    async def answer(self, prepared: Prepared, pace: Pace, started: Callable[[], None]) -> Answer:
+        """Calls `started` when an engine begins it. Raises `NoQuota`; cancelled, it leaves nothing at the engines."""
+        loop = asyncio.get_running_loop()
+        tries = 0
+        while True:
+            await asyncio.sleep(max(0.0, pace.open_at - loop.time()))
+            try:
+                return await self._try(prepared, started)
+            except (Overloaded, RateLimited) as passing:
+                pace.refused(loop.time(), passing.retry_after)
+            except InternalError as error:
+                tries += 1
+                log.warning("%s failed (try %d of %d)", prepared.leased.request_id, tries, MAX_TRIES)
+                if tries == MAX_TRIES:
+                    return errored(prepared.leased, error)
+                pace.refused(loop.time(), None)
+            except ApiError as error:
+                return errored(prepared.leased, error)
+
+    async def _try(self, prepared: Prepared, started: Callable[[], None]) -> Answer:
+        leased = prepared.leased
+        quota = await self._limits.quota(leased.principal, fresh_s=1.0)
+        if quota.left == 0:
+            raise NoQuota(quota.retry_after_s)
+        request = pb.GenerateRequest()
+        request.CopyFrom(prepared.request)  # going on after a lost engine writes into it
+        generation = Generation(request)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._engines.abort, generation)
+            accepted = await self._engines.admit(generation)
+            reservation = await self._reserve(leased, accepted)
+            stack.callback(reservation.release)
+            text, finished = await _collect(generation, started)
+            stack.pop_all()  # the answer, once it is written, lets go of the reservation
+        return _succeeded(prepared, generation, text, finished)
+
+    async def _reserve(self, leased: Leased, accepted: pb.Accepted) -> Reservation:
+        try:
+            return await self._limits.reserve_tokens(
+                leased.principal, accepted.prompt_tokens + accepted.max_tokens, leased.request_id
+            )
+        except OverQuota as over:
+            raise NoQuota(over.quota.retry_after_s) from None
+
+
+def errored(leased: Leased, error: ApiError) -> Answer:
+    """The answer that a request gets for its own fault."""
+    detail: dict[str, Any] = {"type": error.type, "message": error.message}
+    if error.param is not None:
+        detail["param"] = error.param
+    return Answer(leased, "errored", msgspec.json.encode(detail), None)
+
+
+async def _collect(generation: Generation, started: Callable[[], None]) -> tuple[str, pb.Finished]:
+    """The whole reply. Raises what ended the generation."""
+    texts: list[str] = []
+    said = False
+
+    def on_news() -> bool:
+        nonlocal said
+        if generation.started and not said:
+            said = True
+            started()
+        texts.append(generation.take())
+        return generation.finished is not None
+
+    await generation.follow(on_news)
+    assert generation.finished is not None
+    return "".join(texts), generation.finished
+
+
+def _succeeded(prepared: Prepared, generation: Generation, text: str, finished: pb.Finished) -> Answer:
+    leased, spec = prepared.leased, prepared.listed.spec
+    assert generation.accepted is not None
+    prompt_tokens, cached_tokens = generation.accepted.prompt_tokens, generation.cached_tokens or 0
+    message = message_object(
+        new_id("msg_"),
+        prepared.item.request.model,
+        text,
+        finished,
+        prompt_tokens=prompt_tokens,
+        cached_tokens=cached_tokens,
+        output_tokens=finished.output_tokens,
+    )
+    price = Price.per_million(spec.input_per_million, spec.output_per_million, batch=True)
+    now = datetime.now(UTC)
+    usage = UsageRow(
+        request_id=leased.request_id,
+        message_id=message["id"],
+        workspace_id=leased.principal.workspace_id,
+        key_id=leased.principal.key_id,
+        model=prepared.item.request.model,
+        status="completed",
+        input_tokens=prompt_tokens - cached_tokens,
+        cache_read_input_tokens=cached_tokens,
+        output_tokens=finished.output_tokens,
+        created_at=now,
+        ended_at=now,
+        batch=True,
+        cost=prompt_tokens * price.input + finished.output_tokens * price.output,
+    )
+    return Answer(leased, "succeeded", msgspec.json.encode(message), usage)
