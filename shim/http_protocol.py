@@ -13,6 +13,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from aiexport_edge.shim import logs
 from aiexport_edge.shim.errors import ApiError, HeadTooLarge, InvalidRequest, Overloaded, error_body
+from aiexport_edge.shim.response_stream import EXTENSION, ConnectionStream
 from aiexport_edge.shim.store.keys import new_id
 
 MAX_HEAD_BYTES = 64 << 10
@@ -72,6 +73,9 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._end_of_head()
         super().on_headers_complete()
+        if self.cycle.scope is self.scope:
+            extensions: dict[Any, Any] = {EXTENSION: ConnectionStream(self.cycle)}
+            self.scope["extensions"] = extensions
         if len(self.pipeline) > MAX_PIPELINED:
             raise InvalidRequest("Too many requests were sent before their replies.")  # ends the parser's work, too
 

@@ -29,6 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from aiexport_edge.shim import sse
 from aiexport_edge.shim.errors import Conflict, InvalidRequest, Overloaded, Unprocessable
 from aiexport_edge.shim.exchange import Exchange, exchange_of
+from aiexport_edge.shim.response_stream import EXTENSION, stream_of
 from aiexport_edge.shim.store.idempotency_rows import Claim, IdempotencyRows, KeptReply, State, Taken
 
 T = TypeVar("T")
@@ -116,7 +117,7 @@ class Idempotent:
             return
         attempt = _Attempt(self._keys, given, scope, receive, send)
         try:
-            await self._app(scope, attempt.receive, attempt.send)
+            await self._app(attempt.scope, attempt.receive, attempt.send)
         except _Replay as replay:
             attempt.exchange.facts["idempotency"] = "replayed"
             await _send_again(replay.reply, send)
@@ -140,6 +141,8 @@ class _Attempt:
 
     def __init__(self, keys: IdempotencyKeys, given: list[bytes], scope: Scope, receive: Receive, send: Send) -> None:
         self.exchange: Exchange = exchange_of(scope)
+        self._stream = stream_of(scope)
+        self.scope = {**scope, "extensions": {**scope["extensions"], EXTENSION: self}}
         self._keys = keys
         self._given = given
         self._receive = receive
@@ -171,6 +174,20 @@ class _Attempt:
             elif self._recording is not None:
                 await self._record(message, self._recording)
         await self._send(message)
+
+    # The response's stream, as `response_stream.py` has it: its pieces are recorded too.
+
+    @property
+    def is_full(self) -> bool:
+        return self._stream.is_full
+
+    def write(self, piece: bytes) -> None:
+        if self._recording is not None:
+            self._recording.add(piece)
+        self._stream.write(piece)
+
+    async def room(self) -> None:
+        await self._stream.room()
 
     async def release(self) -> None:
         """Frees the key, if this attempt holds it."""
@@ -210,9 +227,7 @@ class _Attempt:
         raise _Replay(claim.reply)
 
     async def _record(self, message: Message, recording: _Recording) -> None:
-        body: bytes = message.get("body", b"")
-        if body != sse.PING:
-            recording.add(body)
+        recording.add(message.get("body", b""))
         if message.get("more_body", False):
             return
         claim, self._claim = self._claim, None
@@ -237,6 +252,8 @@ class _Recording:
         self._last = b""
 
     def add(self, body: bytes) -> None:
+        if body == sse.PING:
+            return
         self._last = body or self._last
         if self._size <= MAX_KEPT_BYTES:
             self._take(self._deflate.compress(body))

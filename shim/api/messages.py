@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.shim import json_body, metrics, sse
 from aiexport_edge.shim.api.access import enter, require_tokens
+from aiexport_edge.shim.api.event_stream import EventStream
 from aiexport_edge.shim.api.generate_request import generate_request
 from aiexport_edge.shim.api.messages_request import MessagesRequest, parse_messages_request
 from aiexport_edge.shim.api.reply import Reply
@@ -23,12 +24,12 @@ from aiexport_edge.shim.body import BodyLease, read_body
 from aiexport_edge.shim.engines.generation import ClientGone, Generation
 from aiexport_edge.shim.exchange import exchange_of
 from aiexport_edge.shim.prices import Price
+from aiexport_edge.shim.response_stream import ResponseStream, stream_of
 from aiexport_edge.shim.services import Services
 from aiexport_edge.shim.store import Principal
 from aiexport_edge.shim.usage import Entry
 
 PING_S = 10.0
-STALL_S = 120.0  # a client that takes no byte for so long is given up
 PARSE_IN_THREAD_BYTES = 256 << 10
 
 
@@ -58,7 +59,7 @@ class Messages:
                 accepted = await services.engines.admit(generation)
                 async with self._accounted(reply, principal, accepted):
                     if request.stream or self._always_stream:
-                        await self._stream(reply, send)
+                        await self._stream(reply, stream_of(scope), send)
                     else:
                         await self._whole(reply, send)
 
@@ -111,23 +112,10 @@ class Messages:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    async def _stream(self, reply: Reply, send: Send) -> None:
-        loop = asyncio.get_running_loop()
+    async def _stream(self, reply: Reply, stream: ResponseStream, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
-        try:
-            async with asyncio.timeout(None) as stalled:
-                more, moved = True, 0.0
-                while more:
-                    if loop.time() > moved + 1.0:  # not for every event: that costs as much as making the event
-                        moved = loop.time()
-                        stalled.reschedule(moved + STALL_S)
-                    if await reply.generation.wait(self._ping_s):
-                        events, more = reply.events()
-                    else:
-                        events = sse.PING
-                    await send({"type": "http.response.body", "body": events, "more_body": more})
-        except TimeoutError:
-            raise ClientGone("takes no bytes") from None
+        last = await EventStream(reply, stream, self._ping_s).run()
+        await send({"type": "http.response.body", "body": last})
 
 
 @asynccontextmanager

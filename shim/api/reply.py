@@ -15,7 +15,6 @@ from aiexport_edge.shim.exchange import Exchange
 from aiexport_edge.shim.store.keys import new_id
 from aiexport_edge.shim.usage import Entry
 
-_LONG_S = 3600.0
 _STOP_REASONS = {
     pb.FINISH_END_TURN: "end_turn",
     pb.FINISH_MAX_TOKENS: "max_tokens",
@@ -36,25 +35,30 @@ class Reply:
         self.model = request.model
         self._opened = False
 
-    def take(self) -> tuple[str, pb.Finished | None]:
+    def take(self) -> str:
         """What is new, counted. Raises what ended the generation."""
-        assert self.entry is not None
-        chunk = self.generation.take()
-        self.entry.cached_tokens = self.generation.cached_tokens or 0
-        self.entry.output_tokens = chunk.output_tokens
-        if chunk.text and self.entry.first_token_at is None:
-            self.entry.first_token_at = datetime.now(UTC)
-            self.exchange.facts["first_ms"] = round(self.exchange.seconds * 1000, 1)
-            metrics.FIRST_TOKEN_SECONDS.labels(self.listed.id).observe(self.exchange.seconds)
-        return chunk.text, chunk.finished
+        entry, generation = self.entry, self.generation
+        assert entry is not None
+        text = generation.take()
+        entry.output_tokens = generation.output_tokens
+        if entry.first_token_at is None:
+            entry.cached_tokens = generation.cached_tokens or 0
+            if text:
+                entry.first_token_at = datetime.now(UTC)
+                self.exchange.facts["first_ms"] = round(self.exchange.seconds * 1000, 1)
+                metrics.FIRST_TOKEN_SECONDS.labels(self.listed.id).observe(self.exchange.seconds)
+        return text
 
     def events(self) -> tuple[bytes, bool]:
         """What is new as events, and whether there will be more."""
         try:
-            text, finished = self.take()
+            text = self.take()
         except ApiError as error:
             self.outcome = "failed"
             return sse.error(error, self.exchange.request_id), False
+        finished = self.generation.finished
+        if self._opened and finished is None:  # what a step mostly brings
+            return sse.text_delta(text) if text else b"", True
         events = []
         if not self._opened:
             self._opened = True
@@ -73,12 +77,13 @@ class Reply:
     async def whole(self) -> dict[str, Any]:
         """The message once it is complete. Raises what ended the generation."""
         texts: list[str] = []
-        finished = None
-        while finished is None:
-            await self.generation.wait(_LONG_S)
-            text, finished = self.take()
-            texts.append(text)
-        return self.message(text="".join(texts), finished=finished)
+
+        def on_news() -> bool:
+            texts.append(self.take())
+            return self.generation.finished is not None
+
+        await self.generation.follow(on_news)
+        return self.message(text="".join(texts), finished=self.generation.finished)
 
     def message(self, *, text: str | None = None, finished: pb.Finished | None = None) -> dict[str, Any]:
         """The message object; without `finished` the one that opens a stream."""

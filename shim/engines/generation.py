@@ -1,7 +1,8 @@
 """One request for text, over as many attempts as it takes.
 
 Owns what has come back so far, which is also all that resuming needs: the output ids, the number of bytes of text, what
-`Accepted` said. Fed by a session (`session.py`), placed by `engines.py`, read by one consumer: `wait`, then `take`.
+`Accepted` said. Fed by a session (`session.py`), placed by `engines.py`, read by one consumer: `follow`, and `take`
+whenever it is told of news, within the session's own turn of the event loop.
 
     session ──on_delta──▶ [ text not yet taken, bounded ] ──take──▶ HTTP handler
 
@@ -12,8 +13,7 @@ from __future__ import annotations
 
 import array
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from aiexport_edge.proto import engine_pb2 as pb
@@ -43,15 +43,6 @@ class Refused(Exception):
         self.detail = detail
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """What has come since the last one. `finished` is set in the last."""
-
-    text: str
-    output_tokens: int  # so far, this chunk included
-    finished: pb.Finished | None
-
-
 class Generation:
     """A request and what came of it. Everything happens on one event loop."""
 
@@ -62,9 +53,10 @@ class Generation:
         self.session: Session | None = None  # where it is placed now, and under which tag
         self.tag = 0
         self.answer: asyncio.Future[pb.Accepted] | None = None  # to the submission that is under way
+        self.output_tokens = 0  # so far
+        self.finished: pb.Finished | None = None
         self._ids = array.array("I")
         self._emitted_bytes = 0
-        self._output_tokens = 0
         self._attempt = 0
         self._running = False  # in this attempt
         self._stalls = 0
@@ -72,46 +64,64 @@ class Generation:
         self._text: list[str] = []
         self._taken_bytes = 0
         self._max_buffered_bytes = max_buffered_bytes
-        self._finished: pb.Finished | None = None
         self._error: Exception | None = None
-        self._news = False  # since the last `take`
-        self._waiter: asyncio.Future[None] | None = None
+        self._on_news: Callable[[], bool] | None = None
+        self._followed: asyncio.Future[None] | None = None  # resolved when `_on_news` has had enough
 
     # ------------------------------------------------------------------------------------------ the consumer's side
 
     @property
     def ended(self) -> bool:
         """Nothing more will come."""
-        return self._finished is not None or self._error is not None
+        return self.finished is not None or self._error is not None
 
     @property
     def started(self) -> bool:
         """An engine has begun to work on it."""
         return self.cached_tokens is not None
 
-    async def wait(self, seconds: float) -> bool:
-        """Whether there is something new: a start, text, an end. False when `seconds` pass without."""
-        if self._news:
-            return True
-        loop = asyncio.get_running_loop()
-        waiter = self._waiter = loop.create_future()
-        timer = loop.call_later(seconds, _wake, waiter)
-        try:
-            await waiter
-        finally:
-            timer.cancel()
-            self._waiter = None
-        return self._news
+    async def follow(self, on_news: Callable[[], bool]) -> None:
+        """Calls `on_news` whenever there is something new (a start, text, an end), until it returns True or raises.
 
-    def take(self) -> Chunk:
-        """Everything that has come and has not been taken. Raises what ended the generation once all is taken."""
-        if self._error is not None and not self._text:
-            raise self._error
-        self._news = self._error is not None
-        text = "".join(self._text)
-        self._text.clear()
+        At the end it must take what there is: after an error it is called once more for the error itself.
+        """
+        self._on_news = on_news
+        self._followed = asyncio.get_running_loop().create_future()
+        try:
+            if self.started or self.ended:
+                self.tell()
+            await self._followed
+        finally:
+            self._on_news = None
+
+    def tell(self) -> None:
+        """Tells whoever follows that there is something new."""
+        if self._on_news is None:
+            return
+        assert self._followed is not None
+        try:
+            enough = self._on_news() or (self._error is not None and self._on_news())
+        except Exception as error:  # the follower's: it gets it where it waits
+            self._on_news = None
+            if not self._followed.done():
+                self._followed.set_exception(error)
+        else:
+            if enough:
+                self._on_news = None
+                if not self._followed.done():
+                    self._followed.set_result(None)
+
+    def take(self) -> str:
+        """The text that has come and has not been taken. Raises what ended the generation once all is taken."""
+        texts = self._text
+        if not texts:
+            if self._error is not None:
+                raise self._error
+            return ""
+        text = texts[0] if len(texts) == 1 else "".join(texts)
+        texts.clear()
         self._taken_bytes = self._emitted_bytes
-        return Chunk(text, self._output_tokens, self._finished if self._error is None else None)
+        return text
 
     def fail(self, error: Exception) -> None:
         """Ends the generation from this side, unless it has ended."""
@@ -122,7 +132,7 @@ class Generation:
             self._text.clear()
         if self.answer is not None and not self.answer.done():
             self.answer.set_exception(error)
-        self._notify()
+        self.tell()
 
     # ------------------------------------------------------------------------------------------ the engine's side
 
@@ -159,12 +169,12 @@ class Generation:
         self._running = True
         if self.cached_tokens is None:
             self.cached_tokens = started.cached_tokens
-            self._notify()
+            self.tell()
 
     def on_delta(self, text: str, ids: Sequence[int], output_tokens: int, emitted_bytes: int) -> None:
         """More of the reply; the counters are cumulative."""
         self._ids.extend(ids)
-        self._output_tokens = output_tokens
+        self.output_tokens = output_tokens
         if not text:
             return
         self._emitted_bytes = emitted_bytes
@@ -172,17 +182,17 @@ class Generation:
         if self._emitted_bytes - self._taken_bytes > self._max_buffered_bytes:
             self.fail(ClientGone("reads too slowly"))
         else:
-            self._notify()
+            self.tell()
 
     def on_finished(self, finished: pb.Finished) -> None:
         if self.ended:
             return
-        self._output_tokens = finished.output_tokens
+        self.output_tokens = finished.output_tokens
         if finished.reason == pb.FINISH_ABORTED:  # nobody here asked for it
             self.fail(internal_error())
             return
-        self._finished = finished
-        self._notify()
+        self.finished = finished
+        self.tell()
 
     def on_failed(self, detail: pb.ErrorDetail) -> None:
         self.fail(api_error(detail))
@@ -201,13 +211,3 @@ class Generation:
         if self._stalls >= MAX_STALLS:
             self.fail(internal_error())
         return not self.ended
-
-    def _notify(self) -> None:
-        self._news = True
-        if self._waiter is not None:
-            _wake(self._waiter)
-
-
-def _wake(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
