@@ -1,4 +1,4 @@
-"""Draw the next token: temperature, top-k, top-p, then Gumbel-max with counter-based noise.
+"""Draw the next token: grammar mask, temperature, top-k, top-p, then Gumbel-max with counter-based noise.
 
 A draw depends on its row's logits, its seed and its output index alone: not on batch, order, threads or device. So that
 every implementation draws the same ids bit for bit, all that decides is defined down to the rounding: exponentials and
@@ -129,6 +129,12 @@ def _draw(
     return int(torch.argmax(torch.where(kept, noisy, float("-inf"))))
 
 
+def _allowed(bitmask: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Booleans [B, V] of a bitmask."""
+    bits = (bitmask.unsqueeze(2) >> torch.arange(32, dtype=torch.int32, device=bitmask.device)) & 1
+    return bits.flatten(1)[:, :vocabulary] != 0
+
+
 def sample_reference(
     logits: torch.Tensor,
     temperature: torch.Tensor,
@@ -136,18 +142,22 @@ def sample_reference(
     top_p: torch.Tensor,
     seeds: torch.Tensor,
     output_index: torch.Tensor,
+    bitmask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token for each row: (ids int64 [B], logprobs float32 [B]).
 
     logits float32 [B, V], finite or -inf. temperature float32 [B]; 0 takes the highest logit, of equals the lowest id.
     top_k int32 [B], 0 off: exactly that many stay, of equal scores the lower ids. top_p float32 [B], 1 off: of what
     top-k left, the fewest likeliest tokens whose mass reaches top_p of it; at least one. seeds int64 [B], the bits of a
-    uint64. output_index int64 [B] >= 0. Noise of token t: -log(-log(u)), u from lane t % 4 of Philox4x32-10 with key =
+    uint64. output_index int64 [B] >= 0. bitmask int32 [B, ceil(V / 32)] or None: where bit t % 32 of word t // 32 is 0,
+    the logit of token t counts as -inf. Noise of token t: -log(-log(u)), u from lane t % 4 of Philox4x32-10 with key =
     seed and counter = (t // 4, low, high half of the output index, 0). The log-probability is that of the drawn token
     under the softmax over all tokens of logits / temperature (temperature 0: of the logits). A row with a NaN, with
     +inf or with no finite logit has no distribution: its id is 0 and its log-probability NaN, so that the caller can
     tell.
     """
+    if bitmask is not None:
+        logits = logits.masked_fill(~_allowed(bitmask, logits.shape[1]), float("-inf"))
     rows = [
         _sample_row(
             logits[row], float(temperature[row]), int(top_k[row]), float(top_p[row]), seeds[row], output_index[row]
@@ -164,14 +174,15 @@ def sample(
     top_p: torch.Tensor,
     seeds: torch.Tensor,
     output_index: torch.Tensor,
+    bitmask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `sample_reference`."""
     if logits.device.type == "cpu":
         from aiexport_edge.kernels.cpu import sampler as cpu
 
-        return cpu.sample(logits, temperature, top_k, top_p, seeds, output_index)
+        return cpu.sample(logits, temperature, top_k, top_p, seeds, output_index, bitmask)
     if logits.is_cuda:
         from aiexport_edge.kernels.gpu import sampler as gpu
 
-        return gpu.sample(logits, temperature, top_k, top_p, seeds, output_index)
-    return sample_reference(logits, temperature, top_k, top_p, seeds, output_index)
+        return gpu.sample(logits, temperature, top_k, top_p, seeds, output_index, bitmask=bitmask)
+    return sample_reference(logits, temperature, top_k, top_p, seeds, output_index, bitmask)

@@ -172,19 +172,17 @@ class Resolver:
     def _plain(self, schema: Any, place: str, depth: int) -> Schema:
         """With references and `allOf` resolved."""
         for _ in range(MAX_DEPTH):
-            if isinstance(schema, Mapping):
-                schema = self.stripped(schema, place)
-                if "$ref" in schema:
-                    alone = len(schema) == 1
-                    schema = self.target(schema["$ref"], place) if alone else self.inlined(schema, place, depth)
-                    continue
-                if "allOf" in schema:
-                    schema = self.merged(schema, place, depth)
-                    continue
-                return schema
             if isinstance(schema, bool):
-                return bool(schema)
-            break
+                return schema
+            if not isinstance(schema, Mapping):
+                break
+            plain = self.stripped(schema, place)
+            if "$ref" in plain:
+                schema = self.target(plain["$ref"], place) if len(plain) == 1 else self.inlined(plain, place, depth)
+            elif "allOf" in plain:
+                schema = self.merged(plain, place, depth)
+            else:
+                return plain
         raise UnsupportedSchema(place, "a schema is an object, true or false")
 
     def _apart(self, one: Schema, other: Schema, place: str, depth: int) -> bool:

@@ -113,6 +113,13 @@ def keep_nan(builder: Any, found: Any, value: Any) -> Any:
     return builder.select(builder.fcmp_unordered("uno", value, value), value, found)
 
 
+@operation(simd.vector, simd.vector, simd.int64)
+def keep_allowed(builder: Any, value: Any, bits: Any) -> Any:
+    """Lanes of `value` whose bit is 1, minus infinity in the others."""
+    allowed = builder.bitcast(builder.trunc(bits, simd.I16), ir.VectorType(ir.IntType(1), LANES))
+    return builder.select(allowed, value, constant(FLOATS, float("-inf")))
+
+
 @operation(simd.none, simd.int64, simd.int64, simd.int64, simd.int64)
 def draw_words(builder: Any, target: Any, seed: Any, first_counter: Any, output_index: Any) -> None:
     """Philox4x32-10 of sixteen counters: 64 words, in the order of the tokens they belong to."""
@@ -170,14 +177,17 @@ def _first_equal(values: int, count: int, wanted: float) -> int:
 
 
 @inner
-def _score_row(logits: int, count: int, padded: int, temperature: float, scores: int) -> bool:
-    """(logit - highest) / temperature to `scores`, -inf beyond `count`; false where the row has no distribution."""
+def _score_row(logits: int, mask: int, count: int, padded: int, temperature: float, scores: int) -> bool:
+    """(logit - highest) / temperature to `scores`, -inf beyond `count` and where the mask's bit is 0 (a mask of address
+    0 allows all); false where the row has no distribution."""
     highest, odd = splat(np.float32(-np.inf)), splat(np.float32(0.0))
     for i in range(0, padded, LANES):
         if i + LANES <= count:
             v = load(logits + 4 * i)
         else:
             v = keep_lanes(load_first(logits + 4 * i, count - i), 0, count - i)
+        if mask != 0 and i < count:
+            v = keep_allowed(v, get_int32(mask, i // 32) >> (i & 16))
         highest, odd = maximum(v, highest), keep_nan(odd, v)
         store(scores + 4 * i, v)
     largest = max_lanes(highest)
@@ -255,6 +265,8 @@ def sample_rows(
     num_units: int,
     logits: int,
     row_bytes: int,
+    bitmask: int,
+    mask_bytes: int,
     vocabulary: int,
     temperature: int,
     top_k: int,
@@ -274,7 +286,8 @@ def sample_rows(
     unit = begin(control)
     while unit < num_units:
         heat = get_float32(temperature, unit)
-        if not _score_row(logits + unit * row_bytes, vocabulary, padded, heat, scores):
+        mask = bitmask + unit * mask_bytes if bitmask != 0 else 0
+        if not _score_row(logits + unit * row_bytes, mask, vocabulary, padded, heat, scores):
             set_int64(ids, unit, 0)
             set_float32(logprobs, unit, np.float32(np.nan))
             unit = next_unit(control)
@@ -317,6 +330,7 @@ def sample(
     top_p: torch.Tensor,
     seeds: torch.Tensor,
     output_index: torch.Tensor,
+    bitmask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `aiexport_edge.kernels.sampler.sample_reference`."""
     num_rows, vocabulary = logits.shape
@@ -325,6 +339,10 @@ def sample(
     assert seeds.dtype == output_index.dtype == torch.int64
     if logits.stride(1) != 1:
         logits = logits.contiguous()
+    if bitmask is not None:
+        assert bitmask.dtype == torch.int32
+        assert bitmask.shape == (num_rows, -(-vocabulary // 32))
+        assert bitmask.stride(1) == 1
     ids = torch.empty(num_rows, dtype=torch.int64)
     logprobs = torch.empty(num_rows, dtype=torch.float32)
     launch(
@@ -334,6 +352,8 @@ def sample(
         12 * (vocabulary + CHUNK) + 8 * (2048 + LANES) + 4 * CHUNK,
         logits.data_ptr(),
         4 * logits.stride(0),
+        0 if bitmask is None else bitmask.data_ptr(),
+        0 if bitmask is None else 4 * bitmask.stride(0),
         vocabulary,
         temperature.data_ptr(),
         top_k.data_ptr(),

@@ -651,8 +651,7 @@ def sample(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `aiexport_edge.kernels.sampler.sample_reference`.
 
-    logits may also be bfloat16 or float16. bitmask int32 [B, ceil(V / 32)]: bit t % 32 of word t // 32 is 1 where token
-    t is allowed; the others count as -inf.
+    logits may also be bfloat16 or float16.
     """
     launches, ids, logprobs = sample_launches(
         logits, temperature, top_k, top_p, seeds, output_index, bitmask=bitmask, architecture=architecture

@@ -70,6 +70,29 @@ def test_logits_of_minus_infinity() -> None:
     assert bool(logits[torch.arange(12), ids].isfinite().all())
 
 
+@pytest.mark.parametrize("vocabulary", [1, 31, 32, 33, 65, 1000, 4099])
+def test_a_bitmask_forbids(vocabulary: int) -> None:
+    """As -inf in the logits themselves, for every kind of row; also where rows of the mask lie apart."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = 3 * torch.randn(12, vocabulary, generator=generator)
+    words = -(-vocabulary // 32)
+    bitmask = torch.randint(-(1 << 31), 1 << 31, (12, words + 3), generator=generator).int()[:, :words]
+    bitmask[0] = 0
+    bitmask[1] = 0
+    bitmask[1, (vocabulary - 1) // 32] = torch.tensor(1 << ((vocabulary - 1) % 32)).int()  # the last token alone
+    bitmask[2] = -1
+    with poisoned():
+        ids, logprobs = sample(logits, *settings(SETTINGS), *draws(12), bitmask)
+    expected_ids, expected_logprobs = sample_reference(logits, *settings(SETTINGS), *draws(12), bitmask)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(logprobs, expected_logprobs, rtol=1e-6, atol=2e-6, equal_nan=True)
+    allowed = [[bool(int(row[t // 32]) >> (t % 32) & 1) for t in range(vocabulary)] for row in bitmask]
+    by_hand = logits.masked_fill(~torch.tensor(allowed), float("-inf"))
+    assert torch.equal(expected_ids, sample_reference(by_hand, *settings(SETTINGS), *draws(12))[0])
+    assert ids[1] == vocabulary - 1
+    assert logprobs[0].isnan()
+
+
 def test_rows_without_a_distribution() -> None:
     logits = torch.zeros(4, 70)
     logits[0, 69], logits[1, 3], logits[2] = float("nan"), float("inf"), float("-inf")
