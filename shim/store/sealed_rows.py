@@ -53,22 +53,30 @@ def count_by_master_key(database: Engine) -> Counter[bytes]:
     return counts
 
 
-def reseal(database: Engine, box: SecretBox) -> int:
-    """Seals everything that is not yet under the newest master key under it, all or nothing; returns how many."""
+def reseal(database: Engine, box: SecretBox) -> tuple[int, int]:
+    """Seals everything that is not yet under the newest master key under it.
+
+    Returns how many secrets that were, and how many are left as they are because their master key is not here.
+    """
     from aiexport_edge.shim.secrets.box import master_key_id
 
     newest = box.keys.newest().id
-    resealed = 0
+    here = {key.id for key in box.keys.all()}
+    resealed = lost = 0
     with write(database) as connection:
         for each in SEALED:
             table = each.column.table
             keys = list(table.primary_key.columns)
             rows = connection.execute(select(*keys, each.column).where(each.column.is_not(None))).all()
             for *key, sealed in rows:
-                if master_key_id(sealed) == newest:
+                sealed_under = master_key_id(sealed)
+                if sealed_under == newest:
+                    continue
+                if sealed_under not in here:
+                    lost += 1
                     continue
                 again = box.seal(box.open(sealed, purpose=each.purpose), purpose=each.purpose)
                 matches = [column == value for column, value in zip(keys, key, strict=True)]
                 connection.execute(update(table).where(*matches).values({each.column: again}))
                 resealed += 1
-    return resealed
+    return resealed, lost
