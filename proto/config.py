@@ -17,13 +17,14 @@ from typing import Any, TypeVar
 
 from aiexport_edge.proto import config_limits as limits
 from aiexport_edge.proto import config_values as values
+from aiexport_edge.proto.config_admin import AdminConfig, read_admin
 from aiexport_edge.proto.config_batches import BatchesConfig, read_batches
 from aiexport_edge.proto.config_limits import PLAN_DEFAULTS, LimitsConfig, PlanConfig
 from aiexport_edge.proto.config_telemetry import TelemetryConfig, read_telemetry
 from aiexport_edge.proto.config_tls import TlsConfig, read_tls
 from aiexport_edge.proto.config_values import DEMO, FAMILIES
 from aiexport_edge.proto.config_webhooks import WebhooksConfig, read_webhooks
-from aiexport_edge.proto.units import is_loopback, join_address, parse_duration, parse_size, split_address
+from aiexport_edge.proto.units import join_address, parse_duration, parse_size
 
 T = TypeVar("T")
 
@@ -120,13 +121,6 @@ class StoreConfig:
 
     url: str
     retention: timedelta
-
-
-@dataclass(frozen=True, slots=True)
-class AdminConfig:
-    """`[admin]`. `listen` is HOST:PORT, or "" for the REST port + 1 on loopback (`Config.admin_listen` resolves it)."""
-
-    listen: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,8 +257,8 @@ def _read(root: _Table, file: Path | None, state: Path) -> Config:
     url = store.take("url", values.text, "sqlite:///" + str(state / "store.db"))
     retention = store.take("retention", parse_duration, timedelta(days=29))
     store.end()
-    admin = _admin(root.table("admin"))
     tls = read_tls(root.table("tls"), base)
+    admin = read_admin(root.table("admin"), tls)
     telemetry = read_telemetry(root.table("telemetry"))
     batches = read_batches(root.table("batches"))
     webhooks = read_webhooks(root.table("webhooks"), base)
@@ -434,20 +428,6 @@ def _limits(table: _Table, base: Path) -> LimitsConfig:
     if config.redis_password_file is not None and not config.redis_url:
         raise table.error("redis_url", "is missing; redis_password_file is for the server that it names")
     return config
-
-
-def _admin(table: _Table) -> AdminConfig:
-    listen = table.take("listen", values.text, "")
-    table.end()
-    try:
-        host, _ = split_address(listen or "127.0.0.1:1")
-    except ValueError as problem:
-        raise table.error("listen", str(problem)) from None
-    if not is_loopback(host):
-        raise table.error(
-            "listen", f"{host} can be reached from other machines and this listener has no login; use 127.0.0.1"
-        )
-    return AdminConfig(listen)
 
 
 # ---------------------------------------------------------------------------------------------------- defaults
