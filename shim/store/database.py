@@ -1,7 +1,10 @@
 """Opens the database: the SQLAlchemy engine with the settings each connection needs, and its schema brought up to date.
 
 SQLite runs in WAL mode; write transactions begin as such (`BEGIN IMMEDIATE`), so that two processes wait for each other
-instead of failing half-way. Alembic is imported only when a migration has to run. Knows no query of the product.
+instead of failing half-way. PostgreSQL is reached through psycopg, whatever driver a URL names: all of the store's code
+is synchronous and runs on threads, where one transaction writes what many requests have brought, so that an
+asynchronous driver would have nothing to wait for. Alembic is imported only when a migration has to run. Knows no
+query of the product.
 """
 
 from __future__ import annotations
@@ -13,13 +16,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from aiexport_edge.shim.store.errors import StoreError, WrongSchema
 from aiexport_edge.shim.store.schema import REVISION
 
-BUSY_TIMEOUT_MS = 10_000
+BUSY_TIMEOUT_MS = 5_000
+_POSTGRES_DRIVERS = ("postgresql", "postgres", "postgresql+asyncpg", "postgresql+psycopg")
+_POSTGRES_CONNECT = {
+    "connect_timeout": 5,
+    "application_name": "aiexport-edge",
+    # A lock that nobody gives back, or a peer that is gone, is an error after a while, not a wait for ever.
+    "options": f"-c lock_timeout={BUSY_TIMEOUT_MS} -c statement_timeout=60000 -c timezone=UTC",
+    "keepalives_idle": 30,
+    "tcp_user_timeout": 20_000,
+}
+_MIGRATION_LOCK = 0x61786564  # any number that no other program locks
 
 
 def open_database(url: str) -> Engine:
@@ -28,13 +41,22 @@ def open_database(url: str) -> Engine:
     A SQLite file is made with mode 0600, its directory with 0700.
     """
     try:
-        parsed = make_url(url)
+        parsed = store_url(url)
         file = None
         if parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:"):
             file = Path(str(parsed.database))
             _make_private(file)
-        engine = create_engine(parsed)
-    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+        if parsed.get_backend_name() == "postgresql":
+            engine = create_engine(parsed, pool_pre_ping=True, connect_args=_POSTGRES_CONNECT)
+        else:
+            engine = create_engine(parsed)
+    except ModuleNotFoundError as error:
+        if error.name != "psycopg":
+            raise StoreError(f"The store's URL can't be used: {error}. Correct [store] url.") from None
+        raise StoreError(
+            "PostgreSQL as the store needs its driver; run in the project's folder: pip install '.[postgres]'"
+        ) from None
+    except (ArgumentError, NoSuchModuleError) as error:
         raise StoreError(f"The store's URL can't be used: {error}. Correct [store] url.") from None
     except OSError as error:
         raise StoreError(f"The store can't be made: {error.strerror} ({error.filename}).") from None
@@ -73,6 +95,24 @@ def read(engine: Engine) -> Iterator[Connection]:
         yield connection
 
 
+def store_url(url: str) -> URL:
+    """`url` as SQLAlchemy is to read it: every spelling of PostgreSQL with the one driver that is used.
+
+    Raises `ArgumentError`, or `StoreError` for another database.
+    """
+    parsed = make_url(url)
+    if parsed.drivername in _POSTGRES_DRIVERS:
+        query = dict(parsed.query)
+        if "ssl" in query:  # asyncpg's name for libpq's
+            query.setdefault("sslmode", query.pop("ssl"))
+        return parsed.set(drivername="postgresql+psycopg", query=query)
+    if parsed.get_backend_name() != "sqlite":
+        raise StoreError(
+            f"The store can't be a {parsed.drivername} database; use sqlite:///FILE or postgresql+asyncpg://…"
+        )
+    return parsed
+
+
 def _make_private(file: Path) -> None:
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
@@ -81,6 +121,13 @@ def _make_private(file: Path) -> None:
             os.fchmod(descriptor, 0o600)
     finally:
         os.close(descriptor)
+
+
+def lock_migrations(connection: Connection) -> None:
+    """Until the transaction's end no other process migrates this database."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SET LOCAL lock_timeout = 0"))
+        connection.execute(text("SELECT pg_advisory_xact_lock(:number)"), {"number": _MIGRATION_LOCK})
 
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:
@@ -110,7 +157,7 @@ def _revision(engine: Engine) -> str | None:
 
 @contextmanager
 def _migration_lock(file: Path | None) -> Iterator[None]:
-    """One process migrates a SQLite file at a time; a server database locks its own version table."""
+    """One process migrates a SQLite file at a time; PostgreSQL is locked in the migration's own transaction."""
     if file is None:
         yield
         return

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.postgres import MISSING, PostgresServer, running_server
 from support.scripted_engine import ScriptedEngine
 from support.shim_server import ShimServer
 
@@ -61,3 +62,20 @@ def make_shim(tmp_path: Path) -> Iterator[Callable[..., ShimServer]]:
     yield make
     for shim in made:
         shim.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    with running_server() as server:
+        if server is None:
+            pytest.skip(MISSING)
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty store, in each kind of database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/state/store.db"
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return server.url(server.new_database())

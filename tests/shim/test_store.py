@@ -23,19 +23,22 @@ from aiexport_edge.shim.store.schema import REVISION, metadata
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = open_store(f"sqlite:///{tmp_path}/state/store.db")
+def store(store_url: str) -> Iterator[Store]:
+    opened = open_store(store_url)
     opened.create_workspace("acme", "pro")
     yield opened
     opened.close()
 
 
-def test_files_are_private(store: Store, tmp_path: Path) -> None:
-    store.create_key("acme")
+def test_files_are_private(tmp_path: Path) -> None:
     directory = tmp_path / "state"
+    store = open_store(f"sqlite:///{directory}/store.db")
+    store.create_workspace("acme", "pro")
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert len(list(directory.iterdir())) >= 3
     for file in directory.iterdir():
         assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
+    store.close()
 
 
 def test_migrations_end_at_the_tables_of_the_schema(store: Store) -> None:

@@ -58,7 +58,7 @@ class ShimServer:
         self._addresses = addresses
         self._ping_s = ping_s
         self._settings = settings
-        self.store: Store = open_store(config.store.url)
+        self.store: Store = open_store(self.config.store.url)
         if not self.store.list_workspaces():
             self.store.create_workspace("acme", "enterprise")
         self.key: CreatedKey = self.store.create_key("acme")
