@@ -138,8 +138,20 @@ class Resume(_message.Message):
     model_revision: str
     def __init__(self, attempt: _Optional[int] = ..., forced_ids: _Optional[_Iterable[int]] = ..., emitted_bytes: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., model_revision: _Optional[str] = ...) -> None: ...
 
+class JsonObject(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ResponseFormat(_message.Message):
+    __slots__ = ("json_object", "json_schema")
+    JSON_OBJECT_FIELD_NUMBER: _ClassVar[int]
+    JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    json_object: JsonObject
+    json_schema: str
+    def __init__(self, json_object: _Optional[_Union[JsonObject, _Mapping]] = ..., json_schema: _Optional[str] = ...) -> None: ...
+
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "chat", "token_ids", "text", "sampling", "max_tokens", "tenant", "priority", "resume", "metadata")
+    __slots__ = ("request_id", "model", "chat", "token_ids", "text", "sampling", "max_tokens", "tenant", "priority", "resume", "metadata", "response_format")
     class MetadataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -158,6 +170,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     RESUME_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_FORMAT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     chat: Chat
@@ -169,7 +182,8 @@ class GenerateRequest(_message.Message):
     priority: Priority
     resume: Resume
     metadata: _containers.ScalarMap[str, str]
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., text: _Optional[str] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., max_tokens: _Optional[int] = ..., tenant: _Optional[_Union[Tenant, _Mapping]] = ..., priority: _Optional[_Union[Priority, str]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    response_format: ResponseFormat
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., text: _Optional[str] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., max_tokens: _Optional[int] = ..., tenant: _Optional[_Union[Tenant, _Mapping]] = ..., priority: _Optional[_Union[Priority, str]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., metadata: _Optional[_Mapping[str, str]] = ..., response_format: _Optional[_Union[ResponseFormat, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("client",)
