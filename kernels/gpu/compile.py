@@ -135,6 +135,6 @@ def _widest_load(ptx: str) -> int:
     widths = [0]
     for vector, bits in re.findall(r"ld\.global(?:\.[A-Za-z]\w*(?:::\w+)*)*?(?:\.v(\d))?\.[busf](\d+)", ptx):
         widths.append(int(vector or 1) * int(bits) // 8)
-    widths += [int(size) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, 0x(\d+)", ptx)]
+    widths += [int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, 0x([0-9a-f]+)", ptx)]
     widths += [int(size) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^;]*?\], \[[^;]*?\], (\d+)", ptx)]
     return max(widths)

@@ -14,6 +14,7 @@ import torch
 from aiexport_edge.kernels.gpu import (
     decode_attention,
     gather,
+    moe,
     paged_attention,
     qk_norm_rope,
     rms_norm,
@@ -197,12 +198,35 @@ def sampler_cases(
             yield Case(f"sampler {name}", detail, launch, wide=False)
 
 
+def moe_cases(architecture: Architecture, dtype: torch.dtype, *, num_tokens: tuple[int, ...]) -> Iterator[Case]:
+    """Qwen3-30B-A3B's routing and experts, for few tokens and for many."""
+    hidden, size, num_experts, top_k = 2048, 768, 128, 8
+    detail = f"qwen3-30b-a3b {str(dtype).removeprefix('torch.')}"
+    few = ("moe gate_up few", "moe down few")
+    many = ("moe rank", "moe lay out", "moe scatter", "moe gate_up", "moe down", "moe sum")
+    yield Case(
+        "moe route", detail, moe.route_launch(_meta(64, num_experts, dtype=dtype), top_k, normalize=True)[0], wide=False
+    )
+    for count in num_tokens:
+        launches, _ = moe.moe_mlp_launches(
+            _meta(count, hidden, dtype=dtype),
+            _meta(count, top_k, dtype=torch.float32),
+            _meta(count, top_k, dtype=torch.int32),
+            _meta(num_experts, 2 * size, hidden, dtype=dtype),
+            _meta(num_experts, hidden, size, dtype=dtype),
+            architecture=architecture,
+        )
+        for name, launch in zip(few if count <= moe.FEW_TOKENS else many, launches, strict=True):
+            yield Case(name, f"{detail}, {count} tokens", launch, wide=name not in many[:3])
+
+
 def representative_cases(architecture: Architecture) -> Iterator[Case]:
     """Each kernel at least once, in a minute or so for three architectures."""
     for shape in REPRESENTATIVE:
         yield from attention_cases(architecture, shape, torch.bfloat16)
     yield from row_cases(QWEN3_8B, torch.bfloat16)
     yield from sampler_cases(architecture, QWEN3_8B, masked=True)
+    yield from moe_cases(architecture, torch.bfloat16, num_tokens=(1, 256))
 
 
 def service_cases(architecture: Architecture) -> Iterator[Case]:
@@ -216,3 +240,4 @@ def service_cases(architecture: Architecture) -> Iterator[Case]:
     yield from row_cases(QWEN3_8B, torch.float16)
     for masked in (False, True):
         yield from sampler_cases(architecture, QWEN3_8B, masked=masked, batches=(1, 64))
+        yield from moe_cases(architecture, torch.float16 if masked else torch.bfloat16, num_tokens=(1, 64, 256, 8192))
