@@ -30,8 +30,10 @@ from aiexport_edge.shim.store.keys import new_id
 from aiexport_edge.shim.store.sealed_rows import holds_secrets
 from aiexport_edge.shim.store.uptime_rows import UptimeRows
 from aiexport_edge.shim.store.usage_rows import UsageRows, record
+from aiexport_edge.shim.store.webhook_rows import WebhookRows
 from aiexport_edge.shim.uptime import Uptime
 from aiexport_edge.shim.usage import UsageLedger
+from aiexport_edge.shim.webhooks.sender import WebhookSender
 
 _MEASURE_S = 1.0
 _SPOOLED_BODIES = 4  # of batches that are taken in at one time, each of the greatest size
@@ -66,6 +68,12 @@ class Services:
         self.batch_rows = BatchRows(store.database)
         self.webhook_policy = AddressPolicy(config.webhooks.allow)
         self.batches = self._executor()
+        self.webhooks = WebhookSender(
+            WebhookRows(store.database, self.secrets),
+            self.webhook_policy,
+            config.webhooks,
+            retention=config.store.retention,
+        )
 
     def _executor(self) -> Executor:
         config, database = self.config, self.store.database
@@ -90,6 +98,7 @@ class Services:
             asyncio.create_task(self.idempotency.run()),
             asyncio.create_task(self.uptime.run()),
             asyncio.create_task(self.batches.run()),
+            asyncio.create_task(self.webhooks.run()),
             asyncio.create_task(self._measure()),
         ]
         try:

@@ -29,6 +29,8 @@ COMMANDS = {
     "operator": ("operator_login", "the login of the admin listener"),
     "models": ("models", "list the models, check that their files are complete"),
     "usage": ("usage", "what workspaces have used, by model, key or day"),
+    "batches": ("batches", "list, show, cancel and delete batches"),
+    "webhooks": ("webhooks", "secrets and deliveries of webhooks"),
     "config": ("settings", "check the configuration file, show the settings that hold"),
     "doctor": ("doctor", "what is wrong with this installation, and what to do"),
 }
