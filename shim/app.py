@@ -21,6 +21,7 @@ from aiexport_edge.shim.api.messages import PING_S, Messages
 from aiexport_edge.shim.api.models import Models
 from aiexport_edge.shim.api.oauth import OAuth
 from aiexport_edge.shim.api.status import Status
+from aiexport_edge.shim.api.usage import Usage
 from aiexport_edge.shim.cors import Cors
 from aiexport_edge.shim.exchange import ExchangeMiddleware, exchange_of, on_http_exception
 from aiexport_edge.shim.idempotency import Idempotent
@@ -73,6 +74,7 @@ def create_app(services: Services, *, ping_s: float = PING_S) -> Starlette:
             _Route("/v2/keys/{key_id}/rotate", keys.rotate, methods=["POST"]),
             _Route("/v2/keys/{key_id}", keys.delete, methods=["DELETE"]),
             _Route("/v2/oauth/token", OAuth(services).token, methods=["POST"]),
+            _Route("/v2/usage", Usage(services).get_usage),
             _Route("/v1/messages", messages, methods=["POST"]),
             _Route("/v1/models", models.list_models),
             _Route("/v1/models/{model_id}", models.get_model),
