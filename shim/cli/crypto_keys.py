@@ -128,6 +128,14 @@ def _master(config: Config, store: Store) -> MasterKeys:
     return MasterKeys(config.state, allow_new=lambda: not holds_secrets(store.database))
 
 
+def missing_master_keys(config: Config, store: Store) -> list[str]:
+    """The ids of master keys that something is sealed under and that are not here."""
+    from aiexport_edge.shim.store.sealed_rows import count_by_master_key
+
+    here = {key.id for key in _master(config, store).all()}
+    return [key_id.hex() for key_id in count_by_master_key(store.database) if key_id not in here]
+
+
 def _list_master(args: argparse.Namespace) -> int:
     from aiexport_edge.shim.store.sealed_rows import count_by_master_key
 
