@@ -21,12 +21,14 @@ from aiexport_edge.shim.api.messages import PING_S, Messages
 from aiexport_edge.shim.api.models import Models
 from aiexport_edge.shim.api.oauth import OAuth
 from aiexport_edge.shim.api.status import Status
+from aiexport_edge.shim.auth.operator import OperatorGate
 from aiexport_edge.shim.api.usage import Usage
 from aiexport_edge.shim.cors import Cors
 from aiexport_edge.shim.exchange import ExchangeMiddleware, exchange_of, on_http_exception
 from aiexport_edge.shim.idempotency import Idempotent
 from aiexport_edge.shim.prompt_log import PromptLog
 from aiexport_edge.shim.services import Services
+from aiexport_edge.shim.store.operator_rows import OperatorLogin
 
 
 class _Route(Route):
@@ -90,16 +92,17 @@ def create_app(services: Services, *, ping_s: float = PING_S) -> Starlette:
     return app
 
 
-def create_admin_app(services: Services) -> Starlette:
-    """The operator's application, for a listener that only the operator reaches."""
+def create_admin_app(services: Services, *, public: bool = False) -> Starlette:
+    """The operator's application, behind the operator's login. `public`: other machines can reach its listener."""
     health = Health(services)
+    gate = Middleware(OperatorGate, OperatorLogin(services.store.database), services.threads, public=public)
     app = Starlette(
         routes=[
             _Route("/metrics", health.metrics),
             _Route("/healthz", health.healthz),
             _Route("/readyz", health.readyz),
         ],
-        middleware=[Middleware(ExchangeMiddleware)],
+        middleware=[Middleware(ExchangeMiddleware), gate],
         exception_handlers={HTTPException: on_http_exception},
     )
     app.router.redirect_slashes = False

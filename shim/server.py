@@ -26,6 +26,7 @@ from starlette.applications import Starlette
 
 from aiexport_edge.proto import config as configuration
 from aiexport_edge.proto.lifetime import die_with_parent
+from aiexport_edge.proto.units import is_loopback
 
 if TYPE_CHECKING:
     from aiexport_edge.shim.tls import Certificate
@@ -127,7 +128,11 @@ async def serve(config: configuration.Config, fd: int, admin_fd: int | None, add
     )
     servers = [(rest, socket.socket(fileno=fd))]
     if admin_fd is not None:
-        servers.append((server(create_admin_app(services), drain_s=1), socket.socket(fileno=admin_fd)))
+        admin = socket.socket(fileno=admin_fd)
+        public = not is_loopback(str(admin.getsockname()[0]))
+        encrypted = certificate if public and not config.admin.plain_http else None
+        app = create_admin_app(services, public=public)
+        servers.append((server(app, drain_s=1, certificate=encrypted), admin))
     loop = asyncio.get_running_loop()
 
     def drain() -> None:

@@ -19,7 +19,9 @@ from pathlib import Path
 
 from aiexport_edge.proto.config import Config, ConfigError, source_directory
 from aiexport_edge.proto.units import split_address
+from aiexport_edge.shim.cli.admin import REMEDY, lacks_login, needs_login
 from aiexport_edge.shim.cli.command import CommandError, json_option, load_config, opened_store, print_json
+from aiexport_edge.shim.cli.crypto_keys import missing_master_keys
 from aiexport_edge.shim.cli.listeners import listen
 from aiexport_edge.shim.cli.weights import inspect_weights
 
@@ -189,14 +191,24 @@ def _store(config: Config) -> Iterator[Check]:
     file = config.store.url.removeprefix("sqlite:///")
     if file != config.store.url and not Path(file).exists():
         yield Check("store", OK, f"{file} is made at the first start")
+        if needs_login(config):
+            yield Check("admin login", PROBLEM, f"{config.admin_listen} can be reached and has no login", REMEDY)
         return
     try:
         with opened_store(config) as store:
             count = len(store.list_workspaces())
+            without_login = lacks_login(config, store)
+            missing = missing_master_keys(config, store)
     except CommandError as error:
         yield Check("store", PROBLEM, str(error), "correct [store] url, or start the database it names")
         return
     yield Check("store", OK, f"{count} workspaces")
+    if without_login is not None:
+        yield Check("admin login", PROBLEM, without_login, REMEDY)
+    if missing:
+        detail = f"secrets are sealed under {', '.join(missing)}, not here"
+        remedy = f"restore it from its backup to {config.state / 'master.key'}, or set AIEXPORT_MASTER_KEY"
+        yield Check("master key", PROBLEM, detail, remedy)
 
 
 def _ports(config: Config) -> Iterator[Check]:

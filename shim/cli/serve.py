@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from aiexport_edge.proto.config import Config, check_sources
 from aiexport_edge.proto.units import join_address, split_address
 from aiexport_edge.shim.cli import processes, welcome
+from aiexport_edge.shim.cli.admin import require_login
 from aiexport_edge.shim.cli.command import CommandError, load_config, make_state
 from aiexport_edge.shim.cli.listeners import listen
 from aiexport_edge.shim.cli.supervisor import Child, ChildSpec, StartFailed
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     check_sources(config)
     make_state(config.state)
     os.umask(0o077)
+    require_login(config)
     with ExitStack() as stack:
         stack.enter_context(_lock(config.state))
         rest, admin = _listeners(config, stack)
@@ -68,6 +70,7 @@ def run_shims(args: argparse.Namespace) -> int:
     config = _with_options(load_config(args), args)
     make_state(config.state)
     os.umask(0o077)
+    require_login(config)
     engines = tuple(args.engine or config.engine_addresses)
     with ExitStack() as stack:
         rest, admin = _listeners(config, stack)
