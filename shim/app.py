@@ -15,14 +15,15 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from aiexport_edge.shim.api.batch import Batches, BatchResults, CreateBatch
+from aiexport_edge.shim.api.docs import Docs
 from aiexport_edge.shim.api.health import Health
 from aiexport_edge.shim.api.keys import Keys
 from aiexport_edge.shim.api.messages import PING_S, Messages
 from aiexport_edge.shim.api.models import Models
 from aiexport_edge.shim.api.oauth import OAuth
 from aiexport_edge.shim.api.status import Status
-from aiexport_edge.shim.auth.operator import OperatorGate
 from aiexport_edge.shim.api.usage import Usage
+from aiexport_edge.shim.auth.operator import OperatorGate
 from aiexport_edge.shim.cors import Cors
 from aiexport_edge.shim.exchange import ExchangeMiddleware, exchange_of, on_http_exception
 from aiexport_edge.shim.idempotency import Idempotent
@@ -49,6 +50,7 @@ def create_app(services: Services, *, ping_s: float = PING_S) -> Starlette:
 
     models, keys, health, batches = Models(services), Keys(services), Health(services), Batches(services)
     create_batch: ASGIApp = Idempotent(CreateBatch(services), services.idempotency)
+    docs = Docs()
     messages: ASGIApp = Idempotent(Messages(services, ping_s=ping_s), services.idempotency)
     streaming: ASGIApp = Idempotent(Messages(services, always_stream=True, ping_s=ping_s), services.idempotency)
     if services.config.telemetry.log_prompts:
@@ -83,6 +85,8 @@ def create_app(services: Services, *, ping_s: float = PING_S) -> Starlette:
             _Route("/healthz", health.healthz),
             _Route("/readyz", health.readyz),
             _Route("/status", Status(services).status),
+            _Route("/openapi.json", docs.openapi),
+            _Route("/docs", docs.page),
         ],
         middleware=middleware,
         exception_handlers={HTTPException: on_http_exception},

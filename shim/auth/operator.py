@@ -16,6 +16,7 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -65,18 +66,27 @@ def _derived(password: str, salt: bytes, log_n: int, r: int, p: int) -> bytes:
 @dataclass(slots=True)
 class _Failures:
     count: int
-    last: float  # on the monotonic clock
+    last: float  # on the gate's clock
     until: float  # nothing is looked at before
 
 
 class OperatorGate:
     """ASGI middleware around the operator's application. `public`: other machines can reach the listener."""
 
-    def __init__(self, app: ASGIApp, login: OperatorLogin, threads: Executor, *, public: bool) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        login: OperatorLogin,
+        threads: Executor,
+        *,
+        public: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._app = app
         self._login = login
         self._threads = threads
         self._public = public
+        self._clock = clock
         self._one_at_a_time = asyncio.Semaphore(1)  # a slow hash takes memory and a processor
         self._process_key = secrets.token_bytes(32)
         self._proven: bytes | None = None  # of the last right password: a scraper need not wait for the slow hash
@@ -140,12 +150,12 @@ class OperatorGate:
 
     def _check_patience(self, address: str) -> None:
         failures = self._failures.get(address)
-        wait = 0.0 if failures is None else failures.until - time.monotonic()
+        wait = 0.0 if failures is None else failures.until - self._clock()
         if wait > 0:
             raise RateLimited("Too many logins have failed from this address; wait a little.", retry_after=wait)
 
     def _note_failure(self, address: str) -> None:
-        now = time.monotonic()
+        now = self._clock()
         failures = self._failures.pop(address, None)
         if failures is None or now - failures.last > _FORGOTTEN_S:
             failures = _Failures(0, now, now)

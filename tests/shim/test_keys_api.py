@@ -137,7 +137,8 @@ def test_bad_bodies(client: httpx.Client, body: Any, param: str | None) -> None:
 
 def test_bad_bodies_of_a_rotation(client: httpx.Client) -> None:
     key_id = client.get("/v2/keys").json()["first_id"]
-    for grace in (-1, "1h", True, 1.5, 10**9, [], {}):
+    wrong: list[Any] = [-1, "1h", True, 1.5, 10**9, [], {}]
+    for grace in wrong:
         reply = client.post(f"/v2/keys/{key_id}/rotate", json={"grace_seconds": grace})
         assert error(reply) == (400, "invalid_request_error", "grace_seconds")
     assert client.post("/v2/keys", content=b"{").status_code == 400
