@@ -12,9 +12,10 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -33,7 +34,7 @@ T = TypeVar("T")
 
 HELD_BYTES = 32 << 20  # of bodies that are held at one time
 _LOOK_S = 0.5  # for work that another process has accepted, and for cancellations
-_COMMIT_S = 0.02  # answers that come together are written together
+_GROUP_S = 0.02  # what comes together is leased, and written, together
 _SWEEP_S = 2.0
 _FORGET_S = 60.0
 _STORE_RETRY_S = 1.0
@@ -134,48 +135,56 @@ class Executor:
     async def _lease(self) -> None:
         """One look at what there is room for, then a pause until that changes."""
         self._wake.clear()
-        took = 0
-        if any(self._rooms().values()):
-            waiting = await self._in_thread(self._leases.waiting)
-            for weights in list(self._rooms()):
-                took += await self._fill(weights, waiting)
-        if not took:
-            await self._pause()
+        now = asyncio.get_running_loop().time()
+        num_waiting = Counter(held.weights for held in self._held if held.waiting)
+        ids = self._catalog.ids_by_weights()
+        rooms = {}
+        for weights in ids:
+            if self._engines.state(weights) is ModelState.READY:
+                pace = self._pace(weights)
+                pace.look(num_waiting[weights], now)
+                rooms[weights] = pace.room(num_waiting[weights], now)
+        if any(rooms.values()) and self._room_for_any():
+            waiting = [
+                batch
+                for batch in await self._in_thread(self._leases.waiting)
+                if self._no_quota_until.get(batch.workspace_id, 0.0) <= now
+            ]
+            for weights, room in rooms.items():
+                others = frozenset[str]().union(*(of for name, of in ids.items() if name != weights))
+                took = await self._fill(weights, room, waiting, others)
+                self._pace(weights).sent(num_waiting[weights] + took)
+        await self._pause()
 
     async def _pause(self) -> None:
+        """Until something changes, here or (perhaps) in another process; what changes together is seen together."""
         try:
             async with asyncio.timeout(_LOOK_S):
                 await self._wake.wait()
         except TimeoutError:
             return
+        await asyncio.sleep(_GROUP_S)
 
-    def _rooms(self) -> dict[str, int]:
-        """How many more requests each model that is ready can be sent."""
-        now = asyncio.get_running_loop().time()
-        left = self._max_in_flight - len(self._held)
+    def _room_for_any(self) -> int:
+        """How many more requests this process may hold at all."""
         if sum(len(held.leased.body) for held in self._held) >= HELD_BYTES:
-            left = 0
-        waiting = Counter(held.weights for held in self._held if held.waiting)
-        return {
-            weights: min(left, self._pace(weights).room(waiting[weights], now))
-            for weights in self._catalog.ids_by_weights()
-            if self._engines.state(weights) is ModelState.READY
-        }
+            return 0
+        return max(0, self._max_in_flight - len(self._held))
 
-    async def _fill(self, weights: str, waiting: Sequence[Waiting]) -> int:
-        """Leases for one model, in turns between workspaces; returns how many."""
-        room = self._rooms().get(weights, 0)
-        ids = self._catalog.ids_by_weights()
-        others = frozenset().union(*(of for name, of in ids.items() if name != weights))
-        now = asyncio.get_running_loop().time()
-        left = [batch for batch in waiting if self._no_quota_until.get(batch.workspace_id, 0.0) <= now]
+    async def _fill(self, weights: str, room: int, waiting: Sequence[Waiting], others: Collection[str]) -> int:
+        """Leases at most `room` requests for one model, in turns between workspaces; returns how many."""
+        left = list(waiting)
         took = 0
-        while took < room and left:
+        while left and (free := min(room - took, self._room_for_any())) > 0:
             batch = min(left, key=self._turn)  # the oldest of the workspace that has least under way for its weight
-            share = math.ceil((room - took) / len({each.workspace_id for each in left}))
+            share = math.ceil(free / len({each.workspace_id for each in left}))
             leased = await self._in_thread(
-                lambda batch=batch, share=share: self._leases.lease(  # type: ignore[misc]
-                    batch.batch_id, num_items=share, num_bytes=HELD_BYTES // 4, without_models=others
+                partial(
+                    self._leases.lease,
+                    batch.batch_id,
+                    num_items=share,
+                    num_bytes=HELD_BYTES // 4,
+                    without_models=others,
                 )
             )
             for each in leased:
@@ -183,7 +192,6 @@ class Executor:
             took += len(leased)
             if len(leased) < share:
                 left.remove(batch)
-        self._pace(weights).sent(sum(held.waiting for held in self._held if held.weights == weights))
         return took
 
     def _turn(self, batch: Waiting) -> float:
@@ -241,7 +249,7 @@ class Executor:
         if not self._answers:
             self._answered.clear()
             await self._answered.wait()
-            await asyncio.sleep(_COMMIT_S)
+            await asyncio.sleep(_GROUP_S)
         answers = list(self._answers)
         counted = await self._in_thread(lambda: self._leases.answer(answers))
         del self._answers[: len(answers)]

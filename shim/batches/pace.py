@@ -26,11 +26,9 @@ class Pace:
         self._filled = False  # at the last look
         self._shrink_at = 0.0
 
-    def room(self, num_waiting: int, now: float) -> int:
-        """How many more may be sent to wait, where `num_waiting` wait already."""
-        if now < self.open_at:
-            return 0
-        if num_waiting == 0 and self._filled:  # all taken since the last look: the engine may have stood idle
+    def look(self, num_waiting: int, now: float) -> None:
+        """Follows the engine: so many wait of what has been sent up to the last look."""
+        if num_waiting == 0 and self._filled:  # it has taken all: it may have stood idle
             self.window = min(2 * self.window, self._max_window)
             self._shrink_at = now + _SHRINK_S
         elif num_waiting < self.window:
@@ -39,7 +37,10 @@ class Pace:
             self.window = max(1, self.window - max(1, self.window // 4))
             self._shrink_at = now + _SHRINK_S
         self._filled = False
-        return max(0, self.window - num_waiting)
+
+    def room(self, num_waiting: int, now: float) -> int:
+        """How many more may be sent to wait."""
+        return 0 if now < self.open_at else max(0, self.window - num_waiting)
 
     def sent(self, num_waiting: int) -> None:
         """So many wait after requests have been sent."""

@@ -14,8 +14,6 @@ import ssl
 from collections.abc import Sequence
 from pathlib import Path
 
-import h11
-
 from aiexport_edge.shim.address_policy import Address, AddressPolicy, Target
 
 _MAX_HEAD_BYTES = 32 << 10
@@ -49,6 +47,8 @@ async def post(
     seconds: float,
 ) -> int:
     """The status of a 2xx reply. Raises `NotDelivered` for everything else. `tls` is for https targets."""
+    import h11  # not before the first webhook is sent
+
     try:
         async with asyncio.timeout(seconds):
             status = await _exchange(target, headers, body, policy, tls)
@@ -72,6 +72,8 @@ async def _exchange(
     policy: AddressPolicy,
     tls: ssl.SSLContext | None,
 ) -> int:
+    import h11
+
     connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEAD_BYTES)
     request = h11.Request(
         method="POST",
