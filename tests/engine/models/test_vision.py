@@ -1,0 +1,105 @@
+"""The vision tower against transformers', on a small one with random weights."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from aiexport_edge.engine.models.vision import Grid, Merger, VisionConfig, VisionLayer, VisionTower
+from aiexport_edge.kernels.linear import PackedLinear
+
+CONFIG = VisionConfig(
+    num_layers=4,
+    hidden_size=48,
+    intermediate_size=100,
+    num_heads=4,
+    in_channels=3,
+    patch_size=4,
+    temporal_patch_size=2,
+    merge_size=2,
+    out_hidden_size=40,
+    num_positions=64,
+    deepstack_layers=(1, 2),
+    rope_theta=10000.0,
+)
+
+
+def transformers_model() -> Any:
+    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+    model: Any = Qwen3VLVisionModel(
+        Qwen3VLVisionConfig(
+            depth=CONFIG.num_layers,
+            hidden_size=CONFIG.hidden_size,
+            intermediate_size=CONFIG.intermediate_size,
+            num_heads=CONFIG.num_heads,
+            patch_size=CONFIG.patch_size,
+            out_hidden_size=CONFIG.out_hidden_size,
+            num_position_embeddings=CONFIG.num_positions,
+            deepstack_visual_indexes=list(CONFIG.deepstack_layers),
+        )
+    )
+    model.eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * noise)
+            else:
+                parameter.copy_(noise * parameter[0].numel() ** -0.5)
+    return model
+
+
+def tower_of(model: Any) -> VisionTower:
+    weights = model.state_dict()
+
+    def product(name: str) -> PackedLinear:
+        weight = weights[f"{name}.weight"].flatten(1)
+        return PackedLinear(weight, weights[f"{name}.bias"], dtype=torch.float32, deterministic=False)
+
+    def norm(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return weights[f"{name}.weight"], weights[f"{name}.bias"]
+
+    def merger(name: str) -> Merger:
+        return Merger(norm(f"{name}.norm"), product(f"{name}.linear_fc1"), product(f"{name}.linear_fc2"))
+
+    layers = [
+        VisionLayer(
+            norm(f"blocks.{i}.norm1"),
+            product(f"blocks.{i}.attn.qkv"),
+            product(f"blocks.{i}.attn.proj"),
+            norm(f"blocks.{i}.norm2"),
+            product(f"blocks.{i}.mlp.linear_fc1"),
+            product(f"blocks.{i}.mlp.linear_fc2"),
+        )
+        for i in range(CONFIG.num_layers)
+    ]
+    return VisionTower(
+        CONFIG,
+        patch_embedding=product("patch_embed.proj"),
+        positions=weights["pos_embed.weight"],
+        layers=layers,
+        merger=merger("merger"),
+        deepstack_mergers=[merger(f"deepstack_merger_list.{i}") for i in range(len(CONFIG.deepstack_layers))],
+        activation=functools.partial(functional.gelu, approximate="tanh"),
+    )
+
+
+@pytest.mark.parametrize("grids", [[(2, 2)], [(8, 8)], [(12, 6)], [(4, 10), (2, 2), (14, 8)]], ids=str)
+@torch.inference_mode()
+def test_features_match_transformers(grids: list[Grid]) -> None:
+    model = transformers_model()
+    generator = torch.Generator().manual_seed(2)
+    patches = torch.randn(sum(h * w for h, w in grids), CONFIG.patch_elements, generator=generator)
+    expected = model(patches, grid_thw=torch.tensor([(1, h, w) for h, w in grids]))
+    features = tower_of(model).encode(patches, grids)
+    torch.testing.assert_close(features.tokens, expected.pooler_output, rtol=1e-4, atol=1e-4)
+    assert features.tokens.shape[0] == sum(CONFIG.num_tokens(grid) for grid in grids)
+    for ours, theirs in zip(features.deepstack, expected.deepstack_features, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
