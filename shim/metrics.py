@@ -46,6 +46,12 @@ ENGINES_CONNECTED = Gauge(
     "aiexport_engines_connected", "Engine sessions that are up", multiprocess_mode="livesum", registry=_registry
 )
 RESUMED = Counter("aiexport_resumed", "Replies that went on after their engine was lost", registry=_registry)
+LIMITS_LOCAL = Gauge(
+    "aiexport_limits_counted_locally",
+    "1 while Redis is away and each machine counts requests a minute by itself",
+    multiprocess_mode="livemax",
+    registry=_registry,
+)
 
 
 def render() -> bytes:

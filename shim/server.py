@@ -117,11 +117,11 @@ async def serve(config: configuration.Config, fd: int, admin_fd: int | None, add
             certificate = Certificate(config.tls.cert, config.tls.key)
         store = open_store(config.store.url)
         access = EngineAccess.load(config.shim.engine_ca, config.shim.engine_token_file)
+        engines = Engines(addresses, client=f"shim-{os.getpid()}", access=access)
+        services = Services(config, store, engines)
     except (CertificateError, StoreError, OSError) as error:
         log.error("%s", error)
         return 1
-    engines = Engines(addresses, client=f"shim-{os.getpid()}", access=access)
-    services = Services(config, store, engines)
     drain_s = int(config.shim.drain.total_seconds())
     rest = server(
         create_app(services), drain_s=drain_s, max_connections=config.shim.max_connections, certificate=certificate
