@@ -4,7 +4,7 @@
                                                   └─ after some layers, merged too ─▶ DeepStack features
 
 Attention has no cache and no causal order, so this is plain PyTorch over packed products; one layer of one group of
-images at a time (`Encoding.advance`), so that whoever runs it can do other work in between. Knows no files, only patches.
+images at a time (`Encoding.advance`), so that whoever runs it can do other work in between. Knows no files.
 Qwen3-VL technical report, 2025; DeepStack: L. Meng et al., 2024 (arXiv 2406.04334).
 """
 
@@ -135,7 +135,7 @@ class VisionTower:
         return encoding.features
 
     def _interpolate(self, grid: Grid) -> Tensor:
-        """float32 [rows * columns, hidden_size]: the learned grid stretched to this one bilinearly, corner on corner."""
+        """float32 [rows * columns, hidden_size]: the learned grid stretched bilinearly to this one."""
         side = round(self.config.num_positions**0.5)
         device = self._positions.device
         (low_y, high_y, part_y), (low_x, high_x, part_x) = (_stretch(size, side, device) for size in grid)
