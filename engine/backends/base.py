@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Protocol
 
 from aiexport_edge.engine.core.protocol import CoreStats, FinishReason, Priority, Sampling
+from aiexport_edge.engine.structured.vocabulary import Vocabulary
 
 
 class ModelState(Enum):
@@ -53,6 +54,17 @@ class RequestListener(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class BackendConstraint:
+    """The reply is a document of `grammar` (`structured.compile`), of which the prompt holds `prefix`. `vocabulary` is
+    the model's: the core has no tokenizer.
+    """
+
+    grammar: bytes
+    prefix: bytes
+    vocabulary: Vocabulary
+
+
+@dataclass(frozen=True, slots=True)
 class BackendRequest:
     """`model` indexes the backend's models. `output_ids` were produced by an earlier attempt and are not told again.
 
@@ -69,6 +81,7 @@ class BackendRequest:
     weight: float
     salt: bytes
     priority: Priority
+    constraint: BackendConstraint | None = None
 
 
 @dataclass(frozen=True, slots=True)

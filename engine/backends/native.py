@@ -29,6 +29,7 @@ from aiexport_edge.engine.backends.counters import LifeCounters
 from aiexport_edge.engine.core.protocol import (
     AbortRequest,
     AddRequest,
+    AddVocabulary,
     CoreConfig,
     FinishReason,
     FinishRequest,
@@ -81,6 +82,7 @@ class NativeBackend:
         self._live: dict[int, _Live] = {}
         self._next_handle = 1
         self._outgoing: list[ToCore] = []
+        self._introduced: set[int] = set()  # models whose vocabulary this core has
         self._counters = LifeCounters()
         self._restarts = 0
         self._failures = 0  # lives in a row that brought no token
@@ -114,7 +116,7 @@ class NativeBackend:
         output.frombytes(request.output_ids)
         live = self._live[handle] = _Live(request, listener, output)
         if self._serving:
-            self._send(_add(handle, live))
+            self._add(handle, live)
         return handle
 
     def abort(self, handle: int) -> None:
@@ -237,6 +239,14 @@ class NativeBackend:
             asyncio.get_running_loop().call_soon(self._flush)
         self._outgoing.append(message)
 
+    def _add(self, handle: int, live: _Live) -> None:
+        constraint, model = live.request.constraint, live.request.model
+        if constraint is not None and model not in self._introduced:
+            self._introduced.add(model)
+            vocabulary = constraint.vocabulary
+            self._send(AddVocabulary(model, vocabulary.tokens, sorted(vocabulary.stop_ids)))
+        self._send(_add(handle, live))
+
     def _flush(self) -> None:
         if self._outgoing and self._core is not None:
             self._core.write(encode_to_core(self._outgoing))
@@ -258,6 +268,7 @@ class NativeBackend:
 
     def _on_ready(self, ready: Ready) -> None:
         self._serving = self._was_ready = True
+        self._introduced.clear()
         self._crashes = 0
         self._counters.report(ready.stats)
         capacities = {model.model: model.capacity_tokens for model in ready.models}
@@ -270,7 +281,7 @@ class NativeBackend:
                     f"The engine has started again with room for {capacity} tokens, fewer than this needs."
                 )
             else:
-                self._send(_add(handle, live))
+                self._add(handle, live)
         self._set_statuses(
             [
                 ModelStatus(ModelState.READY, capacity_tokens=capacities.get(index, 0))
@@ -316,4 +327,6 @@ def _add(handle: int, live: _Live) -> AddRequest:
         salt=request.salt,
         priority=request.priority,
         probation=live.probation,
+        grammar=None if request.constraint is None else request.constraint.grammar,
+        document_prefix=b"" if request.constraint is None else request.constraint.prefix,
     )

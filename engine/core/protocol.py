@@ -72,7 +72,8 @@ class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag="add"):
     `output_ids` are ids that an earlier attempt produced: they count as output (budget, draw indices), are not sent
     back, and are computed like a prompt. `max_tokens` is the whole budget, those included; the parent has made sure
     that prompt and budget fit the context window. A request on `probation` was in the step that an earlier core died
-    in: until it has produced a token it runs in steps of its own.
+    in: until it has produced a token it runs in steps of its own. With a `grammar` (`structured.compile`) the output is
+    a document of it, of which the prompt holds `document_prefix`; the model's `AddVocabulary` has come before.
     """
 
     handle: int
@@ -87,6 +88,18 @@ class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag="add"):
     salt: bytes
     priority: int
     probation: bool = False
+    grammar: bytes | None = None
+    document_prefix: bytes = b""
+
+
+class AddVocabulary(msgspec.Struct, frozen=True, array_like=True, tag="vocabulary"):
+    """What the ids of a model spell, for grammars: once in a core's life, before the first request that has one.
+    `stop_ids` end a turn.
+    """
+
+    model: int
+    tokens: list[bytes]
+    stop_ids: list[int]
 
 
 class AbortRequest(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
@@ -105,7 +118,7 @@ class Shutdown(msgspec.Struct, frozen=True, array_like=True, tag="shutdown"):
     """End the process now; what runs is lost."""
 
 
-ToCore = AddRequest | AbortRequest | FinishRequest | Shutdown
+ToCore = AddRequest | AddVocabulary | AbortRequest | FinishRequest | Shutdown
 
 
 class Started(msgspec.Struct, frozen=True, array_like=True):

@@ -29,6 +29,8 @@ from aiexport_edge.engine.server.prompt import (
     num_characters,
     priority_of,
 )
+from aiexport_edge.engine.server.response_format import ResponseFormats, constraint_of, is_constrained
+from aiexport_edge.engine.structured.endings import Endings
 from aiexport_edge.engine.text.reply import ReplyText
 from aiexport_edge.proto import engine_pb2 as pb
 
@@ -51,6 +53,7 @@ class Generations:
         self.backend = backend
         self.admission = admission
         self.draining = False
+        self.formats = ResponseFormats()
         self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
         self._live: set[Generation] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -78,6 +81,7 @@ class Generations:
 
     def close(self) -> None:
         """Frees the threads."""
+        self.formats.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def in_thread(self, function: Callable[..., T], *args: object) -> T:
@@ -118,7 +122,7 @@ class Generation:
     # ------------------------------------------------------------------------------------------------ beginning
 
     def begin(self, request: pb.GenerateRequest) -> None:
-        """Answers with Accepted or Refused: at once, or when a thread has tokenized a long prompt."""
+        """Answers with Accepted or Refused: at once, or when a thread has tokenized or compiled what takes long."""
         try:
             if self._owner.draining:
                 raise RequestError(pb.ERROR_QUEUE_FULL, "The engine is draining: it takes no new requests.")
@@ -126,8 +130,9 @@ class Generation:
             check_request(request, model)
             self._owner.admission.enter(self._tenant)
             self._waiting = True
-            if num_characters(request) <= INLINE_CHARACTERS:
-                self._accept(request, model, text, encode_prompt(request, model, text))
+            endings = self._owner.formats.ready(request, model) if is_constrained(request) else None
+            if num_characters(request) <= INLINE_CHARACTERS and (endings is not None or not is_constrained(request)):
+                self._accept(request, model, text, encode_prompt(request, model, text), endings)
             else:
                 self._owner.start_task(asyncio.create_task(self._begin_long(request, model, text)))
         except Exception as error:
@@ -136,13 +141,24 @@ class Generation:
     async def _begin_long(self, request: pb.GenerateRequest, model: Model, text: ModelText) -> None:
         try:
             prompt_ids = await self._owner.in_thread(encode_prompt, request, model, text)
+            endings = None
+            if is_constrained(request):
+                endings = await self._owner.formats.prepare(request, model, text)
             if not self.ended:
-                self._accept(request, model, text, prompt_ids)
+                self._accept(request, model, text, prompt_ids, endings)
         except Exception as error:
             self._refuse(error)
 
-    def _accept(self, request: pb.GenerateRequest, model: Model, text: ModelText, prompt_ids: list[int]) -> None:
+    def _accept(
+        self,
+        request: pb.GenerateRequest,
+        model: Model,
+        text: ModelText,
+        prompt_ids: list[int],
+        endings: Endings | None,
+    ) -> None:
         max_tokens = budget(request, model, len(prompt_ids))
+        constraint, is_whole = (None, False) if endings is None else constraint_of(request, endings, max_tokens)
         sampling = request.sampling
         seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(64)
         self._num_prompt_tokens = len(prompt_ids)
@@ -151,7 +167,7 @@ class Generation:
             text.tokenizer.decode_bytes,
             strip_space=text.tokenizer.strips_leading_space and not continues_text(request, text, prompt_ids),
             stop_ids=self._stop_ids,
-            stops=sampling.stop_sequences,
+            stops=() if constraint is not None else sampling.stop_sequences,  # they do not end a document
             sent_bytes=request.resume.emitted_bytes,
         )
         self._outbox.accepted(
@@ -164,7 +180,7 @@ class Generation:
             self.abort()
             return
         forced = list(request.resume.forced_ids)
-        if forced and self._replay(forced, max_tokens):
+        if forced and self._replay(forced, max_tokens, is_whole):
             return
         self._handle = self._owner.backend.submit(
             BackendRequest(
@@ -183,20 +199,23 @@ class Generation:
                 weight=request.tenant.weight or 1.0,
                 salt=request.tenant.cache_salt,
                 priority=priority_of(request),
+                constraint=constraint,
             ),
             self,
         )
 
-    def _replay(self, forced: list[int], max_tokens: int) -> bool:
-        """Puts the ids of an earlier attempt through text and stops anew; whether the reply ends with them already."""
+    def _replay(self, forced: list[int], max_tokens: int, is_whole: bool) -> bool:
+        """Puts the ids of an earlier attempt through text and stops anew; whether the reply ends with them already, as
+        it does where it is a document that `is_whole`."""
         piece = self._text.feed(forced)
         self._output_tokens = piece.num_ids
         if piece.stop is not None:
             self._deliver(piece.text, ())
             self._finish(pb.FINISH_STOP_SEQUENCE, piece.stop)
-        elif forced[-1] in self._stop_ids or len(forced) >= max_tokens:
+        elif is_whole or forced[-1] in self._stop_ids or len(forced) >= max_tokens:
             self._deliver(piece.text, ())
-            self.finished(FinishReason.END_TURN if forced[-1] in self._stop_ids else FinishReason.MAX_TOKENS)
+            ends_turn = is_whole or forced[-1] in self._stop_ids
+            self.finished(FinishReason.END_TURN if ends_turn else FinishReason.MAX_TOKENS)
         else:
             self._replayed = piece.text
         return self.ended

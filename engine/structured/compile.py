@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from aiexport_edge.engine.structured.automaton import Automaton, GrammarTooLarge, NoDocument
 from aiexport_edge.engine.structured.document import Reader
@@ -29,6 +30,8 @@ MAX_SHORTEST_BYTES = 16 << 10
 MAX_KEPT = 256  # compiled grammars
 MAX_KEPT_STATES = 500_000
 MAX_WAITING = 64  # grammars to compile at once, over all tenants
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,38 +87,40 @@ class GrammarCache:
 
     def get(self, salt: bytes, grammar: bytes) -> Compiled | None:
         """If it is there already."""
+        name = _name(salt, grammar)
         with self._lock:
-            found = self._kept.get((salt, grammar))
+            found = self._kept.get(name)
             if found is not None:
-                self._kept.move_to_end((salt, grammar))
+                self._kept.move_to_end(name)
             return found
 
     def submit(self, salt: bytes, grammar: bytes) -> Future[Compiled]:
         """Compiles it in the thread. The future raises `UnsupportedSchema`. Raises `Busy`."""
-        name = (salt if grammar else b"", grammar)
+        name = _name(salt, grammar)
         with self._lock:
             running = self._running.get(name)
             if running is not None:
                 return running
             if len(self._running) >= MAX_WAITING:
                 raise Busy
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
-            future = self._running[name] = self._executor.submit(compile_grammar, grammar)
+            future = self._running[name] = self._thread().submit(compile_grammar, grammar)
         future.add_done_callback(lambda done: self._keep(name, done))
         return future
 
-    def run(self, function: Callable[[], None]) -> Future[None]:
-        """Something else for that thread."""
+    def run(self, function: Callable[[], T]) -> Future[T]:
+        """Something else for that thread, after what it has to do already."""
         with self._lock:
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
-            return self._executor.submit(function)
+            return self._thread().submit(function)
 
     def close(self) -> None:
         """Frees the thread."""
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _thread(self) -> ThreadPoolExecutor:
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+        return self._executor
 
     def _keep(self, name: tuple[bytes, bytes], future: Future[Compiled]) -> None:
         with self._lock:
@@ -127,3 +132,7 @@ class GrammarCache:
             self._num_states += compiled.num_states
             while len(self._kept) > MAX_KEPT or (self._num_states > MAX_KEPT_STATES and len(self._kept) > 1):
                 self._num_states -= self._kept.popitem(last=False)[1].num_states
+
+
+def _name(salt: bytes, grammar: bytes) -> tuple[bytes, bytes]:
+    return (salt if grammar else b"", grammar)  # that of any object is everybody's

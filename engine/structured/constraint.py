@@ -15,13 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from aiexport_edge.engine.structured.document import Positions
 from aiexport_edge.engine.structured.endings import Endings
 from aiexport_edge.engine.structured.grammar import Matcher
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 class NoRoom(Exception):

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from aiexport_edge.engine.structured.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from llguidance import LLMatcher
 
 # What one mask may cost at most, about 4 ms each for the lexer and the parser; and what a grammar may, about 20 ms.
