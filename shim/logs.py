@@ -10,6 +10,8 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
+from aiexport_edge.shim.redaction import redacted
+
 _QUEUE_LINES = 10_000
 ACCESS = logging.getLogger("aiexport_edge.access")
 
@@ -31,7 +33,7 @@ class _Text(logging.Formatter):
         for name, value in fields.items():
             text = str(value)
             line += f" {name}={text if text.isprintable() else json.dumps(text, ensure_ascii=False)}"
-        return line
+        return redacted(line)
 
 
 class _Json(logging.Formatter):
@@ -43,7 +45,7 @@ class _Json(logging.Formatter):
             "message": record.getMessage(),
             **getattr(record, "fields", {}),
         }
-        return json.dumps(line, ensure_ascii=False)
+        return redacted(json.dumps(line, ensure_ascii=False))
 
 
 def set_up(level: str, log_format: str) -> logging.handlers.QueueListener:

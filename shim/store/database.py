@@ -47,9 +47,9 @@ def open_database(url: str) -> Engine:
             file = Path(str(parsed.database))
             _make_private(file)
         if parsed.get_backend_name() == "postgresql":
-            engine = create_engine(parsed, pool_pre_ping=True, connect_args=_POSTGRES_CONNECT)
+            engine = create_engine(parsed, hide_parameters=True, pool_pre_ping=True, connect_args=_POSTGRES_CONNECT)
         else:
-            engine = create_engine(parsed)
+            engine = create_engine(parsed, hide_parameters=True)  # prompts and hashes are no part of an error
     except ModuleNotFoundError as error:
         if error.name != "psycopg":
             raise StoreError(f"The store's URL can't be used: {error}. Correct [store] url.") from None
