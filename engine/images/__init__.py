@@ -1,0 +1,1 @@
+"""Pictures that clients send: files to pixels, pixels to patches."""

@@ -1,0 +1,77 @@
+"""Pixels to the patches that a vision tower takes, as the Qwen2-VL and Qwen3-VL image processors make them.
+
+Owns the size that an image is brought to (both sides multiples of a merged square, area within bounds, shape kept as
+far as that allows) and the order of patches. Knows no files and no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from aiexport_edge.engine.images.decode import ImageError, Pixels
+
+MOST_ASPECT = 200
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class PatchConfig:
+    """As in `preprocessor_config.json`. `min_pixels` and `max_pixels` bound the area after resizing."""
+
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    min_pixels: int
+    max_pixels: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def square(self) -> int:
+        """Pixels on a side of what becomes one token."""
+        return self.patch_size * self.merge_size
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Rows and columns of patches that an image of this size becomes. Raises ImageError where it is a mere line."""
+        rows, columns = self._resized(height, width)
+        return rows // self.patch_size, columns // self.patch_size
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        if max(height, width) > MOST_ASPECT * min(height, width):
+            raise ImageError(
+                f"the image has {width} x {height} pixels; one side may be at most {MOST_ASPECT} times the other"
+            )
+        square = self.square
+        rows, columns = (max(square, round(side / square) * square) for side in (height, width))
+        if rows * columns > self.max_pixels:
+            shrink = math.sqrt(height * width / self.max_pixels)
+            rows, columns = (max(square, math.floor(side / shrink / square) * square) for side in (height, width))
+        elif rows * columns < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (height * width))
+            rows, columns = (math.ceil(side * grow / square) * square for side in (height, width))
+        return rows, columns
+
+
+def make_patches(pixels: Pixels, config: PatchConfig) -> tuple[NDArray[np.float32], Grid]:
+    """float32 [rows * columns, channels * frames * patch_size²] of uint8 [height, width, 3], and (rows, columns).
+
+    Resized bicubically, normalized by mean and std; a still image is repeated over the frames of a patch. Patches go by
+    merged squares: row of squares, column of squares, row and column within the square.
+    """
+    height, width = config._resized(*pixels.shape[:2])
+    if (height, width) != pixels.shape[:2]:
+        pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+    scaled = pixels.astype(np.float32) * np.float32(1 / 255)
+    normalized = (scaled - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)
+    size, merge = config.patch_size, config.merge_size
+    rows, columns = height // size, width // size
+    squares = normalized.reshape(rows // merge, merge, size, columns // merge, merge, size, 3)
+    ordered = squares.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]
+    frames = np.broadcast_to(ordered, (*ordered.shape[:5], config.temporal_patch_size, size, size))
+    return frames.reshape(rows * columns, -1), (rows, columns)
