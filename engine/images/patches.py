@@ -73,5 +73,5 @@ def make_patches(pixels: Pixels, config: PatchConfig) -> tuple[NDArray[np.float3
     rows, columns = height // size, width // size
     squares = normalized.reshape(rows // merge, merge, size, columns // merge, merge, size, 3)
     ordered = squares.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]
-    frames = np.broadcast_to(ordered, (*ordered.shape[:5], config.temporal_patch_size, size, size))
+    frames: NDArray[np.float32] = np.broadcast_to(ordered, (*ordered.shape[:5], config.temporal_patch_size, size, size))
     return frames.reshape(rows * columns, -1), (rows, columns)
