@@ -97,6 +97,26 @@ class Edge:
 
 def start(state: Path, config: Path | None = None, *args: str) -> Edge:
     """Starts `serve` and waits until it is ready."""
+    edge = _run(state, config, args)
+    if config is None:
+        wait_until(lambda: KEY.search("".join(edge.stdout)) is not None, "serve prints the demo key")
+        found = KEY.search("".join(edge.stdout))
+        assert found is not None
+        edge.key = found.group()
+    else:
+        edge.cli("workspaces", "create", "tests", "--plan", "enterprise")
+        edge.key = edge.cli("keys", "create", "--workspace", "tests")["key"]
+    return edge
+
+
+def restart(edge: Edge) -> Edge:
+    """Starts `serve` again on the state of an installation that has ended, with its key."""
+    again = _run(edge.state, edge.config, ())
+    again.key = edge.key
+    return again
+
+
+def _run(state: Path, config: Path | None, args: tuple[str, ...]) -> Edge:
     port, admin_port = free_port(), free_port()
     command = [sys.executable, "-m", "aiexport_edge.shim.cli.main", "serve", "--state", str(state)]
     command += ["--port", str(port), "--admin-port", str(admin_port), *args]
@@ -126,14 +146,6 @@ def start(state: Path, config: Path | None = None, *args: str) -> Edge:
         process.kill()
         print("".join(edge.stderr[-30:]))
         raise
-    if config is None:
-        wait_until(lambda: KEY.search("".join(edge.stdout)) is not None, "serve prints the demo key")
-        found = KEY.search("".join(edge.stdout))
-        assert found is not None
-        edge.key = found.group()
-    else:
-        edge.cli("workspaces", "create", "tests", "--plan", "enterprise")
-        edge.key = edge.cli("keys", "create", "--workspace", "tests")["key"]
     return edge
 
 
