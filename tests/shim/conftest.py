@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.postgres import MISSING, PostgresServer, running_server
+from support import postgres as postgres_support
+from support import redis as redis_support
+from support.postgres import PostgresServer, running_server
+from support.redis import RedisServer
 from support.scripted_engine import ScriptedEngine
 from support.shim_server import ShimServer
 
@@ -68,7 +72,7 @@ def make_shim(tmp_path: Path) -> Iterator[Callable[..., ShimServer]]:
 def postgres() -> Iterator[PostgresServer]:
     with running_server() as server:
         if server is None:
-            pytest.skip(MISSING)
+            pytest.skip(postgres_support.MISSING)
         yield server
 
 
@@ -79,3 +83,13 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path}/state/store.db"
     server: PostgresServer = request.getfixturevalue("postgres")
     return server.url(server.new_database())
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    if shutil.which("redis-server") is None:
+        pytest.skip(redis_support.MISSING)
+    server = RedisServer(tmp_path)
+    server.start()
+    yield server
+    server.stop()

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.postgres import PostgresServer
-from support.shim_server import until
+from support.redis import RedisServer
 
 from aiexport_edge.shim.limits import shared_window
 from aiexport_edge.shim.limits.postgres_window import PostgresWindow
@@ -30,47 +30,6 @@ from aiexport_edge.shim.store import open_store
 
 Windows = Callable[[], Window]
 SECOND = 1_000_000_000
-
-
-class RedisServer:
-    """A real one on a socket of its own."""
-
-    def __init__(self, directory: Path) -> None:
-        self.socket = directory / "redis.sock"
-        self.url = f"unix://{self.socket}"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        program = shutil.which("redis-server")
-        assert program is not None
-        options = ["--port", "0", "--unixsocket", str(self.socket), "--save", "", "--dir", str(self.socket.parent)]
-        self._process = subprocess.Popen([program, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        until(self._answers, "Redis answers")
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self.socket.unlink(missing_ok=True)
-
-    def _answers(self) -> bool:
-        with socket.socket(socket.AF_UNIX) as client:
-            try:
-                client.connect(str(self.socket))
-                client.sendall(b"PING\r\n")
-                return client.recv(16).startswith(b"+PONG")
-            except OSError:
-                return False
-
-
-@pytest.fixture
-def redis(tmp_path: Path) -> Iterator[RedisServer]:
-    if shutil.which("redis-server") is None:
-        pytest.skip("Redis's server is not installed: apt-get install redis-server")
-    server = RedisServer(tmp_path)
-    server.start()
-    yield server
-    server.stop()
 
 
 @pytest.fixture(params=["shared", "postgresql", "redis"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from aiexport_edge.shim.api.messages_request import Turn, parse_messages_request
+from aiexport_edge.shim.api.messages_request import ResponseFormat, Turn, parse_messages_request
 from aiexport_edge.shim.errors import InvalidRequest
 
 USER = [{"role": "user", "content": "x"}]
@@ -108,7 +108,6 @@ WRONG: list[tuple[Any, str | None]] = [
     (body(response_format="json"), "response_format"),
     (body(response_format={}), "response_format.type"),
     (body(response_format={"type": "xml"}), "response_format.type"),
-    (body(response_format={"type": "json_object"}), "response_format.type"),
     (body(response_format={"type": "json_schema"}), "response_format.json_schema"),
     (body(response_format={"type": "json_schema", "json_schema": {"schema": {}}}), "response_format.json_schema.name"),
     (
@@ -194,3 +193,18 @@ def test_an_empty_prefill_is_none(nothing: Any) -> None:
 @pytest.mark.parametrize("nothing", ["", []])
 def test_an_empty_system_is_none(nothing: Any) -> None:
     assert parse_messages_request(body(system=nothing)).system is None
+
+
+def test_response_formats() -> None:
+    def read(**given: object) -> ResponseFormat | None:
+        return parse_messages_request(body(response_format=given)).response_format
+
+    assert read(type="text") is None
+    assert read(type="json_object") == ResponseFormat(None)
+    schema = {"type": "object", "title": "\ud800"}
+    named = {"name": "n", "schema": schema, "strict": True}
+    assert read(type="json_schema", json_schema=named) == ResponseFormat('{"type":"object","title":"\\ud800"}')
+    assert read(type="json_schema", json_schema={"name": "n", "schema": {}, "strict": None}) == ResponseFormat("{}")
+    with pytest.raises(InvalidRequest) as refused:
+        read(type="json_schema", json_schema={"name": "n", "schema": {"title": "x" * 70_000}})
+    assert refused.value.param == "response_format.json_schema.schema"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,54 +17,9 @@ import pytest
 from sqlalchemy import text as sql
 from support.scripted_engine import ScriptedEngine
 from support.shim_server import HAIKU, until
-
-from aiexport_edge.shim.store import Store, open_store
+from support.shim_workers import Workers
 
 Engines = Callable[..., ScriptedEngine]
-
-
-class Workers:
-    """Shim workers that share two listening sockets, as `serve` starts them."""
-
-    def __init__(self, state: Path, engine: ScriptedEngine) -> None:
-        self.state, self.engine = state, engine
-        self.store: Store = open_store(f"sqlite:///{state / 'store.db'}")
-        self.store.create_workspace("acme", "enterprise")
-        self.key = self.store.create_key("acme").key
-        self.sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
-        self.base_url, self.admin_url = (f"http://127.0.0.1:{s.getsockname()[1]}" for s in self.sockets)
-        self.processes: list[subprocess.Popen[str]] = []
-        self.config = state.parent / "config.toml"
-        self.config.write_text('[shim]\ndrain = "3s"\n[telemetry]\nlog_format = "json"\n')
-
-    def start(self) -> subprocess.Popen[str]:
-        fds = [s.fileno() for s in self.sockets]
-        places = ["--config", str(self.config), "--state", str(self.state), "--engine", self.engine.address]
-        command = [sys.executable, "-m", "aiexport_edge.shim.server", *places]
-        command += ["--fd", str(fds[0]), "--admin-fd", str(fds[1])]
-        process = subprocess.Popen(command, pass_fds=fds, stderr=subprocess.PIPE, text=True)
-        self.processes.append(process)
-        return process
-
-    def wait_ready(self) -> None:
-        until(lambda: httpx.get(f"{self.base_url}/readyz", timeout=20).status_code == 200, "a worker is ready")
-
-    def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.base_url, headers={"X-API-Key": self.key}, timeout=60)
-
-    def statuses(self) -> list[Any]:
-        with self.store.database.connect() as connection:
-            return list(connection.execute(sql("SELECT status FROM usage ORDER BY created_at")).scalars())
-
-    def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
-            if process.stderr is not None:
-                process.stderr.close()
-        for each in self.sockets:
-            each.close()
-        self.store.close()
 
 
 @pytest.fixture
