@@ -14,7 +14,7 @@ from typing import TypeAlias
 from aiexport_edge.shim import json_body
 from aiexport_edge.shim.errors import InvalidRequest, RequestTooLarge
 
-MAX_PIECES = 20_000_000  # strings and brackets in all values together: what bounds the time for a hostile body
+MAX_PIECES = 20_000_000  # values, and strings and brackets in them: what bounds the time for a hostile body
 _MAX_KEY_BYTES = 64 << 10
 _SPACE = re.compile(rb"[ \t\r\n]*+")
 _MARK = re.compile(rb'["[\]{}]')
@@ -155,6 +155,7 @@ class Splitter:
 
     def _value(self, max_bytes: int, where: str) -> Generator[None, None, bytes]:
         """The value that begins here, whatever it is; each of its bytes is looked at once, however it arrives."""
+        self._count(1)
         at, depth, in_string = self._at, 0, False
         start = at
         if bytes(self._buffer[at : at + 1]) not in (b'"', b"[", b"{"):
@@ -202,10 +203,13 @@ class Splitter:
                 depth -= 1
                 if depth == 0:
                     break
+        self._count(num_pieces)
+        return at, depth, in_string, depth == 0 and not in_string
+
+    def _count(self, num_pieces: int) -> None:
         self._num_pieces += num_pieces
         if self._num_pieces > MAX_PIECES:
-            raise InvalidRequest(f"The request body holds more than {MAX_PIECES:,} JSON strings, arrays and objects.")
-        return at, depth, in_string, depth == 0 and not in_string
+            raise InvalidRequest(f"The request body holds more than {MAX_PIECES:,} JSON values.")
 
     def _scalar(self, max_bytes: int, where: str) -> Generator[None, None, bytes]:
         while True:
