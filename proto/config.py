@@ -91,6 +91,7 @@ class ModelSpec:
     output_per_million: float
     created_at: datetime  # in UTC
     deterministic: bool
+    json_mode: bool  # whether `response_format` may ask for JSON
     weights: str
 
     @property
@@ -345,6 +346,7 @@ def _model(
     created_at = table.take("created_at", values.time, datetime(2025, 4, 1, tzinfo=UTC))
     default = engine_deterministic if engine_deterministic is not None else source == DEMO
     deterministic = table.take("deterministic", values.boolean, default)
+    json_mode = table.take("json_mode", values.boolean, family != "haiku")
     table.end()
     for key, value in (("ids", ids), ("family", family), ("source", source)):
         if not value:
@@ -366,6 +368,7 @@ def _model(
         output_per_million=output_per_million,
         created_at=created_at,
         deterministic=deterministic,
+        json_mode=json_mode,
         weights=weights[shared].name,
     )
 

@@ -101,6 +101,13 @@ def test_deterministic_follows_the_engine_then_the_source(tmp_path: Path) -> Non
     assert [m.deterministic for m in read(tmp_path, MODEL + "deterministic = true\n").models] == [True]
 
 
+def test_json_mode_is_for_sonnet_and_opus_unless_the_operator_says_otherwise(tmp_path: Path) -> None:
+    entry = '[[models]]\nids = ["{0}"]\nfamily = "{0}"\nsource = "demo"\n'
+    entries = "".join(map(entry.format, ("opus", "sonnet", "haiku")))
+    assert [model.json_mode for model in read(tmp_path, entries).models] == [True, True, False]
+    assert [model.json_mode for model in read(tmp_path, entries + "json_mode = true\n").models] == [True, True, True]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -1,4 +1,4 @@
-"""A JSON Schema as a grammar: every text of the grammar is a document that the schema accepts.
+"""A JSON Schema as a grammar: every text of the grammar is an object that the schema accepts.
 
 The subset of JSON Schema (2020-12, and what drafts 4 to 2019-09 write differently) that is taken:
 - `type`, one or several; where it is absent, the types that the other keywords speak of, all if none does
@@ -51,7 +51,10 @@ class _Compiler:
         self._refs: dict[str, str] = {}  # target to rule
 
     def compile(self) -> Grammar:
-        start = self._expression(self._root, "", 0)
+        try:
+            start = self._expression({"allOf": [self._root, {"type": "object"}]}, "", 0)
+        except UnsupportedSchema as error:
+            raise UnsupportedSchema(error.place.removeprefix("allOf.0").lstrip("."), error.problem) from error
         if start is None:
             raise UnsupportedSchema("", "no document satisfies this schema")
         self._rules["root"] = start

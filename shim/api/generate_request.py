@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 
 from aiexport_edge.proto import engine_pb2 as pb
-from aiexport_edge.shim.api.messages_request import MessagesRequest
+from aiexport_edge.shim.api.messages_request import MessagesRequest, ResponseFormat
 from aiexport_edge.shim.catalog import Catalog, Listed
 from aiexport_edge.shim.errors import InvalidRequest
 from aiexport_edge.shim.store import Principal
@@ -23,7 +23,9 @@ def generate_request(
     request_id: str,
     priority: pb.Priority,
 ) -> pb.GenerateRequest:
-    """The engine's request. Raises `InvalidRequest` where `max_tokens` is above the model's output limit."""
+    """The engine's request. Raises `InvalidRequest` where `max_tokens` is above the model's output limit, and where
+    JSON is asked of a model that does not promise it.
+    """
     texts = [(_ROLES[turn.role], turn.text) for turn in request.turns]
     if request.system is not None:
         texts.insert(0, (pb.ROLE_SYSTEM, request.system))
@@ -43,7 +45,22 @@ def generate_request(
             id=principal.workspace_id, weight=catalog.weight(principal.plan), cache_salt=principal.cache_salt
         ),
         priority=priority,
+        response_format=_response_format(request.response_format, listed),
     )
+
+
+def _response_format(wanted: ResponseFormat | None, listed: Listed) -> pb.ResponseFormat | None:
+    if wanted is None:
+        return None
+    if not listed.spec.json_mode:
+        raise InvalidRequest(
+            f"response_format.type: JSON is promised on Sonnet and Opus models; {listed.id} is of the "
+            f"{listed.spec.family.capitalize()} family, and the operator has not enabled it there",
+            param="response_format.type",
+        )
+    if wanted.schema is None:
+        return pb.ResponseFormat(json_object=pb.JsonObject())
+    return pb.ResponseFormat(json_schema=wanted.schema)
 
 
 def _max_tokens(wanted: int | None, limit: int | None) -> int | None:

@@ -9,6 +9,7 @@ What the vendor's page leaves open is decided here, after Anthropic's Messages A
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +19,7 @@ from aiexport_edge.shim.json_body import JsonValue
 
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_SEQUENCE_CHARS = 256
+MAX_SCHEMA_BYTES = 64 << 10  # of a `json_schema`
 MAX_TOP_K = 2**31 - 1  # above any vocabulary, so clipping to it changes nothing
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif")
 _REFUSED_FIELDS = ("tools", "tool_choice", "thinking")  # ignoring them would silently change the answer
@@ -30,6 +32,13 @@ class Turn:
 
     role: Literal["user", "assistant"]
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseFormat:
+    """The reply is to be a JSON object, and to satisfy `schema` (a JSON Schema's text) where there is one."""
+
+    schema: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +55,7 @@ class MessagesRequest:
     stop_sequences: tuple[str, ...]
     seed: int | None
     stream: bool
+    response_format: ResponseFormat | None = None
 
 
 def parse_messages_request(body: JsonValue) -> MessagesRequest:
@@ -58,7 +68,6 @@ def parse_messages_request(body: JsonValue) -> MessagesRequest:
         if refused is not None:
             raise refused.wrong("is not supported here; leave it out")
     fields.read("metadata", Value.object)
-    fields.read("response_format", _response_format)
     top_k = fields.read("top_k", lambda value: value.integer(0))
     temperature = fields.read(
         "temperature", lambda value: value.number(lambda number: 0 <= number <= 1, "a number from 0 to 1")
@@ -76,6 +85,7 @@ def parse_messages_request(body: JsonValue) -> MessagesRequest:
         stop_sequences=fields.read("stop_sequences", _stop_sequences) or (),
         seed=fields.read("seed", lambda value: value.integer(0, 2**64 - 1)),
         stream=fields.read("stream", Value.boolean) or False,
+        response_format=fields.read("response_format", _response_format),
     )
 
 
@@ -172,15 +182,19 @@ def _stop_sequences(sequences: Value) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _response_format(value: Value) -> None:
-    """`text` alone is served; the other formats are checked for their structure and refused by name."""
+def _response_format(value: Value) -> ResponseFormat | None:
+    """None for plain text. What a schema says is the engine's to judge. `strict: false` is given what `true` is."""
     response_format = value.object()
-    kind = response_format.require("type")
-    if kind.choice("text", "json_object", "json_schema") == "text":
-        return
-    if kind.raw == "json_schema":
-        named = response_format.require("json_schema").object()
-        named.require("name").text()
-        named.require("schema").object()
-        named.read("strict", Value.boolean)
-    raise kind.wrong(f'"{kind.raw}" is not available on this installation; ask for JSON in the prompt instead')
+    kind = response_format.require("type").choice("text", "json_object", "json_schema")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return ResponseFormat(None)
+    named = response_format.require("json_schema").object()
+    named.require("name").text()
+    schema = named.require("schema")
+    text = json.dumps(schema.object().raw, separators=(",", ":"))
+    named.read("strict", Value.boolean)
+    if len(text) > MAX_SCHEMA_BYTES:
+        raise schema.wrong(f"has {len(text)} bytes as compact JSON; at most {MAX_SCHEMA_BYTES} are taken")
+    return ResponseFormat(text)

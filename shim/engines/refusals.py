@@ -6,7 +6,14 @@ from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.shim.errors import ApiError, InternalError, InvalidRequest, Overloaded, RateLimited, internal_error
 
 RETRY_AFTER_S = 2.0  # where the engine does not know better
-_PARAMS = {"max_tokens": "max_tokens", "model": "model", "chat": "messages", "sampling": ""}
+_PARAMS = {
+    "max_tokens": "max_tokens",
+    "model": "model",
+    "chat": "messages",
+    "sampling": "",
+    "response_format": "response_format",
+}
+_SCHEMA_FIELD = "response_format.json_schema"  # the schema itself, which REST has one level further down
 
 
 def api_error(detail: pb.ErrorDetail) -> ApiError:
@@ -41,6 +48,8 @@ def can_pass(detail: pb.ErrorDetail) -> bool:
 
 def _param(field: str) -> str | None:
     """A path in GenerateRequest as the path in the REST body, where it has one."""
+    if field == _SCHEMA_FIELD:
+        return f"{_SCHEMA_FIELD}.schema"
     head, _, rest = field.partition(".")
     if head not in _PARAMS:
         return None
