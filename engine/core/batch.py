@@ -25,13 +25,25 @@ from aiexport_edge.engine.models.decoder import Batch
 class Draws:
     """The rows that a new id is drawn from, in the order of `Batch.rows`: arguments of `sample`, all [S]."""
 
-    handles: list[int]
+    requests: list[Request]
     temperature: Tensor  # float32
     top_k: Tensor  # int32
     top_p: Tensor  # float32
     seeds: Tensor  # int64, the bits of a uint64
     output_index: Tensor  # int64
     token_slots: Tensor  # int64, the requests' rows: where their new ids go on the device (`decode_inputs.py`)
+
+    def __getitem__(self, rows: slice) -> Draws:
+        """Some of them."""
+        return Draws(
+            self.requests[rows],
+            self.temperature[rows],
+            self.top_k[rows],
+            self.top_p[rows],
+            self.seeds[rows],
+            self.output_index[rows],
+            self.token_slots[rows],
+        )
 
 
 class BatchBuilder:
@@ -62,6 +74,12 @@ class BatchBuilder:
         self._top_p = np.ones(max_requests, dtype=np.float32)
         self._seeds = np.zeros(max_requests, dtype=np.uint64)
 
+    def reserve(self, chunks: Sequence[Chunk]) -> None:
+        """Give a row to every request of a step that several batches are built for: none takes another's then."""
+        for chunk in chunks:
+            if chunk.request.handle not in self._row_of:
+                self._admit(chunk.request, chunks)
+
     def build(self, chunks: Sequence[Chunk]) -> tuple[Batch, Draws]:
         """The batch of `chunks`, one sequence each, in their order."""
         ids: list[int] = []
@@ -69,7 +87,7 @@ class BatchBuilder:
         starts: list[int] = []
         counts: list[int] = []
         sampled: list[int] = []
-        handles: list[int] = []
+        requests: list[Request] = []
         output_index: list[int] = []
         for sequence, chunk in enumerate(chunks):
             request, start, count = chunk.request, chunk.start, chunk.num_tokens
@@ -82,10 +100,10 @@ class BatchBuilder:
                 ids += request.token_ids[start : start + count]
             if chunk.samples:
                 sampled.append(sequence)
-                handles.append(request.handle)
-                output_index.append(request.num_output_tokens)
+                requests.append(request)
+                output_index.append(chunk.output_index)
         return self._batch(
-            np.array(ids), np.array(rows), np.array(starts), np.array(counts), sampled, handles, np.array(output_index)
+            np.array(ids), np.array(rows), np.array(starts), np.array(counts), sampled, requests, np.array(output_index)
         )
 
     def stage_decodes(self, chunks: Sequence[Chunk], bucket: int, inputs: DecodeInputs, staging: Tensor) -> Draws:
@@ -94,7 +112,6 @@ class BatchBuilder:
         The other rows are padding: sequences of one token in page 0, for which nothing is drawn. An id that
         is still on its way (PENDING_ID) is taken from its slot on the device. The draws are views of `inputs`.
         """
-        handles = [chunk.request.handle for chunk in chunks]
         ids = np.array([chunk.request.token_ids[chunk.start] for chunk in chunks])
         rows = np.array([self._row(chunk.request, chunks) for chunk in chunks])
         starts = np.array([chunk.start for chunk in chunks])
@@ -116,9 +133,9 @@ class BatchBuilder:
         host.top_k[:count] = self._top_k[rows]
         host.top_p[:count] = self._top_p[rows]
         host.seeds[:count] = self._seeds[rows].view(np.int64)
-        host.output_index[:count] = [chunk.request.num_output_tokens for chunk in chunks]
+        host.output_index[:count] = [chunk.output_index for chunk in chunks]
         return Draws(
-            handles=handles,
+            requests=[chunk.request for chunk in chunks],
             temperature=inputs.temperature[:count],
             top_k=inputs.top_k[:count],
             top_p=inputs.top_p[:count],
@@ -134,7 +151,7 @@ class BatchBuilder:
         starts: npt.NDArray[np.int64],
         counts: npt.NDArray[np.int64],
         sampled: list[int],
-        handles: list[int],
+        requests: list[Request],
         output_index: npt.NDArray[np.int64],
     ) -> tuple[Batch, Draws]:
         num_tokens, num_sequences = len(ids), len(rows)
@@ -178,7 +195,7 @@ class BatchBuilder:
             seq_lens=tensors[5],
             rows=None if len(sampled) == num_tokens else tensors[6],
         )
-        return batch, Draws(handles, *tensors[7:])
+        return batch, Draws(requests, *tensors[7:])
 
     def _row(self, request: Request, chunks: Sequence[Chunk]) -> int:
         """The request's row, with its pages in the block table."""

@@ -1,6 +1,7 @@
 """What a step brought, put back into its requests: ids, ends, prefix hashes, charges; and what the parent is told.
 
-Owns the rules for when the core ends a request. Stop sequences are text: the engine process finds those.
+Owns the rules for when the core ends a request, and what becomes of ids that come after its end. Stop sequences are
+text: the engine process finds those.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from aiexport_edge.engine.core.fairness import OUTPUT_COST
 from aiexport_edge.engine.core.plan import StepPlan, StepResult
 from aiexport_edge.engine.core.protocol import Finished, FinishReason, Started, StepReport, Tokens
-from aiexport_edge.engine.core.request import Request
+from aiexport_edge.engine.core.request import Request, Status
 from aiexport_edge.engine.core.scheduler import Scheduler
 
 
@@ -21,27 +22,33 @@ def end_of(request: Request) -> FinishReason | None:
 
 
 def commit(scheduler: Scheduler, plan: StepPlan, result: StepResult) -> StepReport:
-    """Advance every request of `plan` by its chunk and by the ids drawn for it.
+    """Give every request of `plan` the ids drawn for it. Plans are committed in the order in which they were made.
 
-    Ids past a stop id or past the budget are dropped: never part of the request, hashed, charged or reported.
+    Ids past a stop id or past the budget are dropped: never part of the request, hashed, charged or reported. So is all
+    that a step brings for a request that has ended since the step was planned; its pages go back with the last such.
     """
+    scheduler.settle(plan)
     report = StepReport([], [], [])
     for model_plan in plan.models:
         model = model_plan.model
         tokens_per_page = scheduler.tokens_per_page[model]
         for chunk in model_plan.chunks:
-            request = chunk.request
-            request.num_computed_tokens = end = chunk.start + chunk.num_tokens
+            request, end = chunk.request, chunk.start + chunk.num_tokens
+            if request.status is Status.FINISHED:
+                continue
             if end // tokens_per_page > request.num_published_pages:
-                scheduler.prefix.publish(request)
+                scheduler.prefix.publish(request, end)
             if not request.started:
                 request.started = True
                 scheduler.num_prompt_tokens[model] += request.num_prompt_tokens
                 scheduler.num_cached_tokens[model] += request.num_cached_tokens
                 report.started.append(Started(request.handle, request.num_cached_tokens))
             if chunk.samples:
-                ids, reason = _own_ids(request, result.ids[request.handle])
-                request.token_ids += ids
+                ids, reason = _own_ids(request, end, result.ids[request.handle])
+                if request.constraint is not None:
+                    taken = request.constraint.advance(ids)
+                    ids, reason = taken.ids, FinishReason.END_TURN if taken.over else reason
+                request.token_ids[end : end + 1] = ids  # in the place of PENDING_ID
                 request.probation = False
                 scheduler.num_output_tokens[model] += len(ids)
                 scheduler.charge(request, OUTPUT_COST * len(ids))
@@ -52,10 +59,11 @@ def commit(scheduler: Scheduler, plan: StepPlan, result: StepResult) -> StepRepo
     return report
 
 
-def _own_ids(request: Request, ids: list[int]) -> tuple[list[int], FinishReason | None]:
-    """The ids that belong to the output, and why it ends with them if it does."""
+def _own_ids(request: Request, end: int, ids: list[int]) -> tuple[list[int], FinishReason | None]:
+    """The ids, drawn for position `end` on, that belong to the output, and why it ends with them if it does."""
     assert ids, "a chunk that samples brings an id"
-    left = request.num_prompt_tokens + request.max_tokens - len(request.token_ids)
+    assert len(ids) == 1 or not request.num_in_flight, "the next step was planned for one"
+    left = request.num_prompt_tokens + request.max_tokens - end
     if not request.stop_ids.isdisjoint(ids):
         for index, id_ in enumerate(ids[:left]):
             if id_ in request.stop_ids:

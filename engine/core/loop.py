@@ -1,16 +1,19 @@
-"""The core's loop: receive, plan, run, commit, send; until the parent says so or is gone.
+"""The core's loop: receive, advance by a step, send; until the parent says so or is gone.
 
-Owns the order of these and the counters that go out with them. Knows no policy (scheduler), no tensors (runner) and no
-text. A bug in any of them ends the process: the parent starts another and resumes what ran.
+Owns the order of these and the counters that go out with them. Knows no policy (scheduler), no tensors (runner), no
+text, and not how steps overlap (pipeline). A bug in any of them ends the process: the parent starts another and resumes
+what ran.
 """
 
 from __future__ import annotations
 
 import time
+from typing import Generic
 
 from aiexport_edge.engine.core.channel import Channel, ChannelClosed
-from aiexport_edge.engine.core.commit import commit, end_of
-from aiexport_edge.engine.core.plan import StepRunner
+from aiexport_edge.engine.core.commit import end_of
+from aiexport_edge.engine.core.pipeline import Pipeline
+from aiexport_edge.engine.core.plan import Launched, StepRunner
 from aiexport_edge.engine.core.protocol import (
     AbortRequest,
     AddRequest,
@@ -31,14 +34,16 @@ from aiexport_edge.engine.core.suspects import Suspects
 _STATS_PERIOD_S = 0.1
 
 
-class StepLoop:
+class StepLoop(Generic[Launched]):
     """Drives one runner from one channel."""
 
-    def __init__(self, *, channel: Channel, scheduler: Scheduler, runner: StepRunner, suspects: Suspects) -> None:
+    def __init__(
+        self, *, channel: Channel, scheduler: Scheduler, runner: StepRunner[Launched], suspects: Suspects
+    ) -> None:
         self._channel = channel
         self._scheduler = scheduler
-        self._runner = runner
-        self._suspects = suspects
+        self._page_bytes = runner.page_bytes
+        self._pipeline = Pipeline(scheduler=scheduler, runner=runner, suspects=suspects)
         self._finished: list[Finished] = []  # ends that no step brought, for the next report
         self._num_added = 0
         self._num_steps = 0
@@ -48,10 +53,7 @@ class StepLoop:
         """Until `Shutdown`, or until the parent has closed its end."""
         try:
             while self._receive():
-                if self._scheduler.requests:
-                    self._step()
-                else:
-                    self._report(StepReport([], [], []))
+                self._step()
         except ChannelClosed:
             return
 
@@ -69,7 +71,7 @@ class StepLoop:
             pages_used=pool.num_used,
             pages_cached=pool.num_cached,
             pages_free=pool.num_free,
-            page_bytes=self._runner.page_bytes,
+            page_bytes=self._page_bytes,
             preemptions=scheduler.num_preemptions,
             model_running=running,
             model_waiting=waiting,
@@ -80,8 +82,7 @@ class StepLoop:
 
     def _receive(self) -> bool:
         """Take what has arrived, waiting for it when there is nothing to do; False to end."""
-        idle = not self._scheduler.requests
-        for body in self._channel.receive(wait=idle):
+        for body in self._channel.receive(wait=not self._pipeline.busy):
             for message in decode_to_core(body):
                 if isinstance(message, Shutdown):
                     return False
@@ -91,7 +92,7 @@ class StepLoop:
     def _take(self, message: ToCore) -> None:
         scheduler = self._scheduler
         if isinstance(message, AddRequest):
-            self._suspects.write([message.handle])  # one that cannot even be added must not kill every core
+            self._pipeline.suspect(message.handle)  # one that cannot even be added must not kill every core
             request = make_request(message, arrival=self._num_added)
             self._num_added += 1
             reason = end_of(request)
@@ -99,7 +100,7 @@ class StepLoop:
                 scheduler.add(request)
             else:
                 self._finished.append(Finished(request.handle, reason))
-            self._suspects.clear()
+            self._pipeline.absolve()
         elif isinstance(message, AbortRequest | FinishRequest):
             request_or_none = scheduler.requests.get(message.handle)  # None: it ended while the message was on its way
             if request_or_none is not None:
@@ -108,20 +109,15 @@ class StepLoop:
                     self._finished.append(Finished(message.handle, FinishReason.ABORTED))
 
     def _step(self) -> None:
-        plan = self._scheduler.plan()
-        assert plan.models, "there are requests, but none can run"
-        self._suspects.write([chunk.request.handle for model in plan.models for chunk in model.chunks])
-        result = self._runner.step(plan)
-        report = commit(self._scheduler, plan, result)
-        self._suspects.clear()
-        self._num_steps += 1
-        self._report(report)
+        report = self._pipeline.advance() if self._pipeline.busy else None
+        self._num_steps += report is not None
+        self._report(report or StepReport([], [], []))
 
     def _report(self, report: StepReport) -> None:
         """Send what a step brought and what ended besides; nothing when there is nothing to say."""
         now = time.monotonic()
         stats = None
-        if now - self._stats_at >= _STATS_PERIOD_S or not self._scheduler.requests:
+        if now - self._stats_at >= _STATS_PERIOD_S or not self._pipeline.busy:
             stats = self.stats()
             self._stats_at = now
         finished = self._finished + report.finished

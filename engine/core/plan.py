@@ -1,23 +1,33 @@
-"""What the scheduler hands to the runner each step, and what comes back. Values only; imports no torch."""
+"""What the scheduler hands to the runner each step, what comes back, and how a runner is driven. Imports no torch.
+
+Where a runner overlaps steps, the next is planned and launched while this one's ids travel back:
+
+    plan N+1 ─▶ launch N+1 ─▶ collect N ─▶ commit N ─▶ draw N+1 ─▶ plan N+2 ─▶ …
+    device      |…… step N ……|…… step N+1: forward ……|… its draws …|
+
+The draws of requests without a constraint are part of the launch; those with one wait for `draw`, when the constraint
+has been told every id before.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 
 from aiexport_edge.engine.core.request import Request
 
-# Stands in `Request.token_ids` for an id that has been drawn on the device but has not reached the host.
+# Stands in `Request.token_ids` for an id that a planned step draws and that has not been committed.
 PENDING_ID = -1
 
 
 class Chunk(msgspec.Struct, frozen=True):
     """Compute `num_tokens` of `request` from position `start` (its `num_computed_tokens` when planned).
 
-    Its `pages` already cover positions up to `start + num_tokens`. `samples` says whether the last of them is the
-    request's last token, so that a new id is drawn from its logits.
+    Its `pages` already cover positions up to `end`. `samples` says whether the last of them is the request's last
+    token, so that a new id is drawn from its logits, for position `end`. The id at `end - 1` may be PENDING_ID where
+    the runner overlaps steps, and then only: it is the one that the step before draws.
 
     A struct because a step makes hundreds: 0.1 µs each, a frozen dataclass takes 1.0.
     """
@@ -26,6 +36,16 @@ class Chunk(msgspec.Struct, frozen=True):
     start: int
     num_tokens: int
     samples: bool
+
+    @property
+    def end(self) -> int:
+        """The position after the last that is computed; that of the id that is drawn, if one is."""
+        return self.start + self.num_tokens
+
+    @property
+    def output_index(self) -> int:
+        """The index, in the request's output, of the id that is drawn."""
+        return self.start + self.num_tokens - self.request.num_prompt_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +63,39 @@ class ModelPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step over all models of the core; a model with nothing to do is not in it."""
+    """One step over all models of the core; a model with nothing to do is not in it. It may be of no model at all."""
 
     models: list[ModelPlan]
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """New ids by request handle, for every chunk that samples: one id today, several with speculation."""
+    """New ids by request handle, for every chunk that samples: one id today, several with speculation.
+
+    A runner that overlaps steps brings one. A request that had ended before `draw` may be missing.
+    """
 
     ids: dict[int, list[int]]
 
 
-class StepRunner(Protocol):
+Launched = TypeVar("Launched")
+
+
+class StepRunner(Protocol[Launched]):
     """What the core loop needs of a runner: the real one is in `runner.py`, tests have a small one of their own.
+
+    For each plan it calls `launch`, `draw` and `collect`, in this order, and each of them in the order of the plans.
+    Where `overlaps`, the next plan's `launch` comes before this one's `collect`, and not before its `draw`. All are
+    called on one thread and raise on bugs only: the process then ends.
 
     `num_pages` counts page 0, which is never handed out; `tokens_per_page` and `weight_bytes` are by model.
     """
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a step runs beside the host. A runner that computes on the calling thread does not overlap: each step
+        is committed before the next is planned, so that no token is computed in vain."""
+        ...
 
     @property
     def num_pages(self) -> int: ...
@@ -73,6 +109,20 @@ class StepRunner(Protocol):
     @property
     def weight_bytes(self) -> list[int]: ...
 
-    def step(self, plan: StepPlan) -> StepResult:
-        """Compute every chunk of `plan`, on the calling thread. Raises on bugs only: the process then ends."""
+    def launch(self, plan: StepPlan) -> Launched:
+        """Begin to compute every chunk of `plan`, and draw an id for each that samples and has no constraint.
+
+        What it needs of requests and their pages is read before it returns.
+        """
+        ...
+
+    def draw(self, launched: Launched) -> None:
+        """Draw the ids of chunks whose requests have a constraint, under its mask: all earlier ids are committed.
+
+        Of a request that has ended since `launch`, the constraint is not asked any more.
+        """
+        ...
+
+    def collect(self, launched: Launched) -> StepResult:
+        """Wait for the ids."""
         ...

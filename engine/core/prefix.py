@@ -42,9 +42,9 @@ class PrefixCache:
             pages.append(page)
         return pages
 
-    def publish(self, request: Request) -> None:
-        """Let the pages of `request` that have become full and computed be found."""
-        full = request.num_computed_tokens // self._tokens_per_page[request.model]
+    def publish(self, request: Request, num_tokens: int) -> None:
+        """Let the pages that the first `num_tokens` of `request` fill be found: they are computed, their ids known."""
+        full = num_tokens // self._tokens_per_page[request.model]
         for index in range(request.num_published_pages, full):
             self._pool.publish(request.pages[index], self._hash(request, index))
         request.num_published_pages = full

@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 import traceback
+from typing import Any
 
 from aiexport_edge.engine.core.channel import Channel, ChannelClosed
 from aiexport_edge.engine.core.loop import StepLoop
@@ -83,7 +84,7 @@ def _import_runner() -> None:
         import aiexport_edge.engine.core.runner  # noqa: F401
 
 
-def _load(config: CoreConfig, channel: Channel) -> StepRunner | None:
+def _load(config: CoreConfig, channel: Channel) -> StepRunner[Any] | None:
     """The runner with every model loaded; None, and the parent told why, when that fails."""
 
     def progress(model: int, done: int, total: int) -> None:
@@ -102,7 +103,7 @@ def _load(config: CoreConfig, channel: Channel) -> StepRunner | None:
         return None
 
 
-def _serve(config: CoreConfig, runner: StepRunner, channel: Channel, suspects: Suspects) -> None:
+def _serve(config: CoreConfig, runner: StepRunner[Any], channel: Channel, suspects: Suspects) -> None:
     """Say that all is ready, then run until told to end."""
     scheduler = Scheduler(
         PagePool(runner.num_pages),

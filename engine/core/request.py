@@ -7,6 +7,9 @@ Owns no policy: the scheduler decides, the page pool hands out pages, commit app
 
 There are no phases: a request has tokens and computed tokens, and a plan gives it n more. Decode is n = 1, prefill
 n > 1; a prefix hit, a resume and a recompute after preemption are `num_computed_tokens` jumping.
+
+What a plan computes counts as computed, and what it draws as a token, from when it is planned: until the step is
+committed, the id is PENDING_ID. So the next step can be planned while this one runs.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from aiexport_edge.engine.core.constraint import Constraint
 from aiexport_edge.engine.core.protocol import AddRequest, Priority, Sampling, unpack_ids
 
 
@@ -28,7 +32,10 @@ class Status(IntEnum):
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """Filled from `AddRequest`. Status and pages belong to the scheduler; ids and computed tokens grow at commit."""
+    """Filled from `AddRequest`. Status, pages and computed tokens belong to the scheduler; commit puts ids in.
+
+    With a `constraint`, each id is drawn under its mask.
+    """
 
     handle: int
     model: int
@@ -43,9 +50,11 @@ class Request:
     priority: Priority
     arrival: int  # order of arrival, unique
     probation: bool = False
+    constraint: Constraint | None = None
 
     status: Status = Status.WAITING
     num_computed_tokens: int = 0
+    num_in_flight: int = 0  # steps that it is in, planned and not yet committed: its pages are not given away meanwhile
     num_cached_tokens: int = 0  # prompt tokens that the prefix cache gave at first scheduling
     started: bool = False
     pages: list[int] = field(default_factory=list)
@@ -55,12 +64,12 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and output tokens so far."""
+        """Prompt and output tokens so far, ids on their way included."""
         return len(self.token_ids)
 
     @property
     def num_output_tokens(self) -> int:
-        """Output tokens so far, forced ids included: the index of the next draw."""
+        """Output tokens so far, forced ids and ids on their way included."""
         return len(self.token_ids) - self.num_prompt_tokens
 
 

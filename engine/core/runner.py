@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from aiexport_edge.engine.core.kv_memory import (
 )
 from aiexport_edge.engine.core.plan import Chunk, ModelPlan, StepPlan, StepResult
 from aiexport_edge.engine.core.protocol import CoreConfig, Priority, Sampling
-from aiexport_edge.engine.core.request import Request
+from aiexport_edge.engine.core.request import Request, Status
 from aiexport_edge.engine.models.config import ModelError
 from aiexport_edge.engine.models.loader import LoadedModel, load_model
 from aiexport_edge.kernels.sampler import sample
@@ -39,11 +40,22 @@ WARM_UP_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
+class _Undrawn:
+    """Rows of a launched step whose ids are drawn when the masks of their constraints are known."""
+
+    model: int
+    logits: Tensor  # float32 [rows, vocabulary]
+    draws: Draws
+
+
+@dataclass(slots=True)
 class PendingStep:
-    """A step that has been launched: whose ids will be in `ids` (int64, on the host) once `wait` has returned."""
+    """A step that has been launched: whose ids will be in `host_ids` (int64) once `wait` has returned."""
 
     handles: list[int]
-    ids: Tensor
+    ids: list[Tensor]  # on the device, in the order of `handles`
+    undrawn: list[_Undrawn]
+    host_ids: Tensor
     wait: Callable[[], None]
 
 
@@ -99,9 +111,16 @@ class Runner:
         self._accelerator = accelerator
         self._graphs = self._make_graphs(accelerator) if accelerator is not None and graphed else []
 
+    @property
+    def overlaps(self) -> bool:
+        """See `StepRunner`: on a card, ids that have not reached the host are taken from where they were drawn."""
+        return bool(self._graphs)
+
     def step(self, plan: StepPlan) -> StepResult:
         """Compute every chunk of `plan` and draw an id for each that samples. Blocks until the ids are here."""
-        return self.collect(self.launch(plan))
+        pending = self.launch(plan)
+        self.draw(pending)
+        return self.collect(pending)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
@@ -111,25 +130,41 @@ class Runner:
         was launched last.
         """
         self.last_logits = {}
-        handles: list[int] = []
-        ids: list[Tensor] = []
+        pending = PendingStep([], [], [], _NO_IDS, _nothing)
+        several = len(plan.models) > 1
         for model_plan in plan.models:
-            chunks = model_plan.chunks
+            model, chunks = model_plan.model, model_plan.chunks
+            if any(map(_is_constrained, chunks)):
+                chunks = sorted(chunks, key=_is_constrained)
             if self._graphs:
-                decodes = [chunk for chunk in chunks if chunk.samples and chunk.num_tokens == 1]
-                chunks = [chunk for chunk in chunks if not (chunk.samples and chunk.num_tokens == 1)]
+                decodes = [chunk for chunk in chunks if _is_decode(chunk)]
+                chunks = [chunk for chunk in chunks if not _is_decode(chunk)] if len(decodes) < len(chunks) else []
+                if decodes and chunks:
+                    self._builders[model].reserve(model_plan.chunks)
                 if decodes:
-                    self._draw(model_plan.model, *self._launch_decodes(model_plan.model, decodes), handles, ids)
+                    self._draw_free(pending, model, *self._launch_decodes(model, decodes), several)
             if chunks:
-                self._draw(model_plan.model, *self._run(model_plan.model, chunks), handles, ids)
-        return self._send(handles, ids)
+                self._draw_free(pending, model, *self._run(model, chunks), several)
+        if not pending.undrawn:
+            self._send(pending)
+        return pending
+
+    @torch.inference_mode()
+    def draw(self, pending: PendingStep) -> None:
+        """Draw what waits for masks; every id before has been committed."""
+        if not pending.undrawn:
+            return
+        for undrawn in pending.undrawn:
+            self._draw(pending, undrawn.model, self._masked(undrawn), undrawn.draws)
+        pending.undrawn = []
+        self._send(pending)
 
     def collect(self, pending: PendingStep) -> StepResult:
         """Wait for a step's ids. Steps are collected in the order of their launches."""
+        assert not pending.undrawn, "draw comes before collect"
         pending.wait()
-        return StepResult(
-            ids={handle: [id_] for handle, id_ in zip(pending.handles, pending.ids.tolist(), strict=True)}
-        )
+        ids = pending.host_ids.tolist()
+        return StepResult(ids={handle: [id_] for handle, id_ in zip(pending.handles, ids, strict=True)})
 
     def _launch_decodes(self, model: int, chunks: list[Chunk]) -> tuple[Tensor, Draws]:
         """The logits [rows, vocabulary] of one token each, by a graph."""
@@ -147,28 +182,61 @@ class Runner:
         decoder = self._models[model].decoder
         batch, draws = self._builders[model].build(chunks)
         hidden = decoder.forward(batch, self._kv_caches[model])
-        return (decoder.logits(hidden) if draws.handles else None), draws
+        return (decoder.logits(hidden) if draws.requests else None), draws
 
-    def _draw(self, model: int, logits: Tensor | None, draws: Draws, handles: list[int], ids: list[Tensor]) -> None:
-        """Draw an id from each row and note whose it is; it also goes to its request's slot on the device."""
+    def _draw_free(self, pending: PendingStep, model: int, logits: Tensor | None, draws: Draws, several: bool) -> None:
+        """Draw from the rows that have no constraint; the others, which are the last, wait. `several`: other models run
+        in this step, and graphs share the memory of their logits."""
         if logits is None:
             return
+        requests = draws.requests
+        if requests[-1].constraint is None:
+            self._draw(pending, model, logits, draws)
+            return
+        num_free = sum([request.constraint is None for request in requests])
+        if num_free:
+            self._draw(pending, model, logits[:num_free], draws[:num_free])
+        waiting = logits[num_free:]
+        pending.undrawn.append(_Undrawn(model, waiting.clone() if several else waiting, draws[num_free:]))
+
+    def _masked(self, undrawn: _Undrawn) -> Tensor:
+        """The logits, -inf where a constraint forbids; a request that has ended meanwhile is not asked."""
+        num_rows, vocabulary = undrawn.logits.shape
+        size = 4 * num_rows * -(-vocabulary // 32)
+        host = torch.empty(size, dtype=torch.uint8) if self._accelerator is None else self._accelerator.staging(size)
+        masks = host.numpy().view(np.int32).reshape(num_rows, -1)
+        for mask, request in zip(masks, undrawn.draws.requests, strict=True):
+            if request.status is Status.FINISHED:
+                mask[:] = -1
+            else:
+                assert request.constraint is not None
+                request.constraint.fill(mask)
+        words = host.to(undrawn.logits.device, non_blocking=True).view(torch.int32).view(num_rows, -1, 1)
+        bits = (words >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
+        return undrawn.logits.masked_fill(bits.view(num_rows, -1)[:, :vocabulary] == 0, float("-inf"))
+
+    def _draw(self, pending: PendingStep, model: int, logits: Tensor, draws: Draws) -> None:
+        """Draw an id from each row and note whose it is; it also goes to its request's slot on the device."""
         drawn, _ = sample(logits, draws.temperature, draws.top_k, draws.top_p, draws.seeds, draws.output_index)
-        handles += draws.handles
-        ids.append(drawn)
+        handles = [request.handle for request in draws.requests]
+        pending.handles += handles
+        pending.ids.append(drawn)
         if self._graphs:
             self._graphs[model].inputs.tokens.index_copy_(0, draws.token_slots, drawn)
         if self.keep_logits:
-            self.last_logits |= dict(zip(draws.handles, logits.clone() if self._graphs else logits, strict=True))
+            self.last_logits |= dict(zip(handles, logits.clone() if self._graphs else logits, strict=True))
 
-    def _send(self, handles: list[int], ids: list[Tensor]) -> PendingStep:
+    def _send(self, pending: PendingStep) -> None:
         """Set the ids off to the host."""
-        together = torch.cat(ids) if len(ids) > 1 else ids[0] if ids else torch.empty(0, dtype=torch.int64)
+        if not pending.ids:
+            return
+        ids = torch.cat(pending.ids) if len(pending.ids) > 1 else pending.ids[0]
         if self._accelerator is None:
-            return PendingStep(handles, together, _nothing)
-        host = self._accelerator.staging(8 * len(handles)).view(torch.int64)
-        host.copy_(together, non_blocking=True)
-        return PendingStep(handles, host, self._accelerator.mark())
+            pending.host_ids = ids
+            return
+        pending.host_ids = self._accelerator.staging(8 * len(pending.handles)).view(torch.int64)
+        pending.host_ids.copy_(ids, non_blocking=True)
+        pending.wait = self._accelerator.mark()
 
     @torch.inference_mode()
     def _make_graphs(self, accelerator: Accelerator) -> list[DecodeGraphs]:
@@ -331,5 +399,16 @@ def make_runner(
     return runner
 
 
+_NO_IDS = torch.empty(0, dtype=torch.int64)
+
+
 def _nothing() -> None:
     """There is nothing to wait for."""
+
+
+def _is_decode(chunk: Chunk) -> bool:
+    return chunk.samples and chunk.num_tokens == 1
+
+
+def _is_constrained(chunk: Chunk) -> bool:
+    return chunk.samples and chunk.request.constraint is not None

@@ -10,6 +10,11 @@ decides on numbers of tokens and pages alone, and `commit` tells it what came of
 A request is admitted with pages for all the tokens it has, so a prefill once begun never waits for memory: only
 decodes grow. When a decode cannot, the lowest in rank among the running are preempted until the others can: the highest
 always goes on, so some request always comes to its end. Rank is class, then the tenant's counter, then arrival.
+
+A step may be planned while the one before it is in flight: planned, and not yet committed. What it computes and draws
+then counts as done, its ids pending. A request that ends meanwhile keeps its pages until no step in flight may write to
+them. Whatever cannot be done so (a preemption, a step on probation) is put off until nothing is in flight: the plan is
+then an empty one.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ from collections.abc import Iterable, Sequence
 
 from aiexport_edge.engine.core.fairness import INPUT_COST, OUTPUT_COST, FloorShare
 from aiexport_edge.engine.core.pages import PagePool
-from aiexport_edge.engine.core.plan import Chunk, ModelPlan, StepPlan
+from aiexport_edge.engine.core.plan import PENDING_ID, Chunk, ModelPlan, StepPlan
 from aiexport_edge.engine.core.prefix import PrefixCache
 from aiexport_edge.engine.core.protocol import Priority
 from aiexport_edge.engine.core.request import Request, Status
@@ -26,7 +31,7 @@ from aiexport_edge.engine.core.waiting import TenantQueues
 
 
 class Scheduler:
-    """`plan` and `commit` take turns; `add` and `finish` come in between.
+    """Each plan is committed, in order, at the latest after one more has been made; `add` and `finish` come in between.
 
     `revisions` and `tokens_per_page` are by model. A step has at most `max_step_tokens` tokens and `max_num_running`
     requests. `batch_floor_share`, in [0, 1), is what the batch class keeps of the service while interactive requests
@@ -59,6 +64,7 @@ class Scheduler:
         self._queues = {priority: TenantQueues() for priority in Priority}
         self._running: dict[int, Request] = {}  # what holds pages: prefilling and decoding
         self._decoding: dict[int, Request] = {}
+        self._ending: dict[int, Request] = {}  # the step that draws their budget's last id is in flight
         self._prefilling: dict[int, Request] = {}  # those on probation not included
         self._probation: dict[int, Request] = {}  # until their prompt is computed
         self._num_batch = 0
@@ -68,6 +74,9 @@ class Scheduler:
         self._batch_first = False
         self._shortfalls: dict[int, int] = {}  # pages that were wanted by a head that did not fit, by handle
         self._was_alone = False  # the last step belonged to a request on probation
+        self._num_in_flight = 0  # plans that have not been committed
+        self._probation_in_flight = False
+        self._wants_preemption = False  # a head could be admitted so, when nothing is in flight
 
     @property
     def num_running(self) -> int:
@@ -102,13 +111,17 @@ class Scheduler:
             self._queues[request.priority].append(request)
 
     def finish(self, request: Request) -> None:
-        """End a request, whatever it is doing; its pages are released now."""
+        """End a request, whatever it is doing; its pages go back as soon as no step in flight may write to them."""
         handle = request.handle
         del self.requests[handle]
         if request.status is Status.RUNNING:
-            self._drop_pages(request)
+            del self._running[handle]
+            if not request.num_in_flight:
+                self._release_pages(request)
         if handle in self._decoding:
             del self._decoding[handle]
+        elif handle in self._ending:
+            del self._ending[handle]
         elif handle in self._probation:
             del self._probation[handle]
         else:
@@ -127,10 +140,44 @@ class Scheduler:
         self._queues[priority].counter.charge(request.tenant, cost, request.weight)
         self._served[priority] += cost
 
+    def settle(self, plan: StepPlan) -> None:
+        """A plan's step is over; what it brought, `commit` puts into the requests that have not ended."""
+        self._num_in_flight -= 1
+        for model_plan in plan.models:
+            for chunk in model_plan.chunks:
+                request = chunk.request
+                request.num_in_flight -= 1
+                if request.status is Status.FINISHED and not request.num_in_flight:
+                    self._release_pages(request)
+
     # ---------------------------------------------------------------------------------------------------- the plan
 
     def plan(self) -> StepPlan:
-        """The next step; empty exactly when there are no requests."""
+        """The next step, which is in flight from now on; empty exactly when there is none before what is in flight has
+        been committed. While nothing is, there is one as long as there are requests."""
+        if self._num_in_flight and (self._probation or self._probation_in_flight or self._wants_preemption):
+            return StepPlan([])
+        self._wants_preemption = False
+        plan = self._next_plan()
+        if plan.models:
+            self._launch(plan)
+        return plan
+
+    def _launch(self, plan: StepPlan) -> None:
+        """Count as done what `plan` will do."""
+        self._num_in_flight += 1
+        self._probation_in_flight = plan.models[0].chunks[0].request.probation
+        for model_plan in plan.models:
+            for chunk in model_plan.chunks:
+                request = chunk.request
+                request.num_in_flight += 1
+                request.num_computed_tokens = chunk.start + chunk.num_tokens
+                if chunk.samples:
+                    request.token_ids.append(PENDING_ID)
+                    if len(request.token_ids) - request.num_prompt_tokens >= request.max_tokens:
+                        self._ending[request.handle] = self._decoding.pop(request.handle)
+
+    def _next_plan(self) -> StepPlan:
         self._settle_shares()
         if self._probation and not self._was_alone:
             plan = self._plan_alone()
@@ -153,7 +200,11 @@ class Scheduler:
 
     def _plan_together(self) -> StepPlan:
         num_preemptions = self.num_preemptions
-        decodes, budget = self._plan_decodes()
+        decodes, growing, budget = self._plan_decodes()
+        if growing:
+            if self._num_in_flight and sum([self._missing_pages(r) for r in growing]) > self.pool.num_available:
+                return StepPlan([])
+            budget += self._grow(growing, decodes)
         prefills: list[Chunk] = []
         # After a famine nobody is admitted in the same step, and a request on probation that waits for room goes first.
         admissions = self.num_preemptions == num_preemptions and not any(h in self._shortfalls for h in self._probation)
@@ -172,16 +223,12 @@ class Scheduler:
             chunks[chunk.request.model].append(chunk)
         return StepPlan([ModelPlan(model, of_model) for model, of_model in enumerate(chunks) if of_model])
 
-    def _plan_decodes(self) -> tuple[list[Chunk], int]:
-        """The decodes of this step, with pages for their tokens, and the tokens left for prefills."""
+    def _plan_decodes(self) -> tuple[list[Chunk], list[Request], int]:
+        """The decodes of this step, those of them that lack pages, and the tokens left for prefills."""
         chunks, growing, budget = self._decode_chunks(self._decoding.values())
         if len(chunks) < len(self._decoding):  # the budget does not do for all
             chunks, growing, budget = self._decode_chunks(sorted(self._decoding.values(), key=self._rank))
-        if growing and not self._grow(growing):
-            for chunk in chunks:
-                if chunk.request.status is not Status.RUNNING:
-                    budget += chunk.num_tokens
-        return chunks, budget
+        return chunks, growing, budget
 
     def _decode_chunks(self, requests: Iterable[Request]) -> tuple[list[Chunk], list[Request], int]:
         """Chunks in the order of `requests` as far as a step's budget goes, who lacks pages, the budget left."""
@@ -200,10 +247,10 @@ class Scheduler:
             chunks.append(Chunk(request, start, num_tokens, num_tokens == num_left))
         return chunks, growing, budget
 
-    def _grow(self, growing: list[Request]) -> bool:
+    def _grow(self, growing: list[Request], chunks: list[Chunk]) -> int:
         """Give each request pages for all its tokens, preempting the lowest in rank when they do not suffice.
 
-        Returns whether they did: else some of `growing` may have been preempted themselves.
+        Some of `growing` may have been preempted themselves. Returns the tokens that `chunks` will not compute then.
         """
         shortage = sum([self._missing_pages(r) for r in growing])
         famine = shortage > self.pool.num_available
@@ -217,7 +264,7 @@ class Scheduler:
                 self._preempt(victim)
         for request in growing:
             request.pages.extend(self.pool.take(self._missing_pages(request)))
-        return not famine
+        return sum([c.num_tokens for c in chunks if c.request.status is not Status.RUNNING]) if famine else 0
 
     def _plan_prefills(
         self, priority: Priority, budget: int, chunks: list[Chunk], admissions: bool
@@ -274,6 +321,9 @@ class Scheduler:
         prefix = self.prefix.find(request)
         wanted = num_pages - sum([self.pool.is_used(page) for page in prefix])
         if not self._has_room(wanted) and self._may_preempt_for(request, wanted):
+            if self._num_in_flight:
+                self._wants_preemption = True
+                return False
             batch = sorted((r for r in self._running.values() if r.priority is Priority.BATCH), key=self._rank)
             while batch and not self._has_room(wanted):
                 self._preempt(batch.pop())
@@ -306,10 +356,12 @@ class Scheduler:
         return bool(num_held) and num_pages <= self.pool.num_available + sum(num_held)
 
     def _preempt(self, request: Request) -> None:
-        self._drop_pages(request)
+        assert not request.num_in_flight, "its pages may still be written to"
+        handle = request.handle
+        del self._running[handle]
+        self._release_pages(request)
         request.status = Status.PREEMPTED
         self.num_preemptions += 1
-        handle = request.handle
         if handle in self._decoding:
             del self._decoding[handle]
             request.num_charged_tokens = len(request.token_ids)
@@ -317,8 +369,7 @@ class Scheduler:
         elif handle in self._prefilling:
             del self._prefilling[handle]
 
-    def _drop_pages(self, request: Request) -> None:
-        del self._running[request.handle]
+    def _release_pages(self, request: Request) -> None:
         self.pool.release(request.pages)
         request.pages = []
         request.num_published_pages = 0

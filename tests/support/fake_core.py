@@ -3,22 +3,30 @@
 The runner draws ids by a pure function of the ids before them, so that what a request must answer is known beforehand.
 It notes for every (page, offset) which sequence of ids, of which model and salt, its keys and values stand for, and
 asserts before each draw that attention would read exactly its own prefix: a page shared by mistake, a stale prefix hit
-or another tenant's shows there.
+or another tenant's shows there. Where steps overlap, a launched step reads and writes as late as it can: when it is
+collected.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import Any
 
-from aiexport_edge.engine.core.commit import commit, end_of
+import numpy as np
+import numpy.typing as npt
+
+from aiexport_edge.engine.core.commit import end_of
 from aiexport_edge.engine.core.pages import PagePool
-from aiexport_edge.engine.core.plan import Chunk, StepPlan, StepResult
+from aiexport_edge.engine.core.pipeline import Pipeline
+from aiexport_edge.engine.core.plan import PENDING_ID, Chunk, StepPlan, StepResult
 from aiexport_edge.engine.core.protocol import AddRequest, FinishReason, Priority, Sampling, StepReport, pack_ids
 from aiexport_edge.engine.core.request import Request, Status, make_request
 from aiexport_edge.engine.core.scheduler import Scheduler
+from aiexport_edge.engine.core.suspects import Suspects
 
 STOP_ID = 7
 NUM_IDS = 40  # a draw is STOP_ID once in 40 times
@@ -30,12 +38,49 @@ def next_id(model: int, ids: list[int]) -> int:
     return int.from_bytes(digest, "little") % NUM_IDS
 
 
-def undisturbed(message: AddRequest) -> tuple[list[int], FinishReason]:
+def allowed_ids(output: Sequence[int]) -> list[int]:
+    """What a `FakeConstraint` allows after `output`: half of all ids, or a stop."""
+    digest = blake2b(pack_ids(list(output)), digest_size=NUM_IDS).digest()
+    return [i for i in range(NUM_IDS) if digest[i] < 128 or i == STOP_ID]
+
+
+@dataclass(frozen=True)
+class FakeTaken:
+    """What was drawn."""
+
+    ids: list[int]
+    over: bool = False
+
+
+class FakeConstraint:
+    """Allows what `allowed_ids` says of the output that it was told of."""
+
+    def __init__(self, forced: Sequence[int]) -> None:
+        self.output = list(forced)
+
+    def fill(self, row: npt.NDArray[np.int32]) -> None:
+        bits = np.zeros(32 * len(row), dtype=np.uint8)
+        bits[allowed_ids(self.output)] = 1
+        row[:] = np.packbits(bits, bitorder="little").view(np.int32)
+
+    def advance(self, drawn: Sequence[int]) -> FakeTaken:
+        assert all(i in allowed_ids(self.output + list(drawn[:n])) for n, i in enumerate(drawn))
+        self.output += drawn
+        return FakeTaken(list(drawn))
+
+
+def draw_id(model: int, ids: list[int], allowed: Sequence[int] | None) -> int:
+    """The id that follows `ids`: the first allowed one from `next_id` on."""
+    first = next_id(model, ids)
+    return first if allowed is None else min(allowed, key=lambda i: (i - first) % NUM_IDS)
+
+
+def undisturbed(message: AddRequest, *, constrained: bool = False) -> tuple[list[int], FinishReason]:
     """The whole output of a request on a runner of its own, and why it ends."""
     ids = list(memoryview(message.prompt_ids).cast("I"))
     output: list[int] = []
     while len(output) < message.max_tokens:
-        output.append(next_id(message.model, ids + output))
+        output.append(draw_id(message.model, ids + output, allowed_ids(output) if constrained else None))
         if output[-1] in message.stop_ids:
             return output, FinishReason.END_TURN
     return output, FinishReason.MAX_TOKENS
@@ -72,8 +117,36 @@ def add_request(
     )
 
 
+@dataclass(eq=False)
+class Piece:
+    """A chunk as the device got it: what later becomes of the request does not reach it."""
+
+    chunk: Chunk
+    ids: list[int]  # up to the chunk's end; the last may be on its way
+    pages: list[int]
+    allowed: list[int] | None = None
+
+    @property
+    def request(self) -> Request:
+        return self.chunk.request
+
+    def written(self, size: int) -> set[int]:
+        """The pages that it writes to."""
+        return {self.pages[position // size] for position in range(self.chunk.start, self.chunk.end)}
+
+
+@dataclass(eq=False)
+class FakeStep:
+    """A step that has been launched."""
+
+    pieces: list[Piece]
+
+
 class FakeRunner:
-    """`ids_per_step` is how many ids a draw brings, a function of (handle, output index); overshoot included."""
+    """`ids_per_step` is how many ids a draw brings, a function of (handle, output index); overshoot included.
+
+    `num_drawn` counts ids by handle, those drawn in vain too.
+    """
 
     def __init__(
         self,
@@ -82,73 +155,135 @@ class FakeRunner:
         tokens_per_page: list[int],
         pool: PagePool | None = None,
         ids_per_step: Callable[[int, int], int] = lambda handle, index: 1,
+        overlaps: bool = False,
     ) -> None:
         self.num_pages = num_pages
         self.page_bytes = 64
         self.tokens_per_page = tokens_per_page
         self.weight_bytes = [0] * len(tokens_per_page)
+        self.overlaps = overlaps
+        self.in_flight: list[FakeStep] = []
+        self.num_drawn: Counter[int] = Counter()
+        self.memory: dict[tuple[int, int], tuple[int, bytes, bytes]] = {}
         self._pool = pool
         self._ids_per_step = ids_per_step
-        self._memory: dict[tuple[int, int], tuple[int, bytes, bytes]] = {}
-        self._prefixes: dict[int, list[bytes]] = {}  # by handle: hash of token_ids[: i + 1], for the i computed so far
+        self._slots: dict[int, int] = {}  # the last id drawn, by handle
+        self._prefixes: dict[int, tuple[list[int], list[bytes]]] = {}  # by handle: ids, and a hash of each prefix
 
-    def step(self, plan: StepPlan) -> StepResult:
-        ids: dict[int, list[int]] = {}
-        written: set[int] = set()
+    def launch(self, plan: StepPlan) -> FakeStep:
+        assert plan.models
+        assert len(self.in_flight) <= int(self.overlaps)
+        assert all(p.allowed is not None for s in self.in_flight for p in s.pieces if _is_constrained(p)), "undrawn"
+        pieces = []
         for model_plan in plan.models:
             assert model_plan.chunks
             for chunk in model_plan.chunks:
                 assert chunk.request.model == model_plan.model
-                pages = self._write(chunk)
-                assert written.isdisjoint(pages), "two requests write to one page"
-                written.update(pages)
-        for model_plan in plan.models:
-            for chunk in model_plan.chunks:
-                self._read(chunk)
-                if chunk.samples:
-                    ids[chunk.request.handle] = self._draw(chunk.request)
+                pieces.append(self._piece(chunk))
+        written: set[int] = set()
+        for piece in pieces:
+            pages = piece.written(self.tokens_per_page[piece.request.model])
+            assert written.isdisjoint(pages), "two requests write to one page"
+            written |= pages
+        for piece in (piece for step in self.in_flight for piece in step.pieces):
+            for later in pieces:
+                if later.request is not piece.request:
+                    pages = later.written(self.tokens_per_page[later.request.model])
+                    assert pages.isdisjoint(piece.pages), "a step in flight still uses the page"
+        self.in_flight.append(FakeStep(pieces))
+        return self.in_flight[-1]
+
+    def draw(self, launched: FakeStep) -> None:
+        assert launched is self.in_flight[-1]
+        for piece in filter(_is_constrained, launched.pieces):
+            if piece.request.status is Status.FINISHED:
+                piece.allowed = list(range(NUM_IDS))
+                continue
+            assert PENDING_ID not in piece.request.token_ids[: piece.chunk.end], "drawn before its prefix is known"
+            mask = np.zeros(-(-NUM_IDS // 32), dtype=np.int32)
+            assert piece.request.constraint is not None
+            piece.request.constraint.fill(mask)
+            piece.allowed = list(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")))
+
+    def collect(self, launched: FakeStep) -> StepResult:
+        assert launched is self.in_flight.pop(0), "collected in the order of launches"
+        for piece in launched.pieces:
+            if piece.ids[-1] == PENDING_ID:
+                piece.ids[-1] = self._slots[piece.request.handle]
+            self._write(piece)
+        ids: dict[int, list[int]] = {}
+        for piece in launched.pieces:
+            self._read(piece)
+            if piece.chunk.samples:
+                ids[piece.request.handle] = self._draw(piece)
+        for handle, drawn in ids.items():
+            self._slots[handle] = drawn[-1]
+            self.num_drawn[handle] += len(drawn)
         return StepResult(ids)
 
-    def _write(self, chunk: Chunk) -> set[int]:
+    def _piece(self, chunk: Chunk) -> Piece:
         request, size = chunk.request, self.tokens_per_page[chunk.request.model]
-        end = chunk.start + chunk.num_tokens
         assert request.status is Status.RUNNING
         assert chunk.num_tokens >= 1
-        assert chunk.start == request.num_computed_tokens
-        assert end <= len(request.token_ids)
-        assert chunk.samples == (end == len(request.token_ids))
-        assert len(request.pages) * size >= end, "pages cover every position"
-        pages = {request.pages[position // size] for position in range(chunk.start, end)}
+        assert chunk.end == request.num_computed_tokens
+        assert chunk.samples == (chunk.end == len(request.token_ids) - 1 and request.token_ids[-1] == PENDING_ID)
+        assert chunk.samples or chunk.end < len(request.token_ids)
+        assert len(request.pages) * size >= chunk.end, "pages cover every position"
+        ids = request.token_ids[: chunk.end]
+        if PENDING_ID in ids:
+            assert ids.index(PENDING_ID) == chunk.end - 1 == chunk.start, "only a decode's input may be on its way"
+            assert any(request is p.request and p.chunk.samples for p in self.in_flight[-1].pieces)
+        return Piece(chunk, ids, list(request.pages))
+
+    def _write(self, piece: Piece) -> None:
+        request, size = piece.request, self.tokens_per_page[piece.request.model]
         if self._pool is not None:
-            for page in pages:
+            for page in piece.written(size):
                 assert page != 0
+                assert page in request.pages, "writes to a page that it has given back"
                 assert self._pool._refs[page] == 1, "writes to a page that others hold"
                 assert self._pool._hashes[page] is None, "writes to a page that others may find"
-        prefixes = self._prefixes_of(request, end)
-        for position in range(chunk.start, end):
+        prefixes = self._prefixes_of(piece)
+        for position in range(piece.chunk.start, piece.chunk.end):
             content = (request.model, request.salt, prefixes[position])
-            self._memory[request.pages[position // size], position % size] = content
-        return pages
+            self.memory[piece.pages[position // size], position % size] = content
 
-    def _read(self, chunk: Chunk) -> None:
-        request, size = chunk.request, self.tokens_per_page[chunk.request.model]
-        prefixes = self._prefixes_of(request, chunk.start + chunk.num_tokens)
-        for position in range(chunk.start + chunk.num_tokens):
-            content = self._memory[request.pages[position // size], position % size]
+    def _read(self, piece: Piece) -> None:
+        request, size = piece.request, self.tokens_per_page[piece.request.model]
+        prefixes = self._prefixes_of(piece)
+        for position in range(piece.chunk.end):
+            content = self.memory[piece.pages[position // size], position % size]
             assert content == (request.model, request.salt, prefixes[position]), "reads what is not its own prefix"
 
-    def _draw(self, request: Request) -> list[int]:
+    def _draw(self, piece: Piece) -> list[int]:
         drawn: list[int] = []
-        for _ in range(self._ids_per_step(request.handle, request.num_output_tokens)):
-            drawn.append(next_id(request.model, request.token_ids + drawn))
+        for _ in range(self._ids_per_step(piece.request.handle, piece.chunk.output_index)):
+            drawn.append(draw_id(piece.request.model, piece.ids + drawn, piece.allowed))
         return drawn
 
-    def _prefixes_of(self, request: Request, num_tokens: int) -> list[bytes]:
-        prefixes = self._prefixes.setdefault(request.handle, [])
-        while len(prefixes) < num_tokens:
+    def _prefixes_of(self, piece: Piece) -> list[bytes]:
+        ids, prefixes = self._prefixes.setdefault(piece.request.handle, ([], []))
+        assert piece.ids[: len(ids)] == ids[: len(piece.ids)], "what was computed stays"
+        for id_ in piece.ids[len(ids) :]:
             parent = prefixes[-1] if prefixes else b""
-            prefixes.append(blake2b(parent + pack_ids([request.token_ids[len(prefixes)]]), digest_size=16).digest())
+            prefixes.append(blake2b(parent + pack_ids([id_]), digest_size=16).digest())
+            ids.append(id_)
         return prefixes
+
+
+def _is_constrained(piece: Piece) -> bool:
+    return piece.chunk.samples and piece.request.constraint is not None
+
+
+class FakeSuspects(Suspects):
+    """Those named last, in this process alone."""
+
+    def __init__(self) -> None:
+        self.handles: list[int] = []
+
+    def write(self, handles: list[int]) -> None:
+        assert len(set(handles)) == len(handles)
+        self.handles = handles
 
 
 @dataclass
@@ -156,6 +291,7 @@ class Reply:
     """What the parent has heard about a request."""
 
     message: AddRequest
+    constrained: bool = False
     started: bool = False
     cached_tokens: int = 0
     ids: list[int] = field(default_factory=list)
@@ -169,7 +305,10 @@ class Reply:
 
 
 class FakeCore:
-    """Steps a scheduler with a `FakeRunner`, checks the books after each step, and listens like a parent."""
+    """Steps a scheduler with a `FakeRunner`, checks the books after each step, and listens like a parent.
+
+    `plan` is the plan that was launched last.
+    """
 
     def __init__(
         self,
@@ -181,6 +320,7 @@ class FakeCore:
         max_step_tokens: int = 16,
         batch_floor_share: float = 0.1,
         ids_per_step: Callable[[int, int], int] = lambda handle, index: 1,
+        overlaps: bool = False,
     ) -> None:
         tokens_per_page = tokens_per_page or [4]
         self.pool = PagePool(num_pages)
@@ -192,19 +332,28 @@ class FakeCore:
             max_step_tokens=max_step_tokens,
             batch_floor_share=batch_floor_share,
         )
-        self.runner = FakeRunner(
-            num_pages=num_pages, tokens_per_page=tokens_per_page, pool=self.pool, ids_per_step=ids_per_step
+        self.runner = _CheckedRunner(
+            self,
+            num_pages=num_pages,
+            tokens_per_page=tokens_per_page,
+            pool=self.pool,
+            ids_per_step=ids_per_step,
+            overlaps=overlaps,
         )
+        self.suspects = FakeSuspects()
+        self.pipeline = Pipeline(scheduler=self.scheduler, runner=self.runner, suspects=self.suspects)
         self.replies: dict[int, Reply] = {}
         self.num_steps = 0
         self.plan = StepPlan([])
         self._max_num_running = max_num_running
         self._max_step_tokens = max_step_tokens
 
-    def add(self, message: AddRequest) -> Request:
+    def add(self, message: AddRequest, *, constrained: bool = False) -> Request:
         """Queue a request, or end it at once when its forced ids have ended it."""
         request = make_request(message, arrival=len(self.replies))
-        reply = self.replies[message.handle] = Reply(message)
+        reply = self.replies[message.handle] = Reply(message, constrained)
+        if constrained:
+            request.constraint = FakeConstraint(reply.output)
         reason = end_of(request)
         if reason is None:
             self.scheduler.add(request)
@@ -218,50 +367,59 @@ class FakeCore:
         if request is not None:
             self.scheduler.finish(request)
             self.replies[handle].reason = FinishReason.ABORTED
-            assert not request.pages
+            assert bool(request.pages) == bool(request.num_in_flight)
         self.pool.check()
 
     def step(self) -> StepReport:
-        """One step with every check there is."""
-        plan = self.plan = self.scheduler.plan()
-        assert plan.models, "there are requests, but none can run"
+        """One step with every check there is. Where steps overlap, what it reports is the one before."""
+        report = self.pipeline.advance() or StepReport([], [], [])
+        self.num_steps += 1
+        self._hear(report)
+        self.pool.check()
+        in_flight = {piece.request for step in self.runner.in_flight for piece in step.pieces}
+        assert set(self.suspects.handles) == {request.handle for request in in_flight}
+        held = {page for request in {*self.scheduler.requests.values(), *in_flight} for page in request.pages}
+        assert len(held) == self.pool.num_used, "every used page is in some request's hands"
+        return report
+
+    def check_plan(self, plan: StepPlan) -> None:
+        """What holds of every plan, when it is launched."""
+        self.plan = plan
         chunks = [chunk for model in plan.models for chunk in model.chunks]
         handles = [chunk.request.handle for chunk in chunks]
+        in_flight = [piece.request for step in self.runner.in_flight for piece in step.pieces]
         assert len(set(handles)) == len(handles) <= self._max_num_running
         assert sum(model.num_tokens for model in plan.models) <= self._max_step_tokens
         assert self.scheduler.num_running <= self._max_num_running
+        assert set(self.suspects.handles) == {*handles, *(request.handle for request in in_flight)}
         if any(chunk.request.probation for chunk in chunks):
             assert len(chunks) == 1, "on probation, so alone"
+            assert not in_flight, "on probation, so alone"
+        assert not any(request.probation for request in in_flight), "one on probation runs alone"
         self.pool.check()
-        report = commit(self.scheduler, plan, self.runner.step(plan))
-        self.num_steps += 1
-        self._hear(report, handles)
-        self.pool.check()
-        held = {page for request in self.scheduler.requests.values() for page in request.pages}
-        assert len(held) == self.pool.num_used, "every used page is in some request's hands"
-        return report
+        for handle in handles:
+            self.replies[handle].steps += 1
 
     def run(self, max_steps: int = 100_000) -> None:
         """Until nothing is left, which must take at most `max_steps`."""
         for _ in range(max_steps):
-            if not self.scheduler.requests:
+            if not self.pipeline.busy:
                 break
             self.step()
         assert not self.scheduler.requests, f"not finished after {max_steps} steps"
         assert self.pool.num_used == 0
+        assert not self.suspects.handles
 
     def check_outputs(self) -> None:
         """Every request that was not aborted has answered what it would have undisturbed; the others a part of it."""
         for reply in self.replies.values():
-            output, reason = undisturbed(reply.message)
+            output, reason = undisturbed(reply.message, constrained=reply.constrained)
             if reply.reason is FinishReason.ABORTED:
                 assert reply.output == output[: len(reply.output)]
             else:
                 assert (reply.output, reply.reason) == (output, reason)
 
-    def _hear(self, report: StepReport, handles: list[int]) -> None:
-        for handle in handles:
-            self.replies[handle].steps += 1
+    def _hear(self, report: StepReport) -> None:
         for started in report.started:
             reply = self.replies[started.handle]
             assert not reply.started
@@ -277,6 +435,18 @@ class FakeCore:
             reply = self.replies[finished.handle]
             assert reply.reason is None
             reply.reason = FinishReason(finished.reason)
+
+
+class _CheckedRunner(FakeRunner):
+    """Lets its core look at what is launched."""
+
+    def __init__(self, core: FakeCore, **options: Any) -> None:
+        super().__init__(**options)
+        self._core = core
+
+    def launch(self, plan: StepPlan) -> FakeStep:
+        self._core.check_plan(plan)
+        return super().launch(plan)
 
 
 def prompt_of(rng: random.Random, num_tokens: int) -> list[int]:

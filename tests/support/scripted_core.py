@@ -74,17 +74,24 @@ class ScriptedRunner:
         self.page_bytes = 64
         self.tokens_per_page = [TOKENS_PER_PAGE] * num_models
         self.weight_bytes = [0] * num_models
+        self.overlaps = False
         self._step_s = step_s
         self._poison = poison
 
-    def step(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> StepResult:
         chunks = [chunk for model in plan.models for chunk in model.chunks]
-        if any(self._poison in chunk.request.token_ids for chunk in chunks):
+        if any(self._poison in chunk.request.token_ids[: chunk.end] for chunk in chunks):
             os.abort()
         time.sleep(self._step_s)
         return StepResult(
-            {chunk.request.handle: [next_id(chunk.request.token_ids)] for chunk in chunks if chunk.samples}
+            {chunk.request.handle: [next_id(chunk.request.token_ids[: chunk.end])] for chunk in chunks if chunk.samples}
         )
+
+    def draw(self, launched: StepResult) -> None:
+        """All is drawn at the launch."""
+
+    def collect(self, launched: StepResult) -> StepResult:
+        return launched
 
 
 def main() -> int:

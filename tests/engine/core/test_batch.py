@@ -49,7 +49,7 @@ def test_decodes_and_prefill_chunks_in_one_batch() -> None:
     ]
     assert batch.rows is not None
     assert batch.rows.tolist() == [0, 9]
-    assert draws.handles == [1, 3]
+    assert [r.handle for r in draws.requests] == [1, 3]
     assert draws.temperature.tolist() == [0.5, 1.5]
     assert draws.top_k.tolist() == [1, 3]
     assert draws.seeds.tolist() == [-1, -3]
@@ -78,7 +78,7 @@ def test_every_row_sampled_or_none() -> None:
     batch, draws = build([Chunk(second, 0, 4, False)])
     assert batch.rows is not None
     assert batch.rows.tolist() == []
-    assert draws.handles == []
+    assert [r.handle for r in draws.requests] == []
 
 
 def test_rows_follow_pages_that_change() -> None:

@@ -93,7 +93,7 @@ def test_decodes_are_staged_and_the_rest_is_padding() -> None:
     assert inputs.block_tables[0, :2].tolist() == [7, 9]
     assert inputs.block_tables[1, 0] == 5
     assert inputs.block_tables[2:4, 0].tolist() == [0, 0]
-    assert draws.handles == [1, 2]
+    assert [drawn.handle for drawn in draws.requests] == [1, 2]
     assert draws.temperature.tolist() == [0.5, 1.0]
     assert draws.top_k.tolist() == [1, 2]
     assert draws.top_p.tolist() == [0.25, 0.25]

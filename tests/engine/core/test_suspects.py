@@ -28,7 +28,7 @@ def test_both_sides_see_the_same(fd: int) -> None:
     assert parent.read() == [3, 2**64 - 1, 5]
     core.write([9])
     assert parent.read() == [9]
-    core.clear()
+    core.write([])
     assert parent.read() == []
     core.close()
     parent.close()
