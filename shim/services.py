@@ -52,7 +52,7 @@ class Services:
         self.authenticator = Authenticator(store, self.tokens, self.threads)
         self.catalog = Catalog(config.models, config.plans, engines)
         self.process_id = new_id("proc_")
-        self.ledger = UsageLedger(UsageRows(store.database, self.process_id))
+        self.ledger = UsageLedger(UsageRows(store.database, self.process_id), config.store.retention)
         self.limits = Limits(
             config.plans,
             open_window(config, store.database, self.threads),

@@ -4,7 +4,8 @@ Where the tokens of a workspace are limited, the same transaction that writes a 
 
 `settle` never waits, so that it can be called where nothing may be awaited (a client has left, the process drains). One
 thread writes: what has come together since its last transaction goes into the next, so that 64 requests at once cost
-two or three commits, not 64. It also keeps this process's heartbeat and settles what dead processes left behind.
+two or three commits, not 64. It also keeps this process's heartbeat, settles what dead processes left behind and
+deletes single rows past their retention.
 """
 
 from __future__ import annotations
@@ -119,8 +120,9 @@ _Item = _Reserve | _Settle | _Release | _Flush
 class UsageLedger:
     """Owns the writer thread. `start` and `close` once each; the other methods from the event loop."""
 
-    def __init__(self, rows: UsageRows) -> None:
+    def __init__(self, rows: UsageRows, retention: timedelta) -> None:
         self._rows = rows
+        self._retention = retention
         self._inbox: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="usage", daemon=True)
         # The writer thread's own:
@@ -251,6 +253,10 @@ class UsageLedger:
         else:
             if settled:
                 log.warning("settled %d requests of a process that died", settled)
+        try:
+            self._rows.forget(self._retention)
+        except SQLAlchemyError as error:
+            log.error("old usage could not be deleted: %s", remedy(error))
 
 
 def _resolve(asked: Iterable[_Reserve | _Flush], outcome: Saved | Exception) -> None:

@@ -179,15 +179,6 @@ calls = Table(
     prefixes=["UNLOGGED"],
 )
 
-# Work that one process at a time does for all (`store/leases.py`).
-leases = Table(
-    "leases",
-    metadata,
-    Column("name", String(40), primary_key=True),
-    Column("process_id", String(40), nullable=False),
-    Column("until", BigInteger, nullable=False),
-)
-
 # Requests with an Idempotency-Key. A key belongs to one attempt at a time (`claim_id`); its reply is kept once it is final.
 idempotency = Table(
     "idempotency",

@@ -23,6 +23,7 @@ from aiexport_edge.shim.usage import Entry, UsageLedger
 
 Engines = Callable[..., ScriptedEngine]
 Shims = Callable[..., ShimServer]
+YEAR = timedelta(days=365)
 
 
 def rows(store: Store) -> list[dict[str, Any]]:
@@ -176,7 +177,7 @@ class SlowRows(UsageRows):
 def test_reservations_share_a_transaction(store: Store) -> None:
     """What comes in while one is committed goes into the next."""
     slow = SlowRows(store)
-    ledger = UsageLedger(slow)
+    ledger = UsageLedger(slow, YEAR)
     ledger.start()
 
     async def reserve_all() -> None:
@@ -202,7 +203,7 @@ def test_settled_rows_are_written_again_until_they_are(store: Store) -> None:
             return super().save(reserved, changed, claims, released)
 
     failing = FailingRows(store.database, "proc_1")
-    ledger = UsageLedger(failing)
+    ledger = UsageLedger(failing, YEAR)
     ledger.start()
     made = entry(store)
     asyncio.run(ledger.reserve(made))
@@ -239,7 +240,7 @@ def test_rows_of_a_dead_process_are_settled_by_another(store: Store, monkeypatch
 
 
 def test_a_process_that_ends_leaves_nothing_running(store: Store) -> None:
-    ledger = UsageLedger(UsageRows(store.database, "proc_1"))
+    ledger = UsageLedger(UsageRows(store.database, "proc_1"), YEAR)
     ledger.start()
     made = entry(store)
     asyncio.run(ledger.reserve(made))

@@ -53,9 +53,3 @@ def upgrade() -> None:
         prefixes=["UNLOGGED"] if op.get_bind().dialect.name == "postgresql" else [],
     )
     op.create_index("calls_workspace_at", "calls", ["workspace_id", "at"])
-    op.create_table(
-        "leases",
-        sa.Column("name", sa.String(40), primary_key=True),
-        sa.Column("process_id", sa.String(40), nullable=False),
-        sa.Column("until", sa.BigInteger, nullable=False),
-    )
