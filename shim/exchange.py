@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from aiexport_edge.shim import logs, metrics
@@ -83,10 +84,19 @@ async def on_http_exception(request: Request, raised: Exception) -> Response:
     """The router's own 404 and 405, in the error shape."""
     assert isinstance(raised, HTTPException)
     error: ApiError = NotFound("There is nothing at this path.")
+    headers = raised.headers
     if raised.status_code == 405:
         error = MethodNotAllowed(f"This path does not answer to {request.method}.")
+        headers = {"allow": ", ".join(_methods(request))}  # the router knows those of its first match alone
     body = error_body(error, exchange_of(request.scope).request_id)
-    return Response(body, error.status, headers=raised.headers, media_type="application/json")
+    return Response(body, error.status, headers=headers, media_type="application/json")
+
+
+def _methods(request: Request) -> list[str]:
+    """What the request's path does answer to."""
+    path = request.scope["path"]
+    routes = [route for route in request.app.routes if isinstance(route, Route) and route.path_regex.match(path)]
+    return sorted({method for route in routes for method in route.methods or ()})
 
 
 class ExchangeMiddleware:

@@ -31,8 +31,8 @@ def closed(schema: Any) -> Any:
 @cache
 def _registry(*, strict: bool) -> Registry[Any]:
     contents = closed(document()) if strict else document()
-    registry: Registry[Any] = Registry()
-    return registry.with_resource(_URI, DRAFT202012.create_resource(contents))
+    registry: Registry[Any] = Registry().with_resource(_URI, DRAFT202012.create_resource(contents))
+    return registry
 
 
 def validator(schema: dict[str, Any], *, strict: bool = False) -> Draft202012Validator:
@@ -94,19 +94,19 @@ def check(reply: httpx.Response) -> None:
     if media_type == "application/json":
         validator(content["schema"], strict=True).validate(reply.json())
     elif media_type == "text/event-stream":
-        for event in events(reply.text):
-            validator(content["x-event-schema"], strict=True).validate(event)
+        check_events(reply.text)
     elif media_type == "application/x-jsonl":
         for line in reply.text.splitlines():
             validator(content["x-line-schema"], strict=True).validate(json.loads(line))
 
 
-def events(stream: str) -> list[dict[str, Any]]:
-    """The JSON of each event, whose `event:` line says the same type."""
-    found = []
+def check_events(stream: str) -> None:
+    """Each event as `ServerSentEvent` says, its JSON as `StreamEvent`."""
+    sent = document()["components"]["schemas"]["ServerSentEvent"]
     for block in stream.removesuffix("\n\n").split("\n\n"):
         name, data = block.split("\n")
-        event = json.loads(data.removeprefix("data: "))
-        assert name == f"event: {event['type']}"
-        found.append(event)
-    return found
+        event = {"event": name.removeprefix("event: "), "data": data.removeprefix("data: ")}
+        validator(sent, strict=True).validate(event)
+        content = json.loads(event["data"])
+        assert content["type"] == event["event"]
+        validator(sent["properties"]["data"]["contentSchema"], strict=True).validate(content)

@@ -94,6 +94,14 @@ MESSAGE_EXAMPLE = {
     "usage": _USAGE_EXAMPLE,
 }
 
+_STREAM_WORDS = (
+    "Server-sent events, each with an `event:` line and one `data:` line of JSON (`StreamEvent`): `message_start` "
+    "(once the request is scheduled), `content_block_start`, any number of `content_block_delta`, "
+    "`content_block_stop`, `message_delta`, `message_stop`; the deltas' texts together are the reply. "
+    "`ping` whenever 10 seconds pass without an event. A failure after the first byte is an `error` event, then the "
+    "end."
+)
+
 
 def _event(name: str, properties: dict[str, Any]) -> dict[str, Any]:
     return record({"type": {"const": name}, **properties})
@@ -199,6 +207,17 @@ SCHEMAS: dict[str, Any] = {
             "usage": ref("Usage"),
         }
     ),
+    "ServerSentEvent": record(
+        {
+            "event": {"type": "string", "description": "The same as the `type` in its data."},
+            "data": {
+                "type": "string",
+                "contentMediaType": "application/json",
+                "contentSchema": ref("StreamEvent"),
+            },
+        },
+        description=_STREAM_WORDS,
+    ),
     "StreamEvent": {
         "description": "The JSON of a `data:` line; the `event:` line before it says its `type`.",
         "oneOf": [
@@ -291,17 +310,9 @@ _STREAM_EXAMPLE = (
     '"usage":{"output_tokens":1}}\n\n'
     'event: message_stop\ndata: {"type":"message_stop"}\n\n'
 )
-_STREAM_WORDS = (
-    "Server-sent events, each with an `event:` line and one `data:` line of JSON (`StreamEvent`): `message_start` "
-    "(once the request is scheduled), `content_block_start`, any number of `content_block_delta`, "
-    "`content_block_stop`, `message_delta`, `message_stop`; the deltas' texts together are the reply. "
-    "`ping` whenever 10 seconds pass without an event. A failure after the first byte is an `error` event, then the "
-    "end."
-)
 _STREAM = {
     "text/event-stream": {
-        "schema": {"type": "string", "description": _STREAM_WORDS},
-        "x-event-schema": ref("StreamEvent"),
+        "schema": ref("ServerSentEvent"),  # of each event; only OpenAPI 3.2 has a place for that of its own
         "example": _STREAM_EXAMPLE,
     }
 }

@@ -113,7 +113,7 @@ LIMIT = query("limit", {"type": "integer", "minimum": 1, "maximum": 100, "defaul
 
 
 def after(what: str) -> dict[str, Any]:
-    return query("after_id", {"type": "string"}, f"Goes on after this {what}; an unknown one is a 400.")
+    return query("after_id", {"type": "string", "minLength": 1}, f"Goes on after this {what}; an unknown one is a 400.")
 
 
 IDEMPOTENCY_KEY = {
