@@ -1,7 +1,7 @@
 """schemathesis against `/openapi.json`: no server error, nothing that the document does not say.
 
-Left out is one of its checks, that a body which fits the schema is always accepted: a model that is not listed, a user's
-message without text or an address that the operator does not allow are refused by rules that no schema states.
+Left out is one of its checks, that a body which fits the schema is always accepted: a model that is not listed, a
+user's message without text or an address that the operator does not allow are refused by rules that no schema states.
 """
 
 from __future__ import annotations
