@@ -7,11 +7,7 @@ import json
 import os
 import random
 import signal
-import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,45 +16,10 @@ import psutil
 import pytest
 from standardwebhooks import Webhook
 from support.edge import HAIKU, SONNET, Edge, restart, start, wait_until
+from support.webhook_receiver import Receiver, receiving, status
 
 INPUT_PRICE = {HAIKU: 0.25, SONNET: 3.0}  # US dollars per million tokens, as the demo installation has them
 OUTPUT_PRICE = {HAIKU: 1.25, SONNET: 15.0}
-
-
-class Receiver:
-    """Takes webhooks; the first try of each is answered with a 503."""
-
-    def __init__(self) -> None:
-        self.heard: list[tuple[dict[str, str], bytes]] = []
-        receiver = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                first = not receiver.heard
-                receiver.heard.append((dict(self.headers.items()), body))
-                self.send_response(503 if first else 204)
-                self.end_headers()
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/done"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-@contextmanager
-def receiving() -> Iterator[Receiver]:
-    receiver = Receiver()
-    try:
-        yield receiver
-    finally:
-        receiver.close()
 
 
 def requests(count: int) -> list[dict[str, Any]]:
@@ -101,15 +62,21 @@ class Running:
         self.killed.append(what)
         match what:
             case "shim":
-                kill(self.rng.choice(part(self.edge, "aiexport_edge.shim.server")).pid)
+                kill(self.rng.choice(self.parts("aiexport_edge.shim.server")).pid)
             case "engine":
-                kill(part(self.edge, "aiexport_edge.engine")[0].pid)
+                kill(self.parts("aiexport_edge.engine")[0].pid)
             case "core":
+                wait_until(lambda: self.edge.stats().core_pid != 0, "there is a core")
                 kill(self.edge.stats().core_pid)
             case "supervisor":
                 self.edge.process.kill()
                 self.edge.process.wait(30)
                 self.edge = restart(self.edge)
+
+    def parts(self, word: str) -> list[psutil.Process]:
+        """At least one: what has been killed before is started again soon."""
+        wait_until(lambda: part(self.edge, word) != [], f"{word} runs")
+        return part(self.edge, word)
 
     def counts(self, batch_id: str) -> Counter[str] | None:
         """The batch's counts, which always add up; None while nobody answers."""
@@ -130,7 +97,7 @@ def run_batch_through_kills(tmp_path: Path, num_requests: int, kills: list[str],
     rng = random.Random(seed)
     config = tmp_path / "edge.toml"
     config.write_text('[shim]\nworkers = 2\n[webhooks]\nallow = ["127.0.0.1"]\n')
-    with receiving() as receiver:
+    with receiving(status(503), status(204)) as receiver:
         running = Running(start(tmp_path / "state", config), rng)
         try:
             secret = running.edge.cli("webhooks", "secret", "--workspace", "tests")["secret"]
@@ -149,7 +116,7 @@ def run_batch_through_kills(tmp_path: Path, num_requests: int, kills: list[str],
                 running.kill(what)
             wait_until(lambda: (c := running.counts(batch_id)) is not None and c["ended"] > 0, "the batch ends", 600)
             check_results(running.edge, batch_id, num_requests)
-            wait_until(lambda: len(receiver.heard) >= 2, "the webhook is tried again")
+            receiver.wait(2)  # the first try was refused
             check_webhook(running.edge, receiver, secret, batch_id)
         finally:
             running.edge.stop()
@@ -185,10 +152,9 @@ def check_results(edge: Edge, batch_id: str, num_requests: int) -> None:
 
 def check_webhook(edge: Edge, receiver: Receiver, secret: str, batch_id: str) -> None:
     ids = set()
-    for headers, body in receiver.heard:
-        lower = {name.lower(): value for name, value in headers.items()}
-        ids.add(lower["webhook-id"])
-        event = Webhook(secret).verify(body, lower)
+    for heard in receiver.heard:
+        ids.add(heard.headers["webhook-id"])
+        event = Webhook(secret).verify(heard.body, heard.headers)
         assert event["type"] == "batch.completed"
         assert event["data"]["id"] == batch_id
     assert len(ids) == 1
