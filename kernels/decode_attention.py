@@ -5,11 +5,14 @@ An operation of its own because on a GPU it is bound by memory, not by products,
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from aiexport_edge.kernels.paged_attention import paged_attention, paged_attention_reference
 
 
+@functools.lru_cache(maxsize=512)  # the tensor lives on, since recorded launches hold its address
 def _query_start_loc(batch: int, device: torch.device) -> torch.Tensor:
     return torch.arange(batch + 1, dtype=torch.int32, device=device)
 
@@ -60,6 +63,11 @@ def plan_decode(
         from aiexport_edge.kernels.gpu import decode_attention as gpu
 
         return gpu.plan_splits(q, k_cache, block_tables, seq_lens, sliding_window=sliding_window)
+    if q.device.type == "cpu" and k_cache.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        from aiexport_edge.kernels.cpu import attention as cpu
+
+        query_start_loc = _query_start_loc(q.shape[0], q.device)
+        return cpu.plan_attention(q, k_cache, block_tables, query_start_loc, seq_lens, sliding_window=sliding_window)
     return None
 
 
@@ -98,6 +106,20 @@ def decode_attention(
             num_splits=plan,
         )
     query_start_loc = _query_start_loc(q.shape[0], q.device)
+    if plan is not None and q.device.type == "cpu":
+        from aiexport_edge.kernels.cpu import attention as cpu
+
+        return cpu.paged_attention(
+            q,
+            k_cache,
+            v_cache,
+            block_tables,
+            query_start_loc,
+            seq_lens,
+            scale=scale,
+            sliding_window=sliding_window,
+            plan=plan,
+        )
     return paged_attention(
         q,
         k_cache,

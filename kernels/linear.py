@@ -213,6 +213,11 @@ class PackedLinear:
             )
 
     @property
+    def is_own(self) -> bool:
+        """Whether its products are our own kernels, whose launches can be recorded (`kernels.threads.recording`)."""
+        return self._own is not None
+
+    @property
     def gathers(self) -> bool:
         """Whether `gather` gives the weight's rows, so that an embedding that is tied to it need not be kept."""
         return self._own is not None or self._gather is not None

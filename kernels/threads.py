@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import ctypes
 import queue
+import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
 
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 
@@ -59,25 +64,42 @@ class _Team:
 
     def __init__(self, num_helpers: int) -> None:
         self.num_helpers = num_helpers
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         for number in range(num_helpers):
             threading.Thread(target=self._help, name=f"kernel-{number + 1}", daemon=True).start()
 
-    def call(self, num_helpers: int, job: _Job) -> None:
+    def call(self, num_helpers: int, run: Callable[[], None]) -> None:
         for _ in range(num_helpers):
-            self._jobs.put(job)
+            self._jobs.put(run)
 
     def dismiss(self) -> None:
         for _ in range(self.num_helpers):
             self._jobs.put(None)
 
     def _help(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job.run()
+        while (run := self._jobs.get()) is not None:
+            run()
+
+
+class Recorder(Protocol):
+    """Takes launches down instead of running them (`kernels.cpu.program`)."""
+
+    def add(
+        self,
+        kernel: Kernel,
+        num_units: int,
+        units_at: int,
+        nanoseconds: float,
+        scratch_bytes: int,
+        arguments: Sequence[int],
+    ) -> None: ...
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor: ...
 
 
 _thread = _Thread()
 _team: _Team | None = None
+_recorder: Recorder | None = None
 
 
 def set_num_threads(num_threads: int) -> None:
@@ -101,17 +123,69 @@ def num_threads() -> int:
     return _team.num_helpers + 1
 
 
-def launch(kernel: Kernel, num_units: int, nanoseconds: float, scratch_bytes: int, *arguments: Any) -> None:
+@contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Within the block every launch goes to `recorder`, and so does memory for results."""
+    global _recorder
+    assert _recorder is None
+    _recorder = recorder
+    try:
+        yield
+    finally:
+        _recorder = None
+
+
+def is_recording() -> bool:
+    """Whether launches are being taken down: operations that are none of ours would not be."""
+    return _recorder is not None
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Memory for an operation's result: torch's, or the recorder's."""
+    if _recorder is not None:
+        return _recorder.empty(shape, dtype)
+    import torch
+
+    return torch.empty(shape, dtype=dtype)
+
+
+def float_bits(value: float) -> int:
+    """A float64 as kernels take it, as an int64 of the same bits: all their parameters are of one kind."""
+    bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
+    return bits
+
+
+def scratch(num_bytes: int) -> int:
+    """The address of that much memory of this thread's own; the same memory at every call."""
+    return _thread.scratch(num_bytes)
+
+
+def call_helpers(run: Callable[[], None]) -> None:
+    """Let every helper call `run` once, as soon as it can."""
+    if num_threads() > 1:
+        assert _team is not None
+        _team.call(_team.num_helpers, run)
+
+
+def launch(
+    kernel: Kernel, num_units: int, nanoseconds: float, scratch_bytes: int, *arguments: int, units_at: int = 0
+) -> None:
     """Run `kernel(control, scratch, num_units, *arguments)` here, and on helpers too where it takes long enough.
 
     `control` and `scratch` are addresses. Every thread takes the next unit from the first int64 of `control` until none
     is left; the second counts the threads at work. So a helper that wakes too late finds nothing to do, and touches no
-    memory but `control`. `scratch` is the thread's own. `nanoseconds` is an estimate of the time one thread needs.
+    memory but `control`. `scratch` is the thread's own. `nanoseconds` is an estimate of the time one thread needs. With
+    `units_at`, the number of units is the int64 at that address when the kernel begins.
     """
+    if _recorder is not None:
+        _recorder.add(kernel, num_units, units_at, nanoseconds, scratch_bytes, arguments)
+        return
+    if units_at:
+        num_units = ctypes.c_int64.from_address(units_at).value
     job = _Job(kernel, _Control(), scratch_bytes, num_units, arguments)
     if nanoseconds >= MIN_SHARED_NANOSECONDS and num_units > 1 and num_threads() > 1:
         assert _team is not None
-        _team.call(min(_team.num_helpers, num_units - 1), job)
+        _team.call(min(_team.num_helpers, num_units - 1), job.run)
     job.run()
     while job.control[1] != 0:
         time.sleep(20e-6)  # lets go of the GIL, which a helper needs to come to an end

@@ -93,7 +93,7 @@ class Decoder:
         Returns the hidden states [S, hidden] of `batch.rows` in the model's dtype, ready for `logits`. In the last
         layer all that comes after the keys and values is computed for those rows only.
         """
-        hidden, residual = self._embed(batch), None
+        hidden, residual = self.embed(batch), None
         plans: DecodePlans = {}
         for layer, kv_cache in zip(self.layers[:-1], kv_caches, strict=False):
             hidden, residual = self._norm(hidden, residual, layer.input_norm)
@@ -115,7 +115,8 @@ class Decoder:
         """float32 [S, vocabulary] of hidden states [S, hidden] that `forward` returned."""
         return self.head(hidden, out_dtype=torch.float32)
 
-    def _embed(self, batch: Batch) -> Tensor:
+    def embed(self, batch: Batch) -> Tensor:
+        """What goes into the first layer, [T, hidden] in the model's dtype."""
         if batch.inputs_embeds is not None:
             return batch.inputs_embeds
         assert batch.input_ids is not None

@@ -22,8 +22,11 @@ from aiexport_edge.kernels.cpu.attention_plan import (
     FIRST_SPLIT,
     HEADER_SIZE,
     MOST_QUERIES,
+    NANOSECONDS,
+    NUM_MERGES,
     NUM_QUERIES,
     NUM_RECORDS,
+    NUM_UNITS,
     POSITION,
     RECORD_SIZE,
     SEQUENCE,
@@ -44,6 +47,7 @@ from aiexport_edge.kernels.cpu.attention_rows import (
 from aiexport_edge.kernels.cpu.dot import HAS_BFLOAT16
 from aiexport_edge.kernels.cpu.jit import inner, kernel
 from aiexport_edge.kernels.cpu.memory import (
+    as_float,
     get_int32,
     get_int64,
     load,
@@ -56,11 +60,12 @@ from aiexport_edge.kernels.cpu.memory import (
 )
 from aiexport_edge.kernels.cpu.simd import LANES, multiply, splat
 from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
-from aiexport_edge.kernels.threads import launch, num_threads
+from aiexport_edge.kernels.threads import empty, float_bits, is_recording, launch, num_threads
 
 TILE_ROWS = 64
 CACHE_LINE = 64
 LOG2_E = math.log2(math.e)
+ASSUMED_NANOSECONDS = 20_000.0  # of a row, where its length is not known yet
 UNITS_PER_THREAD = 4  # with fewer, long sequences are shared out by splits
 
 
@@ -199,7 +204,7 @@ def attend_tiles(
     state_bytes: int,
     row_bytes: int,
     pairs: int,
-    scale: float,
+    scale_bits: int,
 ) -> None:
     """Every unit's attention to `out`, or in a plan by splits its state to record * num_kv_heads + head of `states`."""
     group = num_q_heads // num_kv_heads
@@ -213,6 +218,7 @@ def attend_tiles(
     here = next_split + state_bytes
     following = here + 16 * BLOCK
     work_space = following + 16 * BLOCK
+    scale = as_float(scale_bits)
     factor = splat(np.float32(scale))
 
     unit = begin(control)
@@ -316,6 +322,52 @@ def merge_tiles(
     end(control)
 
 
+def plan_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    sliding_window: int,
+) -> torch.Tensor:
+    """How the attention of such a batch is cut up: the same for all its layers with this window."""
+    num_rows, num_q_heads, head_dim = q.shape
+    _, num_kv_heads, tokens_per_page, _ = k_cache.shape
+    assert block_tables.dtype == query_start_loc.dtype == seq_lens.dtype == torch.int32
+    group = num_q_heads // num_kv_heads
+    num_sequences = seq_lens.shape[0]
+    most_splits = -(-block_tables.shape[1] * tokens_per_page // SPLIT)
+    most_records = (num_sequences + num_rows // _tile_queries(group)) * max(1, most_splits)
+    plan = empty((HEADER_SIZE + most_records * RECORD_SIZE,), torch.int64)
+    launch(
+        plan_tiles,
+        1,
+        0.0,
+        0,
+        plan.data_ptr(),
+        query_start_loc.data_ptr(),
+        seq_lens.data_ptr(),
+        num_sequences,
+        _tile_queries(group),
+        sliding_window,
+        group,
+        num_kv_heads,
+        head_dim,
+        _min_units(),
+    )
+    return plan
+
+
+def _tile_queries(group: int) -> int:
+    return max(1, TILE_ROWS // group)
+
+
+def _min_units() -> int:
+    """With fewer, sequences are cut by splits."""
+    return UNITS_PER_THREAD * num_threads() if num_threads() > 1 else 0
+
+
 def paged_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -326,56 +378,47 @@ def paged_attention(
     *,
     scale: float,
     sliding_window: int,
+    plan: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `aiexport_edge.kernels.paged_attention.paged_attention_reference`."""
+    """See `aiexport_edge.kernels.paged_attention.paged_attention_reference`. `plan` is `plan_attention`'s, if known.
+
+    While launches are recorded, every sequence must have tokens, and every row must be in a sequence.
+    """
     num_rows, num_q_heads, head_dim = q.shape
     _, num_kv_heads, tokens_per_page, _ = k_cache.shape
-    num_sequences = seq_lens.shape[0]
-    assert block_tables.dtype == query_start_loc.dtype == seq_lens.dtype == torch.int32
     assert block_tables.stride(1) == 1 or block_tables.shape[1] <= 1
     group = num_q_heads // num_kv_heads
     q = q.contiguous()
-    out = torch.empty_like(q)
-
-    tile_queries = max(1, TILE_ROWS // group)
-    most_splits = -(-block_tables.shape[1] * tokens_per_page // SPLIT)
-    most_records = (num_sequences + num_rows // tile_queries) * max(1, most_splits)
-    plan = np.empty(HEADER_SIZE + most_records * RECORD_SIZE, np.int64)
-    plan_address = plan.ctypes.data
-    plan_tiles(
-        plan_address,
-        query_start_loc.data_ptr(),
-        seq_lens.data_ptr(),
-        num_sequences,
-        tile_queries,
-        sliding_window,
-        group,
-        num_kv_heads,
-        head_dim,
-        UNITS_PER_THREAD * num_threads() if num_threads() > 1 else 0,
-    )
-    num_records, most_queries, zero_from, by_split, nanoseconds = plan[:HEADER_SIZE].tolist()
-    if zero_from < num_rows:
-        out[zero_from:].zero_()
-    if num_records == 0:
-        return out
+    out = empty(q.shape, q.dtype)
+    if plan is None:
+        plan = plan_attention(q, k_cache, block_tables, query_start_loc, seq_lens, sliding_window=sliding_window)
+    most_records = (plan.shape[0] - HEADER_SIZE) // RECORD_SIZE
+    if is_recording():  # what the plan will say is not known yet
+        most_queries = min(_tile_queries(group), num_rows - seq_lens.shape[0] + 1)
+        by_split = int(seq_lens.shape[0] * num_kv_heads < _min_units() and most_records > seq_lens.shape[0])
+        num_records, nanoseconds = most_records, ASSUMED_NANOSECONDS * num_rows
+    else:
+        num_records, most_queries, zero_from, by_split, nanoseconds = plan[: NANOSECONDS + 1].tolist()
+        if zero_from < num_rows:
+            out[zero_from:].zero_()
+        if num_records == 0:
+            return out
 
     kv_bytes = k_cache.element_size()
     k_page, k_head, k_token, k_item = (kv_bytes * stride for stride in k_cache.stride())
     v_page, v_head, v_token, v_item = (kv_bytes * stride for stride in v_cache.stride())
     assert k_item == v_item == kv_bytes
     q_dtype, row_bytes = DTYPES[q.dtype], num_q_heads * head_dim * q.element_size()
-    num_units = num_records * num_kv_heads
     most_rows = most_queries * group
     width = -(-head_dim // COLUMNS) * COLUMNS
     state_bytes = state_size(width) * most_rows
-    states = torch.empty(state_bytes * num_units if by_split else 0, dtype=torch.uint8)
+    states = empty((state_bytes * num_records * num_kv_heads if by_split else 0,), torch.uint8)
     launch(
         attend_tiles,
-        num_units,
+        0,
         nanoseconds,
         4 * most_rows * (width + BLOCK) + 2 * state_bytes + 32 * BLOCK + 8 * BLOCK * width,
-        plan_address,
+        plan.data_ptr(),
         q.data_ptr(),
         out.data_ptr(),
         q_dtype,
@@ -399,15 +442,16 @@ def paged_attention(
         state_bytes,
         row_bytes,
         int(HAS_BFLOAT16 and q.dtype == k_cache.dtype == torch.bfloat16 and head_dim % COLUMNS == 0),
-        scale * LOG2_E,
+        float_bits(scale * LOG2_E),
+        units_at=plan.data_ptr() + 8 * NUM_UNITS,
     )
     if by_split:
         launch(
             merge_tiles,
-            num_units,
+            0,
             0.0,
             4 * width,
-            plan_address,
+            plan.data_ptr(),
             out.data_ptr(),
             q_dtype,
             num_q_heads,
@@ -416,5 +460,6 @@ def paged_attention(
             states.data_ptr(),
             state_bytes,
             row_bytes,
+            units_at=plan.data_ptr() + 8 * NUM_MERGES,
         )
     return out

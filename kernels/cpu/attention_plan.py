@@ -8,13 +8,16 @@ from aiexport_edge.kernels.cpu.memory import get_int32, set_int64
 SPLIT = 2048  # positions
 
 # A plan: its header, then one record per tile or, where sequences are shared out, per split of a tile; all int64.
-NUM_RECORDS, MOST_QUERIES, ZERO_FROM, BY_SPLIT, NANOSECONDS = range(5)
+NUM_RECORDS, MOST_QUERIES, ZERO_FROM, BY_SPLIT, NANOSECONDS, NUM_UNITS, NUM_MERGES = range(7)
 SEQUENCE, FIRST_ROW, NUM_QUERIES, POSITION, FIRST_SPLIT, END_SPLIT = range(6)
-HEADER_SIZE, RECORD_SIZE = 5, 6
+HEADER_SIZE, RECORD_SIZE = 7, 6
 
 
 @kernel
 def plan_tiles(
+    control: int,
+    scratch: int,
+    num_units: int,
     plan: int,
     query_start_loc: int,
     seq_lens: int,
@@ -26,7 +29,7 @@ def plan_tiles(
     head_dim: int,
     min_units: int,
 ) -> None:
-    """The tiles of all sequences, each sequence's last and longest first; by splits where tiles are too few.
+    """One unit: the tiles of all sequences, each sequence's last and longest first; by splits where tiles are too few.
 
     Rows of the result from `ZERO_FROM` on are to be zeroed: those after the last sequence, and all where a sequence has
     queries but no tokens (a padding row), since its rows are in no tile.
@@ -62,6 +65,9 @@ def plan_tiles(
                 records += 1
             most_queries = max(most_queries, count)
             work += (position + count - lowest) * (8 + 2 * count * group)
+    units = records * num_kv_heads
+    set_int64(plan, NUM_UNITS, units)
+    set_int64(plan, NUM_MERGES, units if by_split else 0)
     set_int64(plan, NUM_RECORDS, records)
     set_int64(plan, MOST_QUERIES, most_queries)
     set_int64(plan, ZERO_FROM, zero_from)

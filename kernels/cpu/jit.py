@@ -86,6 +86,13 @@ def kernel(function: Function) -> Function:
     return cast(Function, compiled)
 
 
+def address_of(kernel: Callable[..., Any]) -> int:
+    """Where a kernel's machine code begins. Its parameters come after numba's own two, a result and an exception."""
+    compiled: Any = kernel
+    (overload,) = compiled.overloads.values()
+    return int(overload.library.get_pointer_to_function(overload.fndesc.llvm_func_name))
+
+
 def inner(function: Function) -> Function:
     """A function that kernels call, with parameters as theirs; returns int, bool, float or None.
 

@@ -26,6 +26,7 @@ from aiexport_edge.kernels.cpu.simd import (
     call,
     constant,
     float32,
+    float64,
     int64,
     lanes_below,
     none,
@@ -280,6 +281,12 @@ def get_int64(builder: Any, address: Any, index: Any) -> Any:
 def set_int64(builder: Any, address: Any, index: Any, value: Any) -> None:
     """Write item `index` of an int64 array."""
     builder.store(value, pointer(builder, address, I64, index), align=8)
+
+
+@operation(float64, int64)
+def as_float(builder: Any, bits: Any) -> Any:
+    """The float64 of these bits (`threads.float_bits`)."""
+    return builder.bitcast(bits, ir.DoubleType())
 
 
 @operation(int64, int64, int64, int64)

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from aiexport_edge.kernels.cpu.jit import inner, kernel
-from aiexport_edge.kernels.cpu.memory import load, narrow, store, widen
+from aiexport_edge.kernels.cpu.memory import as_float, load, narrow, store, widen
 from aiexport_edge.kernels.cpu.simd import LANES, add, fma, multiply, splat, sum_lanes
 from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
-from aiexport_edge.kernels.threads import launch
+from aiexport_edge.kernels.threads import empty, float_bits, launch
 
 ROWS_PER_UNIT = 8
 
@@ -46,7 +46,7 @@ def norm_rows(
     weight_dtype: int,
     num_rows: int,
     width: int,
-    eps: float,
+    eps_bits: int,
 ) -> None:
     """Rows of `width` numbers, one after the other; `residual` 0: none, and `total` is not written."""
     padded = (width + LANES - 1) // LANES * LANES
@@ -65,14 +65,14 @@ def norm_rows(
                     store(row + 4 * i, add(load(row + 4 * i), load(other + 4 * i)))
                 narrow(dtype, row, total + offset, width)
                 widen(dtype, total + offset, row, width)
-            scale_row(row, wide_weight, width, eps)
+            scale_row(row, wide_weight, width, as_float(eps_bits))
             narrow(dtype, row, out + offset, width)
         unit = next_unit(control)
     end(control)
 
 
 def _run(x: torch.Tensor, residual: int, weight: torch.Tensor, total: int, eps: float) -> torch.Tensor:
-    out = torch.empty_like(x)
+    out = empty(x.shape, x.dtype)
     num_rows, width = x.shape
     launch(
         norm_rows,
@@ -88,7 +88,7 @@ def _run(x: torch.Tensor, residual: int, weight: torch.Tensor, total: int, eps: 
         DTYPES[weight.dtype],
         num_rows,
         width,
-        eps,
+        float_bits(eps),
     )
     return out
 
@@ -104,5 +104,5 @@ def add_rms_norm(
     """See `aiexport_edge.kernels.rms_norm.add_rms_norm_reference`."""
     x, residual = x.contiguous(), residual.contiguous()
     assert x.dtype == residual.dtype
-    total = torch.empty_like(x)
+    total = empty(x.shape, x.dtype)
     return _run(x, residual.data_ptr(), weight.contiguous(), total.data_ptr(), eps), total

@@ -34,7 +34,7 @@ from aiexport_edge.kernels.cpu.simd import LANES, absolute, add, max_lanes, maxi
 from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
 from aiexport_edge.kernels.cpu.words import quantize_lanes, set_int32, transpose_words
 from aiexport_edge.kernels.quantization import quantize_int8
-from aiexport_edge.kernels.threads import launch
+from aiexport_edge.kernels.threads import empty, launch
 
 GROUP = 128  # inputs of a row that share a scale
 PACKED_AT_ONCE = 1 << 22  # numbers
@@ -363,7 +363,7 @@ class PackedWeight:
     def multiply(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """x [M, K], bfloat16 unless the weight is quantized -> x Wᵀ + b [M, N] in `dtype`."""
         num_rows = x.shape[0]
-        out = torch.empty((num_rows, self.num_outputs), dtype=dtype)
+        out = empty((num_rows, self.num_outputs), dtype)
         if num_rows == 0:
             return out
         x = x.contiguous()
@@ -408,7 +408,7 @@ class PackedWeight:
     def gather(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The weight's rows `ids` (int64 [T]) in `dtype`, as products have them: [T, K]."""
         ids = ids.contiguous()
-        out = torch.empty((ids.shape[0], self.width), dtype=dtype)
+        out = empty((ids.shape[0], self.width), dtype)
         launch(
             gather_outputs,
             ids.shape[0],
@@ -431,7 +431,7 @@ class PackedWeight:
         num_rows = x.shape[0]
         if num_rows == 1:
             return x
-        tiles = torch.empty((num_rows, self._depth), dtype=torch.int32)
+        tiles = empty((num_rows, self._depth), torch.int32)
         launch(
             arrange_rows,
             -(-num_rows // _rows_of(num_rows)),
@@ -448,8 +448,8 @@ class PackedWeight:
     def _quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows as tiles of int8 words, and the factors of their groups."""
         num_rows, groups = x.shape[0], -(-self.width // GROUP)
-        tiles = torch.empty((num_rows, self._depth), dtype=torch.int32)
-        factors = torch.empty((num_rows, groups, 2), dtype=torch.int32)
+        tiles = empty((num_rows, self._depth), torch.int32)
+        factors = empty((num_rows, groups, 2), torch.int32)
         launch(
             quantize_rows,
             -(-num_rows // _rows_of(num_rows)),

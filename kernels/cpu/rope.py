@@ -7,11 +7,20 @@ from collections.abc import Sequence
 import torch
 
 from aiexport_edge.kernels.cpu.jit import inner, kernel
-from aiexport_edge.kernels.cpu.memory import get_float32, get_int64, load_first, narrow, set_float32, store_first, widen
+from aiexport_edge.kernels.cpu.memory import (
+    as_float,
+    get_float32,
+    get_int64,
+    load_first,
+    narrow,
+    set_float32,
+    store_first,
+    widen,
+)
 from aiexport_edge.kernels.cpu.norm import scale_row
 from aiexport_edge.kernels.cpu.simd import LANES, fma, multiply, negate
 from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
-from aiexport_edge.kernels.threads import launch
+from aiexport_edge.kernels.threads import empty, float_bits, launch
 
 TOKENS_PER_UNIT = 4
 
@@ -81,13 +90,14 @@ def norm_rope_tokens(
     q_weight: int,
     k_weight: int,
     weight_dtype: int,
-    eps: float,
+    eps_bits: int,
 ) -> None:
     """q heads to `out`, k and v heads to their pages. A weight of 0 is no norm."""
     padded = (head_dim + LANES - 1) // LANES * LANES
     head, wide_q_weight, wide_k_weight = scratch, scratch + 4 * padded, scratch + 8 * padded
     mixed = scratch + 12 * padded
     item = 4 if dtype == 0 else 2
+    eps = as_float(eps_bits)
     unit = begin(control)
     if unit < num_units and q_weight != 0:
         widen(weight_dtype, q_weight, wide_q_weight, head_dim)
@@ -147,7 +157,7 @@ def qk_norm_rope(
     v_page, v_head, v_token, v_item = (kv_bytes * stride for stride in v_cache.stride())
     assert k_item == v_item == kv_bytes
     weight = q_weight if k_weight is None else k_weight
-    out = torch.empty((num_tokens, num_q_heads, head_dim), dtype=qkv.dtype)
+    out = empty((num_tokens, num_q_heads, head_dim), qkv.dtype)
     launch(
         norm_rope_tokens,
         -(-num_tokens // TOKENS_PER_UNIT),
@@ -180,6 +190,6 @@ def qk_norm_rope(
         0 if q_weight is None else q_weight.data_ptr(),
         0 if k_weight is None else k_weight.data_ptr(),
         0 if weight is None else DTYPES[weight.dtype],
-        eps,
+        float_bits(eps),
     )
     return out

@@ -44,7 +44,7 @@ class _Float32x16Model(models.PrimitiveModel):
 
 
 vector: Any = Float32x16()
-int64, float32, none = types.int64, types.float32, types.none
+int64, float32, float64, none = types.int64, types.float32, types.float64, types.none
 
 
 def operation(result: Any, *parameters: Any) -> Callable[[Callable[..., Any]], Any]:

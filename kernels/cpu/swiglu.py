@@ -11,7 +11,7 @@ from aiexport_edge.kernels.cpu.jit import kernel
 from aiexport_edge.kernels.cpu.memory import load, narrow, store, widen
 from aiexport_edge.kernels.cpu.simd import LANES, add, divide, exp2, multiply, negate, splat, where_negative
 from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
-from aiexport_edge.kernels.threads import launch
+from aiexport_edge.kernels.threads import empty, launch
 
 ROWS_PER_UNIT = 4
 
@@ -45,7 +45,7 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """See `aiexport_edge.kernels.swiglu.swiglu_reference`."""
     gate_up = gate_up.contiguous()
     num_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty((num_rows, width), dtype=gate_up.dtype)
+    out = empty((num_rows, width), gate_up.dtype)
     launch(
         swiglu_rows,
         -(-num_rows // ROWS_PER_UNIT),
