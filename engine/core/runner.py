@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -35,6 +36,9 @@ from aiexport_edge.engine.models.config import ModelError
 from aiexport_edge.engine.models.loader import LoadedModel, load_model
 from aiexport_edge.kernels.sampler import sample
 from aiexport_edge.kernels.threads import set_num_threads
+
+if TYPE_CHECKING:
+    from aiexport_edge.engine.models.decode_programs import DecodePrograms
 
 WARM_UP_TOKENS = 64
 
@@ -110,6 +114,7 @@ class Runner:
         ]
         self._accelerator = accelerator
         self._graphs = self._make_graphs(accelerator) if accelerator is not None and graphed else []
+        self._programs = self._make_programs() if accelerator is None and graphed else []
 
     @property
     def overlaps(self) -> bool:
@@ -155,7 +160,7 @@ class Runner:
         if not pending.undrawn:
             return
         for undrawn in pending.undrawn:
-            self._draw(pending, undrawn.model, self._masked(undrawn), undrawn.draws)
+            self._draw(pending, undrawn.model, undrawn.logits, undrawn.draws, self._bitmask(undrawn))
         pending.undrawn = []
         self._send(pending)
 
@@ -181,6 +186,9 @@ class Runner:
         """The logits of the chunks that sample, None where none does."""
         decoder = self._models[model].decoder
         batch, draws = self._builders[model].build(chunks)
+        programs = self._programs[model] if self._programs else None
+        if programs is not None and programs.fits(batch):
+            return programs.logits(batch), draws
         hidden = decoder.forward(batch, self._kv_caches[model])
         return (decoder.logits(hidden) if draws.requests else None), draws
 
@@ -199,8 +207,8 @@ class Runner:
         waiting = logits[num_free:]
         pending.undrawn.append(_Undrawn(model, waiting.clone() if several else waiting, draws[num_free:]))
 
-    def _masked(self, undrawn: _Undrawn) -> Tensor:
-        """The logits, -inf where a constraint forbids; a request that has ended meanwhile is not asked."""
+    def _bitmask(self, undrawn: _Undrawn) -> Tensor:
+        """What the constraints allow, int32 [rows, words]; a request that has ended meanwhile is not asked."""
         num_rows, vocabulary = undrawn.logits.shape
         size = 4 * num_rows * -(-vocabulary // 32)
         host = torch.empty(size, dtype=torch.uint8) if self._accelerator is None else self._accelerator.staging(size)
@@ -211,20 +219,22 @@ class Runner:
             else:
                 assert request.constraint is not None
                 request.constraint.fill(mask)
-        words = host.to(undrawn.logits.device, non_blocking=True).view(torch.int32).view(num_rows, -1, 1)
-        bits = (words >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
-        return undrawn.logits.masked_fill(bits.view(num_rows, -1)[:, :vocabulary] == 0, float("-inf"))
+        return host.to(undrawn.logits.device, non_blocking=True).view(torch.int32).view(num_rows, -1)
 
-    def _draw(self, pending: PendingStep, model: int, logits: Tensor, draws: Draws) -> None:
+    def _draw(
+        self, pending: PendingStep, model: int, logits: Tensor, draws: Draws, bitmask: Tensor | None = None
+    ) -> None:
         """Draw an id from each row and note whose it is; it also goes to its request's slot on the device."""
-        drawn, _ = sample(logits, draws.temperature, draws.top_k, draws.top_p, draws.seeds, draws.output_index)
+        drawn, _ = sample(logits, draws.temperature, draws.top_k, draws.top_p, draws.seeds, draws.output_index, bitmask)
         handles = [request.handle for request in draws.requests]
         pending.handles += handles
         pending.ids.append(drawn)
         if self._graphs:
             self._graphs[model].inputs.tokens.index_copy_(0, draws.token_slots, drawn)
         if self.keep_logits:
-            self.last_logits |= dict(zip(handles, logits.clone() if self._graphs else logits, strict=True))
+            self.last_logits |= dict(
+                zip(handles, logits.clone() if self._graphs or self._programs else logits, strict=True)
+            )
 
     def _send(self, pending: PendingStep) -> None:
         """Set the ids off to the host."""
@@ -255,6 +265,28 @@ class Runner:
             rows = logits[: num_rows * vocabulary].view(num_rows, vocabulary)
             graphs.append(DecodeGraphs(accelerator, model.decoder, kv_caches, inputs, rows))
         return graphs
+
+    def _make_programs(self) -> list[DecodePrograms | None]:
+        """What graphs are on a card, for the models whose operations can be recorded."""
+        if self.memory.bytes.device.type != "cpu":
+            return []
+        from aiexport_edge.engine.models.decode_programs import DecodePrograms, can_record
+
+        programs: list[DecodePrograms | None] = []
+        for model, kv_caches, tokens_per_page in zip(self._models, self._kv_caches, self.tokens_per_page, strict=True):
+            pages_per_row = -(-model.context_window // tokens_per_page)
+            programs.append(
+                DecodePrograms(
+                    model.decoder,
+                    kv_caches,
+                    num_rows=self._max_num_running,
+                    pages_per_row=pages_per_row,
+                    dtype=model.dtype,
+                )
+                if can_record(model.decoder)
+                else None
+            )
+        return programs
 
     def warm_up(self) -> None:
         """Run every operation of every model once, in page 0, so that nothing is compiled while serving."""
