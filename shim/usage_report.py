@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import date
 from typing import Any
 
 from sqlalchemy import Engine
 
 from aiexport_edge.shim.prices import dollars
-from aiexport_edge.shim.store.usage_rows import DAY_MS, date_of, today
+from aiexport_edge.shim.store.usage_rows import date_of, today
 from aiexport_edge.shim.store.usage_sums import GroupBy, UsageSum, sums
 
 DEFAULT_DAYS = 30
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
 _EPOCH = date(1970, 1, 1)
+_FIRST_DAY = (date.min - _EPOCH).days
 
 
 class BadPeriod(ValueError):
@@ -37,7 +38,7 @@ class Period:
     def parse(cls, start: str | None, end: str | None) -> Period:
         """From dates as YYYY-MM-DD; what is not given makes it thirty days, up to today. Raises `BadPeriod`."""
         last = today() if end is None else _day(end, "end")
-        first = last - (DEFAULT_DAYS - 1) if start is None else _day(start, "start")
+        first = max(last - (DEFAULT_DAYS - 1), _FIRST_DAY) if start is None else _day(start, "start")
         if first > last:
             raise BadPeriod("start", f"must not be after the end, {date_of(last)}")
         return cls(first, last)
@@ -72,6 +73,6 @@ def _day(text: str, field: str) -> int:
     try:
         if not _DATE.fullmatch(text):
             raise ValueError
-        return (date.fromisoformat(text) - _EPOCH) // timedelta(milliseconds=DAY_MS)
+        return (date.fromisoformat(text) - _EPOCH).days
     except ValueError:
         raise BadPeriod(field, "must be a date such as 2025-04-01") from None
