@@ -13,7 +13,6 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote_plus
 
 import msgspec
-from sqlalchemy.exc import SQLAlchemyError
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -23,8 +22,8 @@ from aiexport_edge.shim.auth.tokens import LIFETIME
 from aiexport_edge.shim.body import read_body
 from aiexport_edge.shim.errors import Overloaded, UnsupportedMediaType
 from aiexport_edge.shim.exchange import exchange_of
+from aiexport_edge.shim.secrets import SecretError
 from aiexport_edge.shim.services import Services
-from aiexport_edge.shim.store import StoreError
 from aiexport_edge.shim.store.oauth_rows import Grantee, OAuthClients
 
 MAX_BODY_BYTES = 16 << 10
@@ -70,7 +69,7 @@ class OAuth:
             token = await loop.run_in_executor(services.threads, services.tokens.issue, client, scopes)
         except _Refused as refused:
             return _refusal(refused)
-        except (SQLAlchemyError, StoreError) as error:
+        except SecretError as error:
             log.error("no token could be issued: %s", error)
             raise Overloaded("Tokens cannot be issued just now.", retry_after=1.0) from None
         seconds = int(LIFETIME.total_seconds())

@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from aiexport_edge.shim.auth.credentials import Presented, invalid, presented
 from aiexport_edge.shim.auth.tokens import Tokens
-from aiexport_edge.shim.errors import Overloaded, PermissionDenied
+from aiexport_edge.shim.errors import PermissionDenied
 from aiexport_edge.shim.store import Principal, Store
 from aiexport_edge.shim.store.keys import KEY_PATTERN
 
@@ -44,10 +44,7 @@ class Authenticator:
         self._trusted_until = 0.0  # on the monotonic clock
 
     async def authenticate(self, headers: Iterable[tuple[bytes, bytes]]) -> Principal:
-        """Who asks. Raises `Unauthenticated`; one message for unknown, altered, revoked and expired credentials.
-
-        Raises `Overloaded` where the store has to be asked and does not answer.
-        """
+        """Who asks. Raises `Unauthenticated`; one message for unknown, altered, revoked and expired credentials."""
         credential = presented(headers)
         digest = hashlib.sha256(credential.text.encode("latin-1")).digest()
         principal = self._cache.get(digest) if time.monotonic() < self._trusted_until else None
@@ -88,16 +85,12 @@ class Authenticator:
     async def _look_up(self, credential: Presented, digest: bytes) -> Principal | None:
         generation = self._generation
         loop = asyncio.get_running_loop()
-        try:
-            if KEY_PATTERN.fullmatch(credential.text):
-                principal = await loop.run_in_executor(self._threads, self._store.find_principal, digest)
-            elif credential.bearer and credential.text.count(".") == 2:
-                principal = await loop.run_in_executor(self._threads, self._tokens.principal, credential.text)
-            else:
-                return None
-        except SQLAlchemyError as error:
-            log.error("the store does not answer; a credential could not be checked: %s", error)
-            raise Overloaded("Credentials cannot be checked just now.", retry_after=1.0) from None
+        if KEY_PATTERN.fullmatch(credential.text):
+            principal = await loop.run_in_executor(self._threads, self._store.find_principal, digest)
+        elif credential.bearer and credential.text.count(".") == 2:
+            principal = await loop.run_in_executor(self._threads, self._tokens.principal, credential.text)
+        else:
+            return None
         # What was read before a change may not stay in the cache after it.
         if principal is not None and generation is not None and generation == self._generation:
             self._cache[digest] = principal
