@@ -308,7 +308,16 @@ class NativeBackend:
                 live.listener.tokens(tokens.ids)
         for finished in report.finished:
             live = self._live.pop(finished.handle, None)
-            if live is not None:
+            if live is None:
+                continue
+            if finished.reason == FinishReason.FAULTY:
+                name = self._config.models[live.request.model].name
+                log.error("model %s: a request's logits are not numbers; are its weights, its dtype sound?", name)
+                live.listener.failed(
+                    f"Model {name} answered with what is not a number, so the request cannot go on; its weights may be "
+                    "damaged, or its dtype too narrow for them."
+                )
+            else:
                 live.listener.finished(FinishReason(finished.reason))
 
 

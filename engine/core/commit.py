@@ -12,6 +12,8 @@ from aiexport_edge.engine.core.protocol import Finished, FinishReason, Started, 
 from aiexport_edge.engine.core.request import Request, Status
 from aiexport_edge.engine.core.scheduler import Scheduler
 
+_END_OF_CUT = {False: FinishReason.END_TURN, True: FinishReason.MAX_TOKENS}
+
 
 def end_of(request: Request) -> FinishReason | None:
     """Why a request whose output came from an earlier attempt has ended already, or None."""
@@ -26,6 +28,7 @@ def commit(scheduler: Scheduler, plan: StepPlan, result: StepResult) -> StepRepo
 
     Ids past a stop id or past the budget are dropped: never part of the request, hashed, charged or reported. So is all
     that a step brings for a request that has ended since the step was planned; its pages go back with the last such.
+    A request whose logits are faulty ends without an id, and nobody finds its pages again.
     """
     scheduler.settle(plan)
     report = StepReport([], [], [])
@@ -43,11 +46,15 @@ def commit(scheduler: Scheduler, plan: StepPlan, result: StepResult) -> StepRepo
                 scheduler.num_prompt_tokens[model] += request.num_prompt_tokens
                 scheduler.num_cached_tokens[model] += request.num_cached_tokens
                 report.started.append(Started(request.handle, request.num_cached_tokens))
-            if chunk.samples:
+            if chunk.samples and request.handle in result.faulty:
+                scheduler.pool.forget(request.pages)
+                scheduler.finish(request)
+                report.finished.append(Finished(request.handle, FinishReason.FAULTY))
+            elif chunk.samples:
                 ids, reason = _own_ids(request, end, result.ids[request.handle])
                 if request.constraint is not None:
                     taken = request.constraint.advance(ids)
-                    ids, reason = taken.ids, FinishReason.END_TURN if taken.over else reason
+                    ids, reason = taken.ids, _END_OF_CUT[taken.cut] if taken.over else reason
                 request.token_ids[end : end + 1] = ids  # in the place of PENDING_ID
                 request.probation = False
                 scheduler.num_output_tokens[model] += len(ids)

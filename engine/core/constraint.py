@@ -16,13 +16,16 @@ if TYPE_CHECKING:
 
 
 class Taken(Protocol):
-    """What became of drawn ids: `ids` are the output's, and it ends with them if `over`."""
+    """What became of drawn ids: `ids` are the output's; it ends with them if `over`, for want of budget if `cut`."""
 
     @property
     def ids(self) -> list[int]: ...
 
     @property
     def over(self) -> bool: ...
+
+    @property
+    def cut(self) -> bool: ...
 
 
 class Constraint(Protocol):

@@ -87,6 +87,15 @@ class PagePool:
         if self._pages.setdefault(hash_, page) == page:
             self._hashes[page] = hash_
 
+    def forget(self, pages: Iterable[int]) -> None:
+        """Let used pages be found no more: what they hold is not to be trusted."""
+        for page in pages:
+            assert self._refs[page] > 0
+            hash_ = self._hashes[page]
+            if hash_ is not None:
+                del self._pages[hash_]
+                self._hashes[page] = None
+
     def release(self, pages: list[int]) -> None:
         """Drop one reference to each page of a sequence. Its last page goes first: a prefix outlives its tails."""
         refs = self._refs

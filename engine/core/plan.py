@@ -72,10 +72,12 @@ class StepPlan:
 class StepResult:
     """New ids by request handle, for every chunk that samples: one id today, several with speculation.
 
-    A runner that overlaps steps brings one. A request that had ended before `draw` may be missing.
+    A runner that overlaps steps brings one. A request that had ended before `draw` may be missing. `faulty` are those
+    whose logits had a NaN or nothing finite: their ids mean nothing.
     """
 
     ids: dict[int, list[int]]
+    faulty: frozenset[int] = frozenset()
 
 
 Launched = TypeVar("Launched")

@@ -26,6 +26,7 @@ class FinishReason(IntEnum):
     END_TURN = 0
     MAX_TOKENS = 1
     ABORTED = 2
+    FAULTY = 3  # the model's numbers are broken: there was nothing to draw from
 
 
 class CoreModel(msgspec.Struct, frozen=True, array_like=True):

@@ -13,12 +13,12 @@ import pytest
 import torch
 from support.driver import GREEDY, load_runner
 from support.fake_accelerator import FakeAccelerator
-from support.fake_core import FakeSuspects, FakeTaken
+from support.fake_core import FakeSuspects, FakeTaken, add_request
 from support.tiny_models import greedy, make, prompts, save
 
 from aiexport_edge.engine.core.pages import PagePool
 from aiexport_edge.engine.core.pipeline import Pipeline
-from aiexport_edge.engine.core.protocol import AddRequest, CoreConfig, Priority, Sampling, pack_ids
+from aiexport_edge.engine.core.protocol import AddRequest, CoreConfig, FinishReason, Priority, Sampling, pack_ids
 from aiexport_edge.engine.core.request import Request, make_request
 from aiexport_edge.engine.core.runner import Runner, make_runner
 from aiexport_edge.engine.core.scheduler import Scheduler
@@ -142,3 +142,35 @@ def test_constrained_requests_draw_under_their_masks(tmp_path: Path) -> None:
     for handle, ids in enumerate(expected):
         assert len(ids) == 12
         assert all(i % (2 + n) == 0 for n, i in enumerate(ids)) == bool(handle % 3)
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_logits_that_are_not_numbers_fail_their_request_alone(overlaps: bool, tmp_path: Path) -> None:
+    """A damaged row of the embedding: whoever has that token fails, soon or when it comes."""
+    runner = runner_of([save("qwen3", tmp_path)], overlaps=overlaps)
+    runner._models[0].decoder.embedding[7] = float("nan")
+    scheduler = Scheduler(
+        PagePool(runner.num_pages),
+        revisions=["a"],
+        tokens_per_page=runner.tokens_per_page,
+        max_num_running=8,
+        max_step_tokens=40,
+        batch_floor_share=0.0,
+    )
+    for handle, prompt in enumerate([[5, 6, 8], [5, 7, 8], [9, 9, 7], [9, 4]]):
+        scheduler.add(make_request(add_request(handle, prompt, max_tokens=3), arrival=handle))
+    pipeline = Pipeline(scheduler=scheduler, runner=runner, suspects=FakeSuspects())
+    reasons, told = {}, set()
+    while pipeline.busy:
+        report = pipeline.advance()
+        if report is not None:
+            reasons |= {finished.handle: finished.reason for finished in report.finished}
+            told |= {tokens.handle for tokens in report.tokens}
+    assert reasons == {
+        0: FinishReason.MAX_TOKENS,
+        1: FinishReason.FAULTY,
+        2: FinishReason.FAULTY,
+        3: FinishReason.MAX_TOKENS,
+    }
+    assert told == {0, 3}
+    assert scheduler.pool.num_used == 0

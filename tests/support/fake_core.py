@@ -50,6 +50,7 @@ class FakeTaken:
 
     ids: list[int]
     over: bool = False
+    cut: bool = False
 
 
 class FakeConstraint:

@@ -1,11 +1,12 @@
 """A core process without a model: the real process, loop and scheduler around a runner that draws ids by a rule.
 
-    python scripted_core.py [--step-s S] [--load-s S] [--fail-load FILE] [--pages FILE] [--poison ID] --fd N
-                            --shared-fd M
+    python scripted_core.py [--step-s S] [--load-s S] [--fail-load FILE] [--pages FILE] [--poison ID]
+                            [--broken ID] --fd N --shared-fd M
 
 The id that follows a sequence is `next_id` of it, so that what a request must answer is known beforehand. A step in
-which a request has the poison id among its tokens aborts the process. Where the file of `--fail-load` exists, loading
-fails with what is in it; where that of `--pages` does, the pool has as many pages as it says.
+which a request has the poison id among its tokens aborts the process; with the broken id, its logits are faulty. Where
+the file of `--fail-load` exists, loading fails with what is in it; where that of `--pages` does, the pool has as many
+pages as it says.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def core_config(*, num_models: int = 1, max_num_running: int = 64) -> CoreConfig
 class ScriptedRunner:
     """Draws by the rule; sleeps in each step as a device would compute."""
 
-    def __init__(self, num_models: int, *, step_s: float, poison: int, num_pages: int) -> None:
+    def __init__(self, num_models: int, *, step_s: float, poison: int, broken: int, num_pages: int) -> None:
         self.num_pages = num_pages
         self.page_bytes = 64
         self.tokens_per_page = [TOKENS_PER_PAGE] * num_models
@@ -77,14 +78,17 @@ class ScriptedRunner:
         self.overlaps = False
         self._step_s = step_s
         self._poison = poison
+        self._broken = broken
 
     def launch(self, plan: StepPlan) -> StepResult:
         chunks = [chunk for model in plan.models for chunk in model.chunks]
         if any(self._poison in chunk.request.token_ids[: chunk.end] for chunk in chunks):
             os.abort()
         time.sleep(self._step_s)
+        drawn = [chunk.request for chunk in chunks if chunk.samples]
         return StepResult(
-            {chunk.request.handle: [next_id(chunk.request.token_ids[: chunk.end])] for chunk in chunks if chunk.samples}
+            {request.handle: [next_id(request.token_ids[:-1])] for request in drawn},
+            frozenset(request.handle for request in drawn if self._broken in request.token_ids[:-1]),
         )
 
     def draw(self, launched: StepResult) -> None:
@@ -101,6 +105,7 @@ def main() -> int:
     parser.add_argument("--fail-load", type=Path)
     parser.add_argument("--pages", type=Path)
     parser.add_argument("--poison", type=int, default=-1)
+    parser.add_argument("--broken", type=int, default=-1)
     options, rest = parser.parse_known_args()
 
     def load(config: CoreConfig, progress: Any) -> ScriptedRunner:
@@ -110,7 +115,13 @@ def main() -> int:
             raise RuntimeError(options.fail_load.read_text())
         given = options.pages is not None and options.pages.exists()
         num_pages = int(options.pages.read_text()) if given else NUM_PAGES
-        return ScriptedRunner(len(config.models), step_s=options.step_s, poison=options.poison, num_pages=num_pages)
+        return ScriptedRunner(
+            len(config.models),
+            step_s=options.step_s,
+            poison=options.poison,
+            broken=options.broken,
+            num_pages=num_pages,
+        )
 
     # In the places of the two modules that a real core imports late, for their weight.
     runner = types.ModuleType("aiexport_edge.engine.core.runner")

@@ -165,6 +165,22 @@ def test_stop_ids_and_forced_output() -> None:
     run(test())
 
 
+def test_a_request_whose_logits_are_not_numbers_is_failed_and_others_are_not() -> None:
+    async def test() -> None:
+        async with running("--broken", 95) as backend:
+            listener, other = Listener(), Listener()
+            backend.submit(request([1, 95], 5), listener)
+            backend.submit(request([1, 2], 5), other)
+            message = await listener.end()
+            assert isinstance(message, str)
+            assert "Model m0 answered with what is not a number" in message
+            assert listener.told == ["started", "failed"]
+            assert await other.end() is FinishReason.MAX_TOKENS
+            assert backend.stats().core_restarts == 0
+
+    run(test())
+
+
 @pytest.mark.parametrize("verb", ["abort", "finish"])
 def test_after_abort_and_finish_nothing_is_told_and_pages_are_free(verb: str) -> None:
     async def test() -> None:

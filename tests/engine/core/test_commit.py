@@ -151,3 +151,33 @@ def test_several_ids_a_step_equal_one(
         core.add(add_request(handle, prompt[handle:] or [STOP_ID], max_tokens=max_tokens, stop_ids=sorted(stops)))
     core.run()
     core.check_outputs()
+
+
+def test_faulty_logits_end_a_request_and_nobody_finds_its_pages() -> None:
+    core = scheduler()
+    prompt = list(range(9))
+    core.add(make_request(add_request(1, prompt), arrival=0))
+    core.add(make_request(add_request(2, [30] * 9), arrival=1))
+    report = commit(core, core.plan(), StepResult({1: [0], 2: [4]}, frozenset({1})))
+    assert report.finished == [Finished(1, FinishReason.FAULTY)]
+    assert report.tokens == [Tokens(2, [4])]
+    assert core.num_output_tokens == [1]
+    core.pool.check()
+    again = [
+        make_request(add_request(handle, [*ids, 5]), arrival=handle) for handle, ids in ((3, prompt), (4, [30] * 9))
+    ]
+    for request in again:
+        core.add(request)
+    core.plan()
+    assert [request.num_cached_tokens for request in again] == [0, 8]
+
+
+def test_a_fault_is_seen_a_step_late_like_any_end() -> None:
+    core = scheduler()
+    request = make_request(add_request(1, PROMPT), arrival=0)
+    core.add(request)
+    first, second = core.plan(), core.plan()
+    assert commit(core, first, StepResult({1: [0]}, frozenset({1}))).finished == [Finished(1, FinishReason.FAULTY)]
+    assert core.pool.num_used == 1
+    assert commit(core, second, StepResult({1: [0]}, frozenset({1}))) == StepReport([], [], [])
+    assert core.pool.num_used == 0
