@@ -30,6 +30,7 @@ from aiexport_edge.shim.idempotency import Idempotent
 from aiexport_edge.shim.prompt_log import PromptLog
 from aiexport_edge.shim.services import Services
 from aiexport_edge.shim.store.operator_rows import OperatorLogin
+from aiexport_edge.shim.telemetry import TracingMiddleware
 
 
 class _Route(Route):
@@ -56,6 +57,8 @@ def create_app(services: Services, *, ping_s: float = PING_S) -> Starlette:
     if services.config.telemetry.log_prompts:
         messages, streaming = PromptLog(messages), PromptLog(streaming)
     middleware = [Middleware(ExchangeMiddleware)]
+    if services.tracing is not None:
+        middleware.append(Middleware(TracingMiddleware, services.tracing))
     if services.config.shim.cors_origins:
         middleware.insert(0, Middleware(Cors, services.config.shim.cors_origins))
     app = Starlette(

@@ -103,6 +103,7 @@ def _raise_file_limit() -> None:
 
 async def serve(config: configuration.Config, fd: int, admin_fd: int | None, addresses: tuple[str, ...]) -> int:
     """Serves until SIGTERM or SIGINT, then drains. Returns the exit status."""
+    from aiexport_edge.proto.tracing import TracingError
     from aiexport_edge.shim.app import create_admin_app, create_app
     from aiexport_edge.shim.engines.engines import Engines
     from aiexport_edge.shim.engines.session import EngineAccess
@@ -119,7 +120,7 @@ async def serve(config: configuration.Config, fd: int, admin_fd: int | None, add
         access = EngineAccess.load(config.shim.engine_ca, config.shim.engine_token_file)
         engines = Engines(addresses, client=f"shim-{os.getpid()}", access=access)
         services = Services(config, store, engines)
-    except (CertificateError, StoreError, OSError) as error:
+    except (CertificateError, StoreError, TracingError, OSError) as error:
         log.error("%s", error)
         return 1
     drain_s = int(config.shim.drain.total_seconds())

@@ -31,6 +31,7 @@ from aiexport_edge.shim.store.sealed_rows import holds_secrets
 from aiexport_edge.shim.store.uptime_rows import UptimeRows
 from aiexport_edge.shim.store.usage_rows import UsageRows, record
 from aiexport_edge.shim.store.webhook_rows import WebhookRows
+from aiexport_edge.shim.telemetry import Tracing
 from aiexport_edge.shim.uptime import Uptime
 from aiexport_edge.shim.usage import UsageLedger
 from aiexport_edge.shim.webhooks.sender import WebhookSender
@@ -44,6 +45,7 @@ class Services:
 
     def __init__(self, config: Config, store: Store, engines: Engines) -> None:
         self.config = config
+        self.tracing = None if config.telemetry.otlp_endpoint is None else Tracing(config.telemetry.otlp_endpoint)
         self.store = store
         self.engines = engines
         self.secrets = SecretBox(MasterKeys(config.state, allow_new=lambda: not holds_secrets(store.database)))
@@ -109,6 +111,8 @@ class Services:
             await asyncio.gather(*tasks, return_exceptions=True)
             await asyncio.get_running_loop().run_in_executor(self.threads, self.ledger.close)
             await self.limits.close()
+            if self.tracing is not None:
+                await asyncio.get_running_loop().run_in_executor(self.threads, self.tracing.close)
             self.batch_threads.shutdown()
             self.threads.shutdown()
 

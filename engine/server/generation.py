@@ -30,6 +30,7 @@ from aiexport_edge.engine.server.prompt import (
     priority_of,
 )
 from aiexport_edge.engine.server.response_format import ResponseFormats, constraint_of, is_constrained
+from aiexport_edge.engine.server.tracing import RequestTracer
 from aiexport_edge.engine.structured.endings import Endings
 from aiexport_edge.engine.text.reply import ReplyText
 from aiexport_edge.proto import engine_pb2 as pb
@@ -48,7 +49,10 @@ _REASONS = {
 class Generations:
     """All requests of this process."""
 
-    def __init__(self, models: Sequence[Model], backend: Backend, admission: Admission) -> None:
+    def __init__(
+        self, models: Sequence[Model], backend: Backend, admission: Admission, tracer: RequestTracer | None = None
+    ) -> None:
+        self.tracer = tracer
         self.models = {model.facts.name: model for model in models}
         self.backend = backend
         self.admission = admission
@@ -114,6 +118,7 @@ class Generation:
         self.ended = False
         self._abort_asked = False
         self._waiting = False  # holds a place in the queue
+        self._trace = None if owner.tracer is None else owner.tracer.begin(request)
         self._born = time.monotonic()
         self._started_at = self._first_token_at = 0.0
         self._num_prompt_tokens = self._cached_tokens = self._output_tokens = 0
@@ -176,6 +181,8 @@ class Generation:
                 prompt_tokens=len(prompt_ids), max_tokens=max_tokens, seed=seed, model_revision=model.facts.revision
             ),
         )
+        if self._trace is not None:
+            self._trace.accepted(len(prompt_ids), max_tokens)
         if self._abort_asked:
             self.abort()
             return
@@ -224,6 +231,8 @@ class Generation:
 
     def started(self, cached_tokens: int) -> None:
         self._started_at = time.monotonic()
+        if self._trace is not None:
+            self._trace.started(cached_tokens)
         self._cached_tokens = cached_tokens
         self._leave_queue()
         self._outbox.started(self._tag, cached_tokens)
@@ -231,6 +240,8 @@ class Generation:
 
     def tokens(self, ids: Sequence[int]) -> None:
         assert self._handle is not None
+        if self._trace is not None:
+            self._trace.step(len(ids))
         if not self._first_token_at:
             self._first_token_at = time.monotonic()
         try:
@@ -317,6 +328,8 @@ class Generation:
         self._leave_queue()
         self._owner.ended(self)
         self._on_end()
+        if self._trace is not None:
+            self._trace.end(outcome, cached_tokens=self._cached_tokens, output_tokens=self._output_tokens)
         now = time.monotonic()
         log.info(
             "request ended",

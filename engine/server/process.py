@@ -21,6 +21,7 @@ from aiexport_edge.engine.server.listener import Listener, ListenerConfig, open_
 from aiexport_edge.engine.server.models import Model, any_ready, load_text
 from aiexport_edge.engine.server.outbox import DEFAULT_BOUND, OutboxBound
 from aiexport_edge.engine.server.service import EngineService
+from aiexport_edge.engine.server.tracing import RequestTracer
 from aiexport_edge.engine.text.tokenizer import TokenizerError
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class ServerConfig:
     drain_s: float
     outbox: OutboxBound = DEFAULT_BOUND
     ready_fd: int | None = None
+    otlp_endpoint: str | None = None
 
 
 class Server:
@@ -51,7 +53,8 @@ class Server:
         self._backend = backend
         self._models = [Model(index, facts, backend) for index, facts in enumerate(config.models)]
         admission = Admission(config.queue_size, config.tenant_queue_share)
-        self._generations = Generations(self._models, backend, admission)
+        self._tracer = None if config.otlp_endpoint is None else RequestTracer(config.otlp_endpoint)
+        self._generations = Generations(self._models, backend, admission, self._tracer)
         self._service = EngineService(self._generations, config.outbox)
         self._tasks: list[asyncio.Task[None]] = []
         self._listener: Listener | None = None
@@ -91,6 +94,8 @@ class Server:
             await self._listener.close(grace_s=LAST_WORDS_S)
         self._generations.close()
         await self._backend.stop()
+        if self._tracer is not None:
+            await asyncio.to_thread(self._tracer.close)
 
     async def _end_tasks(self) -> None:
         tasks, self._tasks = self._tasks, []
@@ -100,7 +105,7 @@ class Server:
 
 
 async def serve(config: ServerConfig, backend: Backend) -> None:
-    """Serves until SIGTERM or SIGINT, then drains. Raises `ListenerError` where it cannot listen."""
+    """Serves until SIGTERM or SIGINT, then drains. Raises `ListenerError` where it cannot listen, `TracingError`."""
     asked_to_stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -9,6 +9,7 @@ from aiexport_edge.shim.api.messages_request import MessagesRequest, ResponseFor
 from aiexport_edge.shim.catalog import Catalog, Listed
 from aiexport_edge.shim.errors import InvalidRequest
 from aiexport_edge.shim.store import Principal
+from aiexport_edge.shim.telemetry import trace_context
 
 DEFAULT_MAX_TOKENS = 1024
 _SMALLEST_FLOAT32 = 1.2e-38  # a smaller top_p would arrive as 0, which is none
@@ -46,6 +47,7 @@ def generate_request(
         ),
         priority=priority,
         response_format=_response_format(request.response_format, listed),
+        metadata=trace_context.get(),
     )
 
 
