@@ -12,11 +12,14 @@ from typing import Generic
 
 from aiexport_edge.engine.core.channel import Channel, ChannelClosed
 from aiexport_edge.engine.core.commit import end_of
+from aiexport_edge.engine.core.constraint import Constraint
+from aiexport_edge.engine.core.grammars import Grammars
 from aiexport_edge.engine.core.pipeline import Pipeline
 from aiexport_edge.engine.core.plan import Launched, StepRunner
 from aiexport_edge.engine.core.protocol import (
     AbortRequest,
     AddRequest,
+    AddVocabulary,
     CoreStats,
     Finished,
     FinishReason,
@@ -32,6 +35,7 @@ from aiexport_edge.engine.core.scheduler import Scheduler
 from aiexport_edge.engine.core.suspects import Suspects
 
 _STATS_PERIOD_S = 0.1
+_GRAMMAR_WAIT_S = 0.01  # messages wait so long at most behind a grammar that is being compiled
 
 
 class StepLoop(Generic[Launched]):
@@ -44,6 +48,7 @@ class StepLoop(Generic[Launched]):
         self._scheduler = scheduler
         self._page_bytes = runner.page_bytes
         self._pipeline = Pipeline(scheduler=scheduler, runner=runner, suspects=suspects)
+        self._grammars = Grammars()
         self._finished: list[Finished] = []  # ends that no step brought, for the next report
         self._num_added = 0
         self._num_steps = 0
@@ -82,7 +87,8 @@ class StepLoop(Generic[Launched]):
 
     def _receive(self) -> bool:
         """Take what has arrived, waiting for it when there is nothing to do; False to end."""
-        for body in self._channel.receive(wait=not self._pipeline.busy):
+        self._take_prepared()
+        for body in self._channel.receive(wait=not (self._pipeline.busy or self._grammars.busy)):
             for message in decode_to_core(body):
                 if isinstance(message, Shutdown):
                     return False
@@ -91,22 +97,45 @@ class StepLoop(Generic[Launched]):
 
     def _take(self, message: ToCore) -> None:
         scheduler = self._scheduler
-        if isinstance(message, AddRequest):
-            self._pipeline.suspect(message.handle)  # one that cannot even be added must not kill every core
-            request = make_request(message, arrival=self._num_added)
-            self._num_added += 1
-            reason = end_of(request)
-            if reason is None:
-                scheduler.add(request)
+        if isinstance(message, AddVocabulary):
+            self._grammars.learn(message)
+        elif isinstance(message, AddRequest):
+            if message.grammar is None:
+                self._add(message, None)
             else:
-                self._finished.append(Finished(request.handle, reason))
-            self._pipeline.absolve()
+                self._grammars.submit(message)
         elif isinstance(message, AbortRequest | FinishRequest):
             request_or_none = scheduler.requests.get(message.handle)  # None: it ended while the message was on its way
             if request_or_none is not None:
                 scheduler.finish(request_or_none)
-                if isinstance(message, AbortRequest):
-                    self._finished.append(Finished(message.handle, FinishReason.ABORTED))
+            elif not self._grammars.withdraw(message.handle):
+                return
+            if isinstance(message, AbortRequest):
+                self._finished.append(Finished(message.handle, FinishReason.ABORTED))
+
+    def _take_prepared(self) -> None:
+        """Requests whose grammars are there; waits for one a little where there is nothing else to do."""
+        if not self._grammars.busy:
+            return
+        for prepared in self._grammars.ready(at_most_s=0.0 if self._pipeline.busy else _GRAMMAR_WAIT_S):
+            if prepared.constraint is None:
+                self._finished.append(Finished(prepared.message.handle, FinishReason.ABORTED))
+            elif prepared.is_whole:
+                self._finished.append(Finished(prepared.message.handle, FinishReason.END_TURN))
+            else:
+                self._add(prepared.message, prepared.constraint)
+
+    def _add(self, message: AddRequest, constraint: Constraint | None) -> None:
+        self._pipeline.suspect(message.handle)  # one that cannot even be added must not kill every core
+        request = make_request(message, arrival=self._num_added)
+        request.constraint = constraint
+        self._num_added += 1
+        reason = end_of(request)
+        if reason is None:
+            self._scheduler.add(request)
+        else:
+            self._finished.append(Finished(request.handle, reason))
+        self._pipeline.absolve()
 
     def _step(self) -> None:
         report = self._pipeline.advance() if self._pipeline.busy else None

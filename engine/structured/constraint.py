@@ -113,7 +113,7 @@ class Constraint:
         looked at anyway."""
         if self._matcher is not None:
             self._matcher.fill(row)
-            if not self._matcher.spent:
+            if not self._matcher.spent and row.any():
                 return
             self._matcher = None
         row[:] = -1

@@ -645,8 +645,8 @@ def sample(
     top_p: torch.Tensor,
     seeds: torch.Tensor,
     output_index: torch.Tensor,
-    *,
     bitmask: torch.Tensor | None = None,
+    *,
     architecture: Architecture | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `aiexport_edge.kernels.sampler.sample_reference`.
