@@ -28,6 +28,7 @@ def commit(scheduler: Scheduler, plan: StepPlan, result: StepResult) -> StepRepo
 
     Ids past a stop id or past the budget are dropped: never part of the request, hashed, charged or reported. So is all
     that a step brings for a request that has ended since the step was planned; its pages go back with the last such.
+    A request whose logits are faulty ends without an id, and nobody finds its pages again.
     """
     scheduler.settle(plan)
     report = StepReport([], [], [])
@@ -45,7 +46,11 @@ def commit(scheduler: Scheduler, plan: StepPlan, result: StepResult) -> StepRepo
                 scheduler.num_prompt_tokens[model] += request.num_prompt_tokens
                 scheduler.num_cached_tokens[model] += request.num_cached_tokens
                 report.started.append(Started(request.handle, request.num_cached_tokens))
-            if chunk.samples:
+            if chunk.samples and request.handle in result.faulty:
+                scheduler.pool.forget(request.pages)
+                scheduler.finish(request)
+                report.finished.append(Finished(request.handle, FinishReason.FAULTY))
+            elif chunk.samples:
                 ids, reason = _own_ids(request, end, result.ids[request.handle])
                 if request.constraint is not None:
                     taken = request.constraint.advance(ids)

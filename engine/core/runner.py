@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -36,6 +37,9 @@ from aiexport_edge.engine.models.loader import LoadedModel, load_model
 from aiexport_edge.kernels.sampler import sample
 from aiexport_edge.kernels.threads import set_num_threads
 
+if TYPE_CHECKING:
+    from aiexport_edge.engine.models.decode_programs import DecodePrograms
+
 WARM_UP_TOKENS = 64
 
 
@@ -50,12 +54,16 @@ class _Undrawn:
 
 @dataclass(slots=True)
 class PendingStep:
-    """A step that has been launched: whose ids will be in `host_ids` (int64) once `wait` has returned."""
+    """A step that has been launched: whose ids will be in `host_ids` (int64), and the log-probabilities with which they
+    were drawn in `host_logprobs` (float32), once `wait` has returned.
+    """
 
     handles: list[int]
     ids: list[Tensor]  # on the device, in the order of `handles`
+    logprobs: list[Tensor]
     undrawn: list[_Undrawn]
     host_ids: Tensor
+    host_logprobs: Tensor
     wait: Callable[[], None]
 
 
@@ -110,6 +118,7 @@ class Runner:
         ]
         self._accelerator = accelerator
         self._graphs = self._make_graphs(accelerator) if accelerator is not None and graphed else []
+        self._programs = self._make_programs() if accelerator is None and graphed else []
 
     @property
     def overlaps(self) -> bool:
@@ -130,7 +139,7 @@ class Runner:
         was launched last.
         """
         self.last_logits = {}
-        pending = PendingStep([], [], [], _NO_IDS, _nothing)
+        pending = PendingStep([], [], [], [], _NO_IDS, _NO_LOGPROBS, _nothing)
         several = len(plan.models) > 1
         for model_plan in plan.models:
             model, chunks = model_plan.model, model_plan.chunks
@@ -163,8 +172,11 @@ class Runner:
         """Wait for a step's ids. Steps are collected in the order of their launches."""
         assert not pending.undrawn, "draw comes before collect"
         pending.wait()
-        ids = pending.host_ids.tolist()
-        return StepResult(ids={handle: [id_] for handle, id_ in zip(pending.handles, ids, strict=True)})
+        ids = {handle: [id_] for handle, id_ in zip(pending.handles, pending.host_ids.tolist(), strict=True)}
+        broken = np.isnan(pending.host_logprobs.numpy())  # the sampler's word for a row without a distribution
+        if not broken.any():
+            return StepResult(ids)
+        return StepResult(ids, frozenset(pending.handles[row] for row in np.flatnonzero(broken)))
 
     def _launch_decodes(self, model: int, chunks: list[Chunk]) -> tuple[Tensor, Draws]:
         """The logits [rows, vocabulary] of one token each, by a graph."""
@@ -181,6 +193,9 @@ class Runner:
         """The logits of the chunks that sample, None where none does."""
         decoder = self._models[model].decoder
         batch, draws = self._builders[model].build(chunks)
+        programs = self._programs[model] if self._programs else None
+        if programs is not None and programs.fits(batch):
+            return programs.logits(batch), draws
         hidden = decoder.forward(batch, self._kv_caches[model])
         return (decoder.logits(hidden) if draws.requests else None), draws
 
@@ -217,25 +232,36 @@ class Runner:
         self, pending: PendingStep, model: int, logits: Tensor, draws: Draws, bitmask: Tensor | None = None
     ) -> None:
         """Draw an id from each row and note whose it is; it also goes to its request's slot on the device."""
-        drawn, _ = sample(logits, draws.temperature, draws.top_k, draws.top_p, draws.seeds, draws.output_index, bitmask)
+        drawn, logprobs = sample(
+            logits, draws.temperature, draws.top_k, draws.top_p, draws.seeds, draws.output_index, bitmask
+        )
         handles = [request.handle for request in draws.requests]
         pending.handles += handles
         pending.ids.append(drawn)
+        pending.logprobs.append(logprobs)
         if self._graphs:
             self._graphs[model].inputs.tokens.index_copy_(0, draws.token_slots, drawn)
         if self.keep_logits:
-            self.last_logits |= dict(zip(handles, logits.clone() if self._graphs else logits, strict=True))
+            self.last_logits |= dict(
+                zip(handles, logits.clone() if self._graphs or self._programs else logits, strict=True)
+            )
 
     def _send(self, pending: PendingStep) -> None:
-        """Set the ids off to the host."""
+        """Set the ids off to the host, with their log-probabilities."""
         if not pending.ids:
             return
-        ids = torch.cat(pending.ids) if len(pending.ids) > 1 else pending.ids[0]
+        ids, logprobs = _joined(pending.ids), _joined(pending.logprobs)
         if self._accelerator is None:
-            pending.host_ids = ids
+            pending.host_ids, pending.host_logprobs = ids, logprobs
             return
-        pending.host_ids = self._accelerator.staging(8 * len(pending.handles)).view(torch.int64)
+        count = len(pending.handles)
+        host = self._accelerator.staging(12 * count)
+        pending.host_ids, pending.host_logprobs = (
+            host[: 8 * count].view(torch.int64),
+            host[8 * count :].view(torch.float32),
+        )
         pending.host_ids.copy_(ids, non_blocking=True)
+        pending.host_logprobs.copy_(logprobs, non_blocking=True)
         pending.wait = self._accelerator.mark()
 
     @torch.inference_mode()
@@ -255,6 +281,28 @@ class Runner:
             rows = logits[: num_rows * vocabulary].view(num_rows, vocabulary)
             graphs.append(DecodeGraphs(accelerator, model.decoder, kv_caches, inputs, rows))
         return graphs
+
+    def _make_programs(self) -> list[DecodePrograms | None]:
+        """What graphs are on a card, for the models whose operations can be recorded."""
+        if self.memory.bytes.device.type != "cpu":
+            return []
+        from aiexport_edge.engine.models.decode_programs import DecodePrograms, can_record
+
+        programs: list[DecodePrograms | None] = []
+        for model, kv_caches, tokens_per_page in zip(self._models, self._kv_caches, self.tokens_per_page, strict=True):
+            pages_per_row = -(-model.context_window // tokens_per_page)
+            programs.append(
+                DecodePrograms(
+                    model.decoder,
+                    kv_caches,
+                    num_rows=self._max_num_running,
+                    pages_per_row=pages_per_row,
+                    dtype=model.dtype,
+                )
+                if can_record(model.decoder)
+                else None
+            )
+        return programs
 
     def warm_up(self) -> None:
         """Run every operation of every model once, in page 0, so that nothing is compiled while serving."""
@@ -330,6 +378,7 @@ def load(
                     model.path,
                     name=model.name,
                     dtype=model.dtype,
+                    quantize=model.quantize,
                     context_window=model.context_window,
                     deterministic=model.deterministic,
                     device=device,
@@ -400,10 +449,15 @@ def make_runner(
 
 
 _NO_IDS = torch.empty(0, dtype=torch.int64)
+_NO_LOGPROBS = torch.empty(0, dtype=torch.float32)
 
 
 def _nothing() -> None:
     """There is nothing to wait for."""
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
 def _is_decode(chunk: Chunk) -> bool:
