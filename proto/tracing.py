@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 TRACEPARENT = "traceparent"  # W3C Trace Context, in headers and in GenerateRequest.metadata
 TRACESTATE = "tracestate"
+_PATIENCE_S = 2.0  # with a collector, for a batch of spans; also what the end of a process may wait for it
 
 
 class TracingError(Exception):
@@ -43,6 +44,6 @@ def open_tracer_provider(endpoint: str, service: str) -> TracerProvider:
             }
         )
     )
-    exporter = OTLPSpanExporter(endpoint=endpoint, insecure=endpoint.startswith("http://"))
+    exporter = OTLPSpanExporter(endpoint=endpoint, insecure=endpoint.startswith("http://"), timeout=_PATIENCE_S)
     provider.add_span_processor(BatchSpanProcessor(exporter))
     return provider
