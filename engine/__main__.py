@@ -62,6 +62,7 @@ def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: st
                 context_window=fact.context_window,
                 deterministic=fact.deterministic,
                 revision=fact.revision,
+                quantize=weights.quantize,
             )
             for fact, weights in zip(facts, config.weights, strict=True)
         ],
@@ -117,7 +118,7 @@ def _facts(config: Config) -> list[ModelFacts]:
             ModelFacts(
                 name=weights.name,
                 directory=directory,
-                revision=model_revision(directory),
+                revision=model_revision(directory, quantize=weights.quantize),
                 vocab_size=model.vocab_size,
                 context_window=window,
                 max_output_tokens=min(max(limits), window),

@@ -10,7 +10,7 @@ shapes. Our own products need none of that. Knows nothing of models.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -135,10 +135,10 @@ def _find_tiling(
 
 
 def _pack_own(
-    weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, *, quantized: bool
+    parts: Sequence[torch.Tensor], bias: torch.Tensor | None, dtype: torch.dtype, *, quantized: bool
 ) -> PackedWeight | None:
     """The weight in our own packing, None where this processor's products are a library's."""
-    if weight.device.type != "cpu":
+    if parts[0].device.type != "cpu":
         return None
     if not quantized and (dtype != torch.bfloat16 or torch.cpu._is_amx_tile_supported()):
         return None
@@ -148,7 +148,7 @@ def _pack_own(
         return None
     from aiexport_edge.kernels.cpu.products import PackedWeight
 
-    return PackedWeight(weight if quantized else weight.to(dtype), bias, quantized=quantized)
+    return PackedWeight(parts, bias, quantized=quantized)
 
 
 def _pack_quantized(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> tuple[Product, Product]:
@@ -181,23 +181,26 @@ class PackedLinear:
 
     def __init__(
         self,
-        weight: torch.Tensor,
+        weight: torch.Tensor | Sequence[torch.Tensor],
         bias: torch.Tensor | None = None,
         *,
         dtype: torch.dtype,
         deterministic: bool,
         quantize: str = "none",
     ) -> None:
-        """weight [N, K], bias [N], in any float dtype."""
+        """weight [N, K], or parts of it to be stacked along N, bias [N], in any float dtype."""
         assert quantize in QUANTIZATIONS
-        self.out_features, self.in_features = weight.shape
+        parts = [weight] if isinstance(weight, torch.Tensor) else list(weight)
+        self.out_features, self.in_features = sum(part.shape[0] for part in parts), parts[0].shape[1]
         self.dtype = dtype
         self.deterministic = deterministic
         self._tiling: tuple[int, ...] = ()
         self._gather: Product | None = None
-        self._own = _pack_own(weight, bias, dtype, quantized=quantize == "int8")
+        self._own = _pack_own(parts, bias, dtype, quantized=quantize == "int8")
         if self._own is not None:
             return
+        weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+        del parts
         if quantize == "int8":
             self._product_dtype = dtype
             self._product, self._gather = _pack_quantized(weight, None if bias is None else bias.to(dtype), dtype)

@@ -31,6 +31,7 @@ T = TypeVar("T")
 DEFAULT_FILE = "aiexport-edge.toml"
 PLANS = ("free", "pro", "enterprise")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("none", "int8")
 
 
 class ConfigError(Exception):
@@ -72,6 +73,7 @@ class WeightsSpec:
     name: str
     source: str
     dtype: str
+    quantize: str  # what weights are rounded to while they are loaded
     context_window: int  # tokens; 0: the model's own
     deterministic: bool
 
@@ -85,6 +87,7 @@ class ModelSpec:
     display_name: str
     source: str
     dtype: str
+    quantize: str
     context_window: int  # tokens; 0: the model's own
     max_output_tokens: int  # 0: the smaller of 8192 and the context window
     input_per_million: float  # US dollars
@@ -314,7 +317,7 @@ def _models(
 ) -> tuple[tuple[ModelSpec, ...], tuple[WeightsSpec, ...]]:
     entries = root.take("models", values.tables, list(_DEMO_MODELS))
     models: list[ModelSpec] = []
-    weights: dict[tuple[str, str, int, bool], WeightsSpec] = {}
+    weights: dict[tuple[str, str, str, int, bool], WeightsSpec] = {}
     seen: dict[str, int] = {}
     for index, raw in enumerate(entries):
         table = _Table(root.file, f"models.{index}", raw)
@@ -331,7 +334,7 @@ def _model(
     table: _Table,
     base: Path,
     engine_deterministic: bool | None,
-    weights: dict[tuple[str, str, int, bool], WeightsSpec],
+    weights: dict[tuple[str, str, str, int, bool], WeightsSpec],
 ) -> ModelSpec:
     nothing: tuple[str, ...] = ()
     ids = table.take("ids", values.model_ids, nothing)
@@ -339,6 +342,7 @@ def _model(
     source = table.take("source", values.source(base), "")
     display_name = table.take("display_name", values.text, "")
     dtype = table.take("dtype", values.one_of(DTYPES), "auto")
+    quantize = table.take("quantize", values.one_of(QUANTIZATIONS), "none")
     context_window = table.take("context_window", values.integer(0, 1 << 24), 0)
     max_output_tokens = table.take("max_output_tokens", values.integer(0, 1 << 24), 0)
     input_per_million = table.take("input_per_million", values.price, 0.0)
@@ -353,7 +357,7 @@ def _model(
             raise table.error(key, f"is missing; {_MODEL_REMEDIES[key]}")
     if context_window and max_output_tokens > context_window:
         raise table.error("max_output_tokens", f"must be at most the context_window, {context_window}")
-    shared = (source, dtype, context_window, deterministic)
+    shared = (source, dtype, quantize, context_window, deterministic)
     if shared not in weights:
         weights[shared] = WeightsSpec(_weights_name(source, weights.values()), *shared)
     return ModelSpec(
@@ -362,6 +366,7 @@ def _model(
         display_name=display_name or ids[0],
         source=source,
         dtype=dtype,
+        quantize=quantize,
         context_window=context_window,
         max_output_tokens=max_output_tokens,
         input_per_million=input_per_million,

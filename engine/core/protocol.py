@@ -33,7 +33,7 @@ class CoreModel(msgspec.Struct, frozen=True, array_like=True):
     """One set of weights to serve: a Hugging Face directory. `revision` is a content hash and goes into prefix hashes.
 
     `dtype` is "float32", "bfloat16", "float16" or "auto": a float32 checkpoint stays so, a 16-bit one is bfloat16
-    where the device multiplies it, else float32.
+    where the device multiplies it, else float32. `quantize` is "none" or "int8": weights rounded while they are loaded.
     `context_window` is in tokens, prompt and output together, and already resolved by the parent.
     """
 
@@ -43,6 +43,7 @@ class CoreModel(msgspec.Struct, frozen=True, array_like=True):
     context_window: int
     deterministic: bool
     revision: str
+    quantize: str = "none"
 
 
 class CoreConfig(msgspec.Struct, frozen=True, array_like=True):

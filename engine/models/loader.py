@@ -69,6 +69,8 @@ def load_model(
         raise ModelError(
             f"{directory}: a context window of {context_window} tokens is more than the model's {config.context_window}"
         )
+    if quantize != "none" and device.type != "cpu":
+        raise ModelError(f"quantize {quantize} is for models that run on a CPU; leave it out for {directory}")
     with open_checkpoint(directory) as checkpoint:
         weights = _Weights(checkpoint, config, dtype=dtype, quantize=quantize, device=device, progress=progress)
         decoder = _build(weights, context_window or config.context_window, deterministic)
@@ -219,15 +221,31 @@ class _Weights:
         self._report()
         return target
 
+    def rows(self, *names: str) -> list[Tensor]:
+        """The tensors `names`, on a CPU as they lie in their files: for what packs and keeps none of them."""
+        if self.device.type != "cpu":
+            return [self.parameter(*names)]
+        tensors = []
+        for name in names:
+            source = self._names[name]
+            tensors.append(self._checkpoint.tensor(source))
+            self._bytes_done += self._checkpoint.entries[source].nbytes
+        self._report()
+        return tensors
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """One of `rows` in the model's dtype and in memory of its own."""
+        return tensor.to(self.dtype, copy=True) if self.device.type == "cpu" else tensor
+
     def linear(self, prefix: str, product: str, *, bias: bool, deterministic: bool) -> PackedLinear:
         """The layer `prefix`'s product, fused from its parts where FUSIONS says so."""
         parts = [f"{prefix}.{part}" for part in FUSIONS.get(product, (product,))]
-        weight = self.parameter(*(f"{part}.weight" for part in parts))
+        weight = self.rows(*(f"{part}.weight" for part in parts))
         bias_rows = self.parameter(*(f"{part}.bias" for part in parts)) if bias else None
         return self.product(weight, bias_rows, deterministic=deterministic)
 
-    def product(self, weight: Tensor, bias: Tensor | None, *, deterministic: bool) -> PackedLinear:
-        """Packed, and quantized where that was asked for."""
+    def product(self, weight: list[Tensor], bias: Tensor | None, *, deterministic: bool) -> PackedLinear:
+        """The product with these weights' rows, packed, and quantized where that was asked for."""
         return PackedLinear(weight, bias, dtype=self.dtype, deterministic=deterministic, quantize=self._quantize)
 
     def _report(self) -> None:
@@ -237,16 +255,19 @@ class _Weights:
 
 def _build(weights: _Weights, max_positions: int, deterministic: bool) -> Decoder:
     config = weights.config
-    embedding = weights.parameter(EMBEDDING)
     layers = [_layer(weights, index, deterministic) for index in range(config.num_layers)]
     norm = weights.parameter(FINAL_NORM)
     if config.tie_word_embeddings:
-        head = weights.product(embedding, None, deterministic=deterministic)
+        rows = weights.rows(EMBEDDING)
+        head = weights.product(rows, None, deterministic=deterministic)
+        # An embedding that the head gives back would lie in memory twice.
+        embedding = None if head.gathers else weights.own(rows[0])
     else:
-        head = weights.product(weights.parameter(HEAD), None, deterministic=deterministic)
+        head = weights.product(weights.rows(HEAD), None, deterministic=deterministic)
+        embedding = weights.parameter(EMBEDDING)
     return Decoder(
         config,
-        embedding=None if config.tie_word_embeddings and head.gathers else embedding,
+        embedding=embedding,
         layers=layers,
         norm=norm,
         head=head,

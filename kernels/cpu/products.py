@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -32,8 +33,7 @@ from aiexport_edge.kernels.cpu.memory import (
 )
 from aiexport_edge.kernels.cpu.simd import LANES, absolute, add, max_lanes, maximum, multiply, splat
 from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
-from aiexport_edge.kernels.cpu.words import quantize_lanes, set_int32, transpose_words
-from aiexport_edge.kernels.quantization import quantize_int8
+from aiexport_edge.kernels.cpu.words import quantize_lanes, quantize_unsigned, set_int32, transpose_words
 from aiexport_edge.kernels.threads import empty, launch
 
 GROUP = 128  # inputs of a row that share a scale
@@ -128,6 +128,28 @@ def pack_words(
                     panel + 4 * (word * COLUMNS + column),
                     4 * COLUMNS,
                 )
+        unit = next_unit(control)
+    end(control)
+
+
+@kernel
+def quantize_weight(
+    control: int, scratch: int, num_units: int, weight: int, dtype: int, width: int, out: int, scales: int
+) -> None:
+    """`quantization.quantize_int8` of a row a unit, with 128 added."""
+    item = 4 if dtype == 0 else 2
+    padded = (width + LANES - 1) // LANES * LANES
+    wide = scratch
+    unit = begin(control)
+    while unit < num_units:
+        widen(dtype, weight + unit * width * item, wide, width)
+        largest = splat(np.float32(1e-30))
+        for i in range(0, padded, LANES):
+            largest = maximum(absolute(load(wide + 4 * i)), largest)
+        scale = max_lanes(largest) / np.float32(127.0)
+        set_float32(scales, unit, scale)
+        for i in range(0, padded, LANES):
+            quantize_unsigned(wide + 4 * i, scale, out + unit * width + i, width - i)
         unit = next_unit(control)
     end(control)
 
@@ -318,9 +340,11 @@ def gather_outputs(
 class PackedWeight:
     """A weight [N, K] in panels, as bfloat16 or, where `quantized`, as int8 with a scale per output."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, quantized: bool) -> None:
-        """weight [N, K] on a CPU, in bfloat16 unless it is to be quantized; bias [N]."""
-        self.num_outputs, self.width = weight.shape
+    def __init__(self, parts: Sequence[torch.Tensor], bias: torch.Tensor | None, *, quantized: bool) -> None:
+        """parts [n, K], stacked the weight, on a CPU and in any float dtype; bias [N]."""
+        if any(part.shape[0] % COLUMNS for part in parts[:-1]):
+            parts = [torch.cat(list(parts))]
+        self.num_outputs, self.width = sum(part.shape[0] for part in parts), parts[0].shape[1]
         self.quantized = quantized
         per_word = 4 if quantized else 2
         self._depth = -(-self.width // per_word)
@@ -331,10 +355,13 @@ class PackedWeight:
         if bias is not None:
             self._bias = torch.zeros(padded_outputs)
             self._bias[: self.num_outputs] = bias
-        # A few megabytes at a time, so that what is quantized does not lie in memory as a whole besides.
+        # A few megabytes at a time, so that what is converted does not lie in memory as a whole besides.
         step = max(1, PACKED_AT_ONCE // self.width // COLUMNS) * COLUMNS
-        for first in range(0, self.num_outputs, step):
-            self._pack(weight[first : first + step], first)
+        first = 0
+        for part in parts:
+            for rows in torch.split(part, step):
+                self._pack(rows, first)
+                first += rows.shape[0]
 
     @property
     def nbytes(self) -> int:
@@ -343,9 +370,7 @@ class PackedWeight:
 
     def _pack(self, rows: torch.Tensor, first: int) -> None:
         num_rows = rows.shape[0]
-        if self._scales is not None:
-            rows, self._scales[first : first + num_rows] = quantize_int8(rows)
-            rows = rows.add(128).view(torch.uint8)  # wraps around: -127 … 127 to 1 … 255
+        rows = rows.to(torch.bfloat16) if self._scales is None else self._quantize_weight(rows, first)
         missing = self._depth * (4 if self.quantized else 2) - self.width
         rows = torch.nn.functional.pad(rows, (0, missing)) if missing else rows.contiguous()
         launch(
@@ -359,6 +384,24 @@ class PackedWeight:
             self._depth,
             self._panels.data_ptr() + first * self._depth * 4,
         )
+
+    def _quantize_weight(self, rows: torch.Tensor, first: int) -> torch.Tensor:
+        """`quantize_int8` with 128 added, uint8; the scales go where they belong."""
+        assert self._scales is not None
+        rows = rows.contiguous()
+        out = torch.empty(rows.shape, dtype=torch.uint8)
+        launch(
+            quantize_weight,
+            rows.shape[0],
+            0.3 * rows.numel(),
+            4 * (self.width + LANES),
+            rows.data_ptr(),
+            DTYPES[rows.dtype],
+            self.width,
+            out.data_ptr(),
+            self._scales.data_ptr() + 4 * first,
+        )
+        return out
 
     def multiply(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """x [M, K], bfloat16 unless the weight is quantized -> x Wᵀ + b [M, N] in `dtype`."""

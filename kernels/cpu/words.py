@@ -70,6 +70,17 @@ def quantize_lanes(builder: Any, source: Any, factor: Any, target: Any) -> Any:
     return builder.sext(call(builder, "llvm.vector.reduce.add.v16i32", I32, words), I64)
 
 
+@operation(none, int64, float32, int64, int64)
+def quantize_unsigned(builder: Any, source: Any, scale: Any, target: Any, count: Any) -> None:
+    """The first `count` of sixteen float32 over `scale`, rounded to nearest, ties to even, plus 128, to uint8."""
+    value = builder.load(pointer(builder, source, FLOATS), align=4, typ=FLOATS)
+    scaled = builder.fdiv(value, broadcast(builder, scale, FLOATS))
+    words = builder.fptosi(call(builder, "llvm.rint.v16f32", FLOATS, scaled), WORDS)
+    octets = builder.trunc(builder.add(words, constant(WORDS, 128)), _BYTES)
+    arguments = octets, pointer(builder, target, _BYTES), ir.Constant(I32, 1), lanes_below(builder, count)
+    call(builder, "llvm.masked.store.v16i8.p0", ir.VoidType(), *arguments)
+
+
 @operation(none, int64, int64, int64, int64)
 def gather_columns(builder: Any, addresses: Any, offset: Any, target: Any, target_stride: Any) -> None:
     """target[w, r] = word w of the 16 words that begin `offset` bytes into the r-th of sixteen rows."""
