@@ -15,6 +15,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from aiexport_edge.shim.api.batch import Batches, BatchResults, CreateBatch
+from aiexport_edge.shim.api.console import Console
 from aiexport_edge.shim.api.docs import Docs
 from aiexport_edge.shim.api.health import Health
 from aiexport_edge.shim.api.keys import Keys
@@ -97,11 +98,13 @@ def create_app(services: Services, *, ping_s: float = PING_S) -> Starlette:
 
 def create_admin_app(services: Services, *, public: bool = False) -> Starlette:
     """The operator's application, behind the operator's login. `public`: other machines can reach its listener."""
-    health = Health(services)
+    health, console = Health(services), Console(services)
     gate = Middleware(OperatorGate, OperatorLogin(services.store.database), services.threads, public=public)
     app = Starlette(
         routes=[
             _Route("/metrics", health.metrics),
+            _Route("/console", console.index),
+            _Route("/console/{name}", console.workspace),
             _Route("/healthz", health.healthz),
             _Route("/readyz", health.readyz),
         ],

@@ -10,8 +10,9 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ LAST_RETRY_S = 0.5
 LOADING_REFRESH_S = 0.1  # while a model is loading
 REFRESH_S = 5.0
 CALL_TIMEOUT_S = 15.0
+STATS_TIMEOUT_S = 3.0  # a person waits for it
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ class Session:
         self._next_tag = 1
         self._outgoing: deque[pb.ClientEvent] = deque()
         self._wake_writer = asyncio.Event()
+        self._ask_stats: Callable[..., Awaitable[pb.StatsResponse]] | None = None  # while connected
 
     # ------------------------------------------------------------------------------------------ requests
 
@@ -110,6 +113,20 @@ class Session:
         self._outgoing.append(event)
         self._wake_writer.set()
 
+    async def stats(self) -> pb.StatsResponse | None:
+        """How loaded the engine says it is; None while it is not connected or does not answer."""
+        if self._ask_stats is None:
+            return None
+        try:
+            return await self._ask_stats(pb.StatsRequest(), timeout=STATS_TIMEOUT_S)
+        except grpc.aio.AioRpcError:
+            return None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            return None  # the session has ended, and its channel with it
+
     # ------------------------------------------------------------------------------------------ the connection
 
     async def run(self) -> None:
@@ -143,6 +160,7 @@ class Session:
             self._outgoing.clear()
             self._send(pb.ClientEvent(hello=pb.Hello(client=self._client)))
             self.connected = True
+            self._ask_stats = partial(stub.Stats, metadata=metadata)
             log.info("engine %s: connected", self.address)
             self._on_change()
             side_tasks = [
@@ -235,6 +253,7 @@ class Session:
     def _end(self) -> None:
         """The session is over: every request of it goes back to the owner."""
         was_connected, self.connected, self.draining = self.connected, False, False
+        self._ask_stats = None
         self._outgoing.clear()
         lost = list(self._live.values())
         self._live.clear()

@@ -140,6 +140,10 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
             ]
         )
 
+    async def Stats(self, request: pb.StatsRequest, context: Any) -> pb.StatsResponse:
+        models = [pb.ModelStats(name=name, running=1, prompt_tokens=100, cached_tokens=25) for name in self._models]
+        return pb.StatsResponse(running=1, waiting=2, pages_total=10, pages_used=4, uptime_s=7200, models=models)
+
     async def Session(self, events: AsyncIterator[pb.ClientEvent], context: Any) -> AsyncIterator[pb.StepOutputs]:
         outbox: asyncio.Queue[pb.StepOutputs | None] = asyncio.Queue()
         self._sessions.add(outbox)
