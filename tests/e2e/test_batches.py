@@ -78,6 +78,15 @@ class Running:
         wait_until(lambda: part(self.edge, word) != [], f"{word} runs")
         return part(self.edge, word)
 
+    def wait(self, batch_id: str, what: str, number: int) -> None:
+        """Until that count of the batch is as high."""
+
+        def reached() -> bool:
+            counts = self.counts(batch_id)
+            return counts is not None and counts[what] >= number
+
+        wait_until(reached, f"{number} {what} after {self.killed}", 600)
+
     def counts(self, batch_id: str) -> Counter[str] | None:
         """The batch's counts, which always add up; None while nobody answers."""
         try:
@@ -108,13 +117,9 @@ def run_batch_through_kills(tmp_path: Path, num_requests: int, kills: list[str],
             batch_id = accepted.json()["id"]
             moments = sorted(rng.randrange(num_requests * 9 // 10) for _ in kills)
             for moment, what in zip(moments, kills, strict=True):
-                wait_until(
-                    lambda moment=moment: (c := running.counts(batch_id)) is not None and c["succeeded"] >= moment,
-                    f"{moment} of {num_requests} are done after {running.killed}",
-                    300,
-                )
+                running.wait(batch_id, "succeeded", moment)
                 running.kill(what)
-            wait_until(lambda: (c := running.counts(batch_id)) is not None and c["ended"] > 0, "the batch ends", 600)
+            running.wait(batch_id, "ended", 1)
             check_results(running.edge, batch_id, num_requests)
             receiver.wait(2)  # the first try was refused
             check_webhook(running.edge, receiver, secret, batch_id)
