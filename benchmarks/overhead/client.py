@@ -1,7 +1,7 @@
 """A client that costs little: raw sockets and one epoll, nothing parsed that need not be.
 
-It counts events and tokens by counting bytes: every token's text begins with the one blank that it has, and an event has
-two besides (after `event:` and `data:`).
+It counts events and tokens by counting bytes: every token's text begins with the one blank that it has, and an event
+has two besides (after `event:` and `data:`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ _DELTA = b"content_block_delta\ndata: "
 _RECEIVE_BYTES = 1 << 18
 
 
-def request(key: str, *, max_tokens: int, seed: int, stream: bool) -> bytes:
-    """A whole HTTP/1.1 request with a short prompt."""
+def request(key: str, *, max_tokens: int, pace_us: int = 0, prompt_ms: int = 0, stream: bool = True) -> bytes:
+    """A whole HTTP/1.1 request with a short prompt; how fast the core is to be, as `core.py` understands it."""
     body: dict[str, Any] = {
         "model": MODEL,
         "max_tokens": max_tokens,
-        "seed": seed,
+        "seed": pace_us,
+        "top_k": prompt_ms,
         "messages": [{"role": "user", "content": "Tell me a story about three bears."}],
     }
     content = json.dumps(body).encode()

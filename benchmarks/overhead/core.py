@@ -1,8 +1,9 @@
 """A core process without a model: it speaks the core's protocol on its socket and emits tokens at will.
 
-Every running request gets one token a step. A request's `seed` says how long a step takes, in microseconds; with several
-the shortest counts, 0 is as fast as the parent reads. What it emits goes round a list of ids. Aborts are told, with the
-time of CLOCK_MONOTONIC at which they were read, as datagrams to the socket of `--reports`.
+Every running request gets one token a step. A request's `seed` says how long a step takes, in microseconds; with
+several the shortest counts, 0 is as fast as the parent reads. Its `top_k` says how many milliseconds its prompt takes
+before the first token. What it emits goes round a list of ids. Aborts are told, with the time of CLOCK_MONOTONIC at
+which they were read, as datagrams to the socket of `--reports`.
 
     python core.py --ids FILE --reports SOCKET --fd N --shared-fd M
 """
@@ -10,6 +11,7 @@ time of CLOCK_MONOTONIC at which they were read, as datagrams to the socket of `
 from __future__ import annotations
 
 import argparse
+import contextlib
 import select
 import socket
 import sys
@@ -49,6 +51,7 @@ class FakeCore:
         self._left: dict[int, int] = {}  # tokens that each running request has yet to get
         self._pace_s: dict[int, float] = {}
         self._new: list[int] = []
+        self._prompts: list[tuple[float, AddRequest]] = []  # when each is computed; soonest first
         self._received = bytearray()
         self._num_steps = 0
 
@@ -56,9 +59,16 @@ class FakeCore:
         """Until the parent is gone."""
         (body,) = self._read(wait=True)
         self._parent.sendall(encode_from_core(_ready(decode_config(body))))
-        due = time.monotonic()
+        due = 0.0
         while True:
-            wait_s = due - time.monotonic() if self._left else None
+            now = time.monotonic()
+            while self._prompts and self._prompts[0][0] <= now:
+                self._start(self._prompts.pop(0)[1])
+                due = now
+            times = [due] if self._left else []
+            if self._prompts:
+                times.append(self._prompts[0][0])
+            wait_s = min(times) - now if times else None
             if wait_s is None or wait_s > 0 or self._is_readable():
                 if not select.select([self._parent], [], [], None if wait_s is None else max(0.0, wait_s))[0]:
                     continue
@@ -69,13 +79,14 @@ class FakeCore:
                                 self._add(message)
                             case AbortRequest(handle):
                                 self._end(handle)
-                                self._reports.send(str(time.monotonic_ns()).encode())
+                                with contextlib.suppress(BlockingIOError):  # nobody listens just now
+                                    self._reports.send(str(time.monotonic_ns()).encode())
                             case FinishRequest(handle):
                                 self._end(handle)
                             case Shutdown():
                                 return
-                if self._new:
-                    due = min(due, time.monotonic())  # a first token waits for nothing
+                continue
+            if not self._left or due > time.monotonic():
                 continue
             self._step()
             pace_s = min(self._pace_s.values(), default=0.0)
@@ -101,11 +112,16 @@ class FakeCore:
                 return frames
 
     def _add(self, request: AddRequest) -> None:
+        self._prompts.append((time.monotonic() + request.sampling.top_k / 1e3, request))
+        self._prompts.sort(key=lambda prompt: prompt[0])
+
+    def _start(self, request: AddRequest) -> None:
         self._left[request.handle] = request.max_tokens - len(unpack_ids(request.output_ids))
         self._pace_s[request.handle] = request.sampling.seed / 1e6
         self._new.append(request.handle)
 
     def _end(self, handle: int) -> None:
+        self._prompts = [prompt for prompt in self._prompts if prompt[1].handle != handle]
         self._left.pop(handle, None)
         self._pace_s.pop(handle, None)
 
@@ -142,6 +158,7 @@ def main() -> None:
     arguments = parser.parse_args()
     reports = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     reports.connect(arguments.reports)
+    reports.setblocking(False)
     ids = [int(line) for line in arguments.ids.read_text().split()]
     parent = socket.socket(fileno=arguments.fd)
     try:

@@ -33,8 +33,8 @@ def main() -> None:
     parser.add_argument("--ids", required=True, help="the core's")
     parser.add_argument("--reports", required=True, help="the core's")
     arguments = parser.parse_args()
-    core = (sys.executable, str(Path(__file__).with_name("core.py")))
-    core += ("--ids", arguments.ids, "--reports", arguments.reports)
+    core = [sys.executable, str(Path(__file__).with_name("core.py"))]
+    core += ["--ids", arguments.ids, "--reports", arguments.reports]
     config = CoreConfig(
         models=[CoreModel(MODEL, "", "auto", WINDOW, deterministic=True, revision="overhead")],
         device="cpu",

@@ -1,11 +1,11 @@
 """What the same work costs with nothing around it: the floors that the stack's own figures stand beside.
 
-    python -m benchmarks.overhead.floors events --fd N    an ASGI application on the shim's server that only writes
+    python -m benchmarks.overhead.floors writes --fd N    a socket server that only writes bytes made beforehand
+    python -m benchmarks.overhead.floors events --fd N    an ASGI application on uvicorn that only writes events
     python -m benchmarks.overhead.floors tokens ADDR      a gRPC servicer that only sends messages made beforehand
-    python -m benchmarks.overhead.floors count ADDR       a gRPC client that only counts what it is sent
 
-`events` reads `?streams=N&pace_us=P` and writes one event to each of N streams every P microseconds, once all are there.
-`count` and `tokens` carry a message of 256 deltas, as fast as they can.
+`writes` and `events` are asked for `/?streams=N&pace_us=P` and write one event to each of N streams every P
+microseconds, once all are there. `tokens` sends a message of 256 deltas again and again.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import socket
-import sys
 import time
+from typing import Any, ClassVar
 from urllib.parse import parse_qs
 
 import grpc.aio
@@ -29,6 +29,36 @@ from aiexport_edge.shim import sse
 DELTAS = 256
 COUNT_S = 3.0
 WORD = " bears"
+
+
+class Writes(asyncio.Protocol):
+    """What an event costs on its way through the event loop and the system, whoever makes it."""
+
+    streams: ClassVar[list[asyncio.Transport]] = []
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        target = data.split(b" ")[1].decode()
+        if target == "/readyz":
+            self._transport.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+            return
+        query = parse_qs(target.partition("?")[2])
+        self.streams.append(self._transport)
+        self._transport.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        if len(self.streams) == int(query["streams"][0]):
+            event = sse.text_delta(WORD)
+            chunk = b"%x\r\n%b\r\n" % (len(event), event)
+            self._beating = asyncio.ensure_future(self._beat(int(query["pace_us"][0]) / 1e6, chunk))
+
+    async def _beat(self, pace_s: float, chunk: bytes) -> None:
+        due = time.monotonic()
+        while True:
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            due += pace_s
+            for stream in self.streams:
+                stream.write(chunk)
 
 
 class Events:
@@ -78,6 +108,16 @@ def serve_events(fd: int) -> None:
         runner.run(uvicorn.Server(config).serve(sockets=[socket.socket(fileno=fd)]))
 
 
+def serve_writes(fd: int) -> None:
+    """Until killed."""
+
+    async def serve() -> None:
+        server = await asyncio.get_running_loop().create_server(Writes, sock=socket.socket(fileno=fd))
+        await server.serve_forever()
+
+    uvloop.run(serve())
+
+
 async def serve_tokens(address: str) -> None:
     """Sends the same message for ever to whoever calls."""
     deltas = pb.Deltas(
@@ -106,7 +146,8 @@ async def count_tokens(address: str) -> tuple[float, float]:
     async with grpc.aio.insecure_channel(address) as channel:
         found = []
         for parse in (None, pb.StepOutputs.FromString):
-            call = channel.stream_stream("/floor/Session", response_deserializer=parse)(iter(()), wait_for_ready=True)
+            session = channel.stream_stream("/floor/Session", request_serializer=None, response_deserializer=parse)
+            call: Any = session(iter(()), wait_for_ready=True)
             await call.read()
             start, end, num_messages = time.process_time(), time.monotonic() + COUNT_S / 2, 0
             while time.monotonic() < end:
@@ -120,15 +161,18 @@ async def count_tokens(address: str) -> tuple[float, float]:
 def main() -> None:
     die_with_parent()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("floor", choices=("events", "tokens"))
+    parser.add_argument("floor", choices=("writes", "events", "tokens"))
     parser.add_argument("address", nargs="?", default="")
     parser.add_argument("--fd", type=int, default=-1)
     arguments = parser.parse_args()
-    if arguments.floor == "events":
-        serve_events(arguments.fd)
-    else:
-        uvloop.run(serve_tokens(arguments.address))
+    match arguments.floor:
+        case "writes":
+            serve_writes(arguments.fd)
+        case "events":
+            serve_events(arguments.fd)
+        case _:
+            uvloop.run(serve_tokens(arguments.address))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
