@@ -129,6 +129,7 @@ class UsageLedger:
         self._running: dict[str, tuple[Entry, UsageRow]] = {}  # with what was last written
         self._unsaved: dict[str, UsageRow] = {}  # settled, not yet written because the store failed
         self._unreleased: set[str] = set()  # claims, likewise
+        self._refused: set[str] = set()  # of entries that have no row, and are yet to be settled
 
     def start(self) -> None:
         self._thread.start()
@@ -217,7 +218,9 @@ class UsageLedger:
         for entry, row in zip(entries, reserved, strict=True):
             self._running[row.request_id] = (entry, row)
         for item in batch:
-            if isinstance(item, _Settle):
+            if isinstance(item, _Settle) and item.entry.request_id in self._refused:
+                self._refused.discard(item.entry.request_id)
+            elif isinstance(item, _Settle):
                 self._running.pop(item.entry.request_id, None)
                 changed[item.entry.request_id] = item.entry.row()
                 if item.entry.claim is not None:
@@ -242,7 +245,8 @@ class UsageLedger:
         else:
             self._unsaved, self._unreleased = {}, set()
             for refused in saved.refused:
-                self._running.pop(refused, None)
+                if self._running.pop(refused, None) is not None:
+                    self._refused.add(refused)
             _resolve(asked, saved)
 
     def _sweep(self) -> None:

@@ -11,13 +11,14 @@ written in batches by one thread (`shim/usage.py`); `record` is for those who se
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Engine, RowMapping, bindparam, delete, func, insert, select, update
+from sqlalchemy import BindParameter, Connection, Engine, RowMapping, bindparam, delete, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from aiexport_edge.shim.store.database import read, write
@@ -27,6 +28,7 @@ from aiexport_edge.shim.store.values import UsageRow
 
 DAY_MS = 86_400_000
 _IDS_AT_ONCE = 1000
+BEAT_S = 0.5  # no more heartbeats than that
 DOUBT = timedelta(seconds=4)  # a heartbeat that looks old must have stood still for so long: the clock may have jumped
 
 _CHANGED = (
@@ -39,13 +41,41 @@ _CHANGED = (
     "ended_at",
 )
 _SUMS = ("requests", "input_tokens", "cache_read_input_tokens", "output_tokens", "cost")
+
+# The statements of every request, put together once: that costs several times what it takes to run them.
+_IDS: BindParameter[Any] = bindparam("ids", expanding=True)
 _CHANGE = (
     update(usage)
     .where(usage.c.request_id == bindparam("row_id"))
     .values({name: bindparam(f"new_{name}") for name in _CHANGED})
 )
 _CHANGE_RUNNING = _CHANGE.where(usage.c.status == "running")
+_INSERT = insert(usage)
+_FIND = select(usage).where(usage.c.request_id.in_(_IDS)).order_by(usage.c.request_id).with_for_update()
+_RELEASE = delete(reservations).where(reservations.c.id.in_(_IDS))
+_BEAT = (
+    update(processes)
+    .where(processes.c.id == bindparam("process_id"))
+    .values(heartbeat_at=bindparam("new_heartbeat_at"))
+)
+_LOCK = select(workspaces.c.id).where(workspaces.c.id == bindparam("workspace")).with_for_update(key_share=True)
 _TOKENS = usage_days.c.input_tokens + usage_days.c.cache_read_input_tokens + usage_days.c.output_tokens
+_USED = select(func.coalesce(func.sum(_TOKENS), 0)).where(
+    usage_days.c.workspace_id == bindparam("workspace"), usage_days.c.day == bindparam("of_day")
+)
+_RESERVED = select(func.coalesce(func.sum(reservations.c.tokens), 0)).where(
+    reservations.c.workspace_id == bindparam("workspace"), reservations.c.day == bindparam("of_day")
+)
+_STANDING = select(_USED.scalar_subquery(), _RESERVED.scalar_subquery())
+
+
+def _upsert(dialect: Any) -> Any:
+    new = dialect.insert(usage_days)
+    added = {name: usage_days.c[name] + new.excluded[name] for name in _SUMS}
+    return new.on_conflict_do_update(index_elements=list(usage_days.primary_key), set_=added)
+
+
+_ADD = {"sqlite": _upsert(sqlite), "postgresql": _upsert(postgresql)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +120,9 @@ class _SumKey:
     def of(cls, row: UsageRow) -> _SumKey:
         return cls(row.workspace_id, day_of(row.created_at), row.model, row.key_id, row.batch)
 
+    def columns(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
 
 _Sums = dict[_SumKey, list[int]]
 
@@ -120,20 +153,14 @@ def record(connection: Connection, rows: Iterable[UsageRow], process_id: str) ->
     there = set(connection.execute(select(usage.c.request_id).where(known)).scalars())
     new = [row for row in rows if row.request_id not in there]
     if new:
-        connection.execute(insert(usage), [_inserted(row, process_id) for row in new])
+        connection.execute(_INSERT, [_inserted(row, process_id) for row in new])
     _add(connection, _sums(new))
     _release(connection, [row.request_id for row in rows])
 
 
 def standing(connection: Connection, workspace_id: str, day: int) -> Standing:
     """How much of a day is used and reserved."""
-    used = select(func.coalesce(func.sum(_TOKENS), 0)).where(
-        usage_days.c.workspace_id == workspace_id, usage_days.c.day == day
-    )
-    reserved = select(func.coalesce(func.sum(reservations.c.tokens), 0)).where(
-        reservations.c.workspace_id == workspace_id, reservations.c.day == day
-    )
-    row = connection.execute(select(used.scalar_subquery(), reserved.scalar_subquery())).one()
+    row = connection.execute(_STANDING, {"workspace": workspace_id, "of_day": day}).one()
     return Standing(day, int(row[0]), int(row[1]))
 
 
@@ -152,6 +179,7 @@ class UsageRows:
     def __init__(self, database: Engine, process_id: str) -> None:
         self._database = database
         self.process_id = process_id
+        self._beat = -math.inf  # when the last heartbeat was written, by the monotonic clock
         self._heard: dict[str, tuple[int, float]] = {}  # others' last heartbeats, and since when they stand still
 
     def save(
@@ -164,21 +192,48 @@ class UsageRows:
         """One transaction: brings `changed` up to date, settles those that have ended, lets go of the reservations
         `released`, then decides `claims` in order and inserts the rows `reserved` whose claim was not refused; and
         shows that this process is alive. What is in both is new and ended already: it is inserted first."""
+        try:
+            return self._save(reserved, changed, claims, released, _settle_running)
+        except _SettledBefore:
+            return self._save(reserved, changed, claims, released, _settle)
+
+    def _save(
+        self,
+        reserved: Sequence[UsageRow],
+        changed: Sequence[UsageRow],
+        claims: Sequence[Claim],
+        released: Sequence[str],
+        settle: Callable[[Connection, Sequence[UsageRow]], None],
+    ) -> Saved:
         new, claimed = {row.request_id for row in reserved}, {claim.id for claim in claims}
+
+        def bring_up_to_date(connection: Connection, rows: Sequence[UsageRow]) -> None:
+            running = [_changes(row) for row in rows if row.status == "running"]
+            if running:
+                connection.execute(_CHANGE_RUNNING, running)
+            settle(connection, [row for row in rows if row.status != "running"])
+
         with write(self._database, synchronous="NORMAL") as connection:
-            _bring_up_to_date(connection, [row for row in changed if row.request_id not in new])
+            bring_up_to_date(connection, [row for row in changed if row.request_id not in new])
             _release(connection, [claim_id for claim_id in released if claim_id not in claimed])
             saved = self._decide(connection, claims)
             accepted = [_inserted(row, self.process_id) for row in reserved if row.request_id not in saved.refused]
             if accepted:
-                connection.execute(insert(usage), accepted)
-            _bring_up_to_date(connection, [row for row in changed if row.request_id in new])
+                connection.execute(_INSERT, accepted)
+            bring_up_to_date(connection, [row for row in changed if row.request_id in new])
             _release(connection, [claim_id for claim_id in released if claim_id in claimed])
-            now = now_ms()
-            beat = update(processes).where(processes.c.id == self.process_id).values(heartbeat_at=now)
-            if connection.execute(beat).rowcount == 0:
-                connection.execute(insert(processes).values(id=self.process_id, started_at=now, heartbeat_at=now))
+            beat = time.monotonic()
+            if beat - self._beat >= BEAT_S:
+                self._show_life(connection)
+        if beat - self._beat >= BEAT_S:
+            self._beat = beat
         return saved
+
+    def _show_life(self, connection: Connection) -> None:
+        now = now_ms()
+        beat = {"process_id": self.process_id, "new_heartbeat_at": now}
+        if connection.execute(_BEAT, beat).rowcount == 0:
+            connection.execute(insert(processes).values(id=self.process_id, started_at=now, heartbeat_at=now))
 
     def settle_dead(self, silence: timedelta) -> int:
         """Settles the running rows of processes without a heartbeat for `silence` as aborted; returns how many.
@@ -267,19 +322,23 @@ class UsageRows:
 def _lock(connection: Connection, workspace_id: str) -> None:
     """One claim on a workspace's quota at a time. SQLite has one writer anyway."""
     if connection.dialect.name != "sqlite":
-        mine = select(workspaces.c.id).where(workspaces.c.id == workspace_id)
-        connection.execute(mine.with_for_update(key_share=True))
+        connection.execute(_LOCK, {"workspace": workspace_id})
 
 
-def _bring_up_to_date(connection: Connection, rows: Sequence[UsageRow]) -> None:
-    running = [_changes(row) for row in rows if row.status == "running"]
-    if running:
-        connection.execute(_CHANGE_RUNNING, running)
-    _settle(connection, [row for row in rows if row.status != "running"])
+class _SettledBefore(Exception):
+    """A row that is to be settled does not run, or is not there: the transaction goes back and looks at each."""
+
+
+def _settle_running(connection: Connection, rows: Sequence[UsageRow]) -> None:
+    """Brings rows to their end that all run. Raises `_SettledBefore` where one does not."""
+    if rows:
+        if connection.execute(_CHANGE_RUNNING, [_changes(row) for row in rows]).rowcount != len(rows):
+            raise _SettledBefore
+        _add(connection, _sums(rows))
 
 
 def _settle(connection: Connection, rows: Sequence[UsageRow]) -> None:
-    """Brings rows to their end. One that is not there was never admitted: it is left out."""
+    """Brings rows to their end, whatever they are. One that is not there was never admitted: it is left out."""
     for start in range(0, len(rows), _IDS_AT_ONCE):
         before = _find(connection, [row.request_id for row in rows[start : start + _IDS_AT_ONCE]])
         known = [row for row in rows[start : start + _IDS_AT_ONCE] if row.request_id in before]
@@ -307,14 +366,12 @@ def _end_processes(connection: Connection, process_ids: Sequence[str]) -> int:
 
 
 def _find(connection: Connection, request_ids: Sequence[str]) -> dict[str, UsageRow]:
-    query = select(usage).where(usage.c.request_id.in_(request_ids)).order_by(usage.c.request_id).with_for_update()
-    return {row["request_id"]: _read(row) for row in connection.execute(query).mappings()}
+    return {row["request_id"]: _read(row) for row in connection.execute(_FIND, {"ids": request_ids}).mappings()}
 
 
 def _release(connection: Connection, ids: Sequence[str]) -> None:
     for start in range(0, len(ids), _IDS_AT_ONCE):
-        gone = reservations.c.id.in_(ids[start : start + _IDS_AT_ONCE])
-        connection.execute(delete(reservations).where(gone))
+        connection.execute(_RELEASE, {"ids": ids[start : start + _IDS_AT_ONCE]})
 
 
 def _sums(rows: Iterable[UsageRow]) -> _Sums:
@@ -332,12 +389,8 @@ def _sums(rows: Iterable[UsageRow]) -> _Sums:
 def _add(connection: Connection, sums: _Sums) -> None:
     if not sums:
         return
-    dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
-    new = dialect.insert(usage_days)
-    added = {name: usage_days.c[name] + new.excluded[name] for name in _SUMS}
-    statement = new.on_conflict_do_update(index_elements=list(usage_days.primary_key), set_=added)
-    rows = [asdict(key) | dict(zip(_SUMS, sums[key], strict=True)) for key in sorted(sums)]
-    connection.execute(statement, rows)
+    rows = [key.columns() | dict(zip(_SUMS, sums[key], strict=True)) for key in sorted(sums)]
+    connection.execute(_ADD[connection.dialect.name], rows)
 
 
 # ---------------------------------------------------------------------------------------------- rows and columns
