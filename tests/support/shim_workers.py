@@ -35,12 +35,20 @@ class Workers:
     Each logs JSON, which the test reads from `process.communicate()`, or from `Worker.lines` after `start_apart`.
     """
 
-    def __init__(self, state: Path, engine: ScriptedEngine, *, config: str = "", log_level: str = "info") -> None:
+    def __init__(
+        self,
+        state: Path,
+        engine: ScriptedEngine,
+        *,
+        config: str = "",
+        log_level: str = "info",
+        admin_host: str = "127.0.0.1",
+    ) -> None:
         self.state, self.engine = state, engine
         self.store: Store = open_store(f"sqlite:///{state / 'store.db'}")
         self.store.create_workspace("acme", "enterprise")
         self.key = self.store.create_key("acme").key
-        self.sockets = [_listener() for _ in range(2)]
+        self.sockets = [_listener(), _listener(admin_host)]
         self.base_url, self.admin_url = (_url(s) for s in self.sockets)
         self.processes: list[subprocess.Popen[str]] = []
         self._readers: list[threading.Thread] = []
@@ -107,8 +115,8 @@ class Workers:
         self.store.close()
 
 
-def _listener() -> socket.socket:
-    return socket.create_server(("127.0.0.1", 0), backlog=1024)
+def _listener(host: str = "127.0.0.1") -> socket.socket:
+    return socket.create_server((host, 0), backlog=1024)
 
 
 def _url(listener: socket.socket) -> str:
