@@ -40,6 +40,7 @@ example:
 SOCKET_PATH_LIMIT = 100  # bytes; sun_path of unix(7) holds 108 with its end
 SHIM_MARGIN = 5.0  # seconds past the drain that a shim gets to write its accounts
 IMPATIENT = 0.5  # seconds after which a second Ctrl-C is another one
+_SHIM_SECRETS = ("AIEXPORT_MASTER_KEY",)  # no business of the engine's
 ENGINE_PATIENCE = 15.0  # seconds for an engine that nobody uses any more
 
 
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         stack.enter_context(_lock(config.state))
         rest, admin = _listeners(config, stack)
         address = "unix:" + str(stack.enter_context(_socket_path(config.state)))
-        engine = ChildSpec("engine", processes.engine_command(config, address))
+        engine = ChildSpec("engine", processes.engine_command(config, address), hidden=_SHIM_SECRETS)
         return asyncio.run(_Installation(config, rest, admin, engine, (address,)).run())
 
 

@@ -27,11 +27,12 @@ class StartFailed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ChildSpec:
-    """A command and the descriptors that it inherits under their own numbers."""
+    """A command, the descriptors that it inherits under their own numbers, the variables that it does not inherit."""
 
     name: str
     argv: tuple[str, ...]
     pass_fds: tuple[int, ...] = ()
+    hidden: tuple[str, ...] = ()
 
 
 class Child:
@@ -77,7 +78,10 @@ class Child:
             stdout=sys.stderr.fileno(),
             pass_fds=self.spec.pass_fds,
             start_new_session=True,
-            env={**os.environ, PARENT_PID: str(os.getpid())},
+            env={
+                **{name: value for name, value in os.environ.items() if name not in self.spec.hidden},
+                PARENT_PID: str(os.getpid()),
+            },
         )
 
     async def stop(self, seconds: float) -> None:
