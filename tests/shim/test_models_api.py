@@ -117,6 +117,23 @@ def test_an_alias_stands_for_the_newest_date(tmp_path: Path) -> None:
         catalog.use("m-2025", "pro")
 
 
+def test_several_dates_on_one_set_of_weights(
+    make_engine: Callable[..., ScriptedEngine], make_shim: Callable[..., ShimServer]
+) -> None:
+    """Each is listed and answers by its own name; the bare name is the newest."""
+    engine = make_engine()
+    dated = ("apex-haiku-4-20250401", "apex-haiku-4-20250901", "apex-haiku-4-20241001")
+    shim = make_shim(engine, configure=lambda config: replace(config, models=(replace(config.models[-1], ids=dated),)))
+    with shim.client() as client:
+        assert [model["id"] for model in client.get("/v2/models").json()["data"]] == list(dated)
+        assert client.get("/v2/models/apex-haiku-4").json()["id"] == dated[1]
+        for model in (*dated, "apex-haiku-4"):
+            body = {"model": model, "messages": [{"role": "user", "content": "COUNT 2"}]}
+            assert client.post("/v2/messages", json=body).json()["model"] == model
+        assert client.post("/v2/messages", json={**body, "model": "apex-haiku"}).status_code == 404
+    assert {submit.request.model for submit in engine.seen.submitted} == {"demo"}
+
+
 def test_the_reply_names_the_model_asked_for(shim: ShimServer) -> None:
     body = {"model": "apex-haiku-4", "messages": [{"role": "user", "content": "COUNT 2"}]}
     with shim.client() as client:
