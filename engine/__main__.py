@@ -73,6 +73,7 @@ def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: st
         max_step_tokens=config.engine.max_step_tokens,
         num_threads=config.engine.num_threads,
         batch_floor_share=config.engine.batch_floor_share,
+        memory_share=config.engine.memory_share,
     )
     core.configure(core_config)
 
@@ -94,7 +95,8 @@ def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: st
         ready_fd=ready_fd,
     )
     try:
-        uvloop.run(serve(server, NativeBackend(core_config, first=core)))
+        backend = NativeBackend(core_config, first=core, step_timeout_s=engine.step_timeout.total_seconds())
+        uvloop.run(serve(server, backend))
     except ListenerError as error:
         return _fail(str(error))
     return 0

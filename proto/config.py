@@ -47,7 +47,12 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """`[engine]`. Sizes in bytes, 0 where the engine chooses; `num_threads` 0: one per processor core."""
+    """`[engine]`. Sizes in bytes, 0 where the engine chooses; `num_threads` 0: one per processor core.
+
+    `max_step_tokens` 0 ("auto"): 512 on a processor, 2048 on a card. `memory_share` is what the page pool takes of a
+    card's memory beside weights, graphs and activations where `pool_bytes` does not say. `step_timeout`: a core that
+    is silent for so long while it has work is ended, and its requests are resumed in another.
+    """
 
     listen: str
     device: str
@@ -59,6 +64,8 @@ class EngineConfig:
     tenant_queue_share: float
     num_threads: int
     batch_floor_share: float
+    memory_share: float
+    step_timeout: timedelta
     deterministic: bool | None  # None: as each model's source has it
     tls_cert: Path | None
     tls_key: Path | None
@@ -292,13 +299,15 @@ def _engine(table: _Table, base: Path) -> EngineConfig:
         listen=table.take("listen", values.grpc_address, "127.0.0.1:50051"),
         device=table.take("device", values.device, "auto"),
         max_num_running=table.take("max_num_running", values.integer(1, 4096), 64),
-        max_step_tokens=table.take("max_step_tokens", values.integer(16, 1 << 20), 512),
+        max_step_tokens=table.take("max_step_tokens", values.auto_integer(16, 1 << 20), 0),
         page_bytes=table.take("page_bytes", values.auto_size, 0),
         pool_bytes=table.take("pool_bytes", values.auto_size, 0),
         queue_size=table.take("queue_size", values.integer(1, 1 << 20), 1024),
         tenant_queue_share=table.take("tenant_queue_share", values.share, 0.5),
         num_threads=table.take("num_threads", values.integer(0, 1024), 0),
         batch_floor_share=table.take("batch_floor_share", values.floor_share, 0.05),
+        memory_share=table.take("memory_share", values.share, 0.9),
+        step_timeout=table.take("step_timeout", parse_duration, timedelta(minutes=5)),
         deterministic=table.take("deterministic", values.auto_boolean, None),
         tls_cert=table.take("tls_cert", values.path(base), None),
         tls_key=table.take("tls_key", values.path(base), None),

@@ -52,7 +52,7 @@ def _section(value: Any, leave_out: Iterable[str] = ()) -> dict[str, Any]:
 def _plain(name: str, value: Any) -> Any:
     if name in _SIZES:
         return format_size(value) if value else "auto"
-    if name == "deterministic" and value is None:
+    if (name == "deterministic" and value is None) or (name == "max_step_tokens" and not value):
         return "auto"
     if name in _LIMITS and value is None:
         return UNLIMITED

@@ -61,6 +61,19 @@ def integer(low: int, high: int) -> Callable[[object], int]:
     return parse
 
 
+def auto_integer(low: int, high: int) -> Callable[[object], int]:
+    """0 stands for "auto"."""
+
+    def parse(value: object) -> int:
+        if value == "auto":
+            return 0
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError(f'must be "auto" or a whole number from {low} to {high}, not {value!r}')
+        return value
+
+    return parse
+
+
 def number(value: object, low: float, high: float, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise ValueError(f"must be {what}, not {value!r}")

@@ -129,6 +129,12 @@ def test_json_mode_is_for_sonnet_and_opus_unless_the_operator_says_otherwise(tmp
         ('[engine]\nlisten = "50051"\n', "engine.listen: must be \"HOST:PORT\" or \"unix:PATH\", not '50051'"),
         ('[engine]\ndevice = "gpu"\n', 'engine.device: must be "auto", "cpu" or "cuda:0" (or another number)'),
         ('[engine]\ntls_cert = "x.pem"\n', "engine.tls_key: is missing; tls_cert and tls_key go together"),
+        ("[engine]\nmemory_share = 1.5\n", "engine.memory_share: must be a share from 0.001 to 1, not 1.5"),
+        ('[engine]\nstep_timeout = "0s"\n', "engine.step_timeout: must be a duration"),
+        (
+            "[engine]\nmax_step_tokens = 3\n",
+            'engine.max_step_tokens: must be "auto" or a whole number from 16 to 1048576, not 3',
+        ),
         ("[engine]\ntenant_queue_share = 0\n", "engine.tenant_queue_share: must be a share from 0.001 to 1, not 0"),
         ('[admin]\nlisten = "0.0.0.0:8401"\n', "admin.listen: 0.0.0.0 can be reached from other machines"),
         ('[plans.free]\nfamilies = ["haikku"]\n', 'plans.free.families: must be one of opus, sonnet, haiku'),
@@ -207,6 +213,16 @@ def test_the_effective_settings_read_back_the_same(tmp_path: Path, text: str) ->
     again = read(tmp_path, config_text.to_toml(config))
     assert without_path(again) == without_path(config)
     assert config_text.to_toml(again) == config_text.to_toml(config)
+
+
+def test_what_the_engine_chooses_is_shown_as_auto(tmp_path: Path) -> None:
+    shown = config_text.to_toml(read(tmp_path, ""))
+    assert 'max_step_tokens = "auto"' in shown
+    assert 'step_timeout = "5m"' in shown
+    assert "memory_share = 0.9" in shown
+    text = '[engine]\nmax_step_tokens = 64\nstep_timeout = "90s"\nmemory_share = 0.5\n'
+    engine = read(tmp_path, config_text.to_toml(read(tmp_path, text))).engine
+    assert (engine.max_step_tokens, engine.step_timeout.total_seconds(), engine.memory_share) == (64, 90, 0.5)
 
 
 # ---------------------------------------------------------------------------------------------------- units

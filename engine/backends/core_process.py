@@ -67,8 +67,12 @@ class CoreProcess:
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(frame)
 
+    def kill(self) -> None:
+        """Ends it at once, also when it is stopped."""
+        self._popen.kill()
+
     def in_step(self) -> list[int]:
-        """Handles of the requests in the step that runs, or ran when the core died."""
+        """Handles of the requests in the steps that run, or ran when the core died."""
         return self._suspects.read()
 
     async def end(self, *, patience_s: float = 0.0) -> int:

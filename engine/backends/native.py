@@ -10,6 +10,7 @@ between is failed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import time
@@ -47,6 +48,7 @@ log = logging.getLogger(__name__)
 MAX_DEATHS = 2
 # A request can bring SIGKILL upon its core by exhausting memory alone; mostly it comes from a person. So it takes more.
 MAX_KILLS = 5
+STEP_TIMEOUT_S = 300.0
 MAX_CRASHES = 3  # cores in a row that ended by themselves before they were ready: then models count as failed
 PATIENCE_S = 5.0  # for a core that has closed its socket to be gone
 BACKOFF_S = (0.0, 0.0, 0.25, 0.5, 1.0, 2.0, 5.0)
@@ -66,12 +68,20 @@ class _Live:
 
 
 class NativeBackend:
-    """See the module. `first` is a core already spawned and configured, taken for the first life."""
+    """See the module. `first` is a core already spawned and configured, taken for the first life. A core that is silent
+    for `step_timeout_s` while it has work hangs, and is ended.
+    """
 
     def __init__(
-        self, config: CoreConfig, *, first: CoreProcess | None = None, command: Sequence[str] = CORE_COMMAND
+        self,
+        config: CoreConfig,
+        *,
+        first: CoreProcess | None = None,
+        command: Sequence[str] = CORE_COMMAND,
+        step_timeout_s: float = STEP_TIMEOUT_S,
     ) -> None:
         self._config = config
+        self._step_timeout_s = step_timeout_s
         self._command = command
         self._next = first
         self._core: CoreProcess | None = None
@@ -89,6 +99,8 @@ class NativeBackend:
         self._crashes = 0  # of these, in a row, ends that were not SIGKILL and before Ready
         self._blind_crashes = 0  # in a row, without a token: ends with requests there, but none in a step
         self._ended = asyncio.Event()
+        self._hung = False  # the core was ended because it was silent
+        self._num_frames = 0
         self._load_error = ""
         self._last_word = time.monotonic()
         self._task: asyncio.Task[None] | None = None
@@ -148,6 +160,7 @@ class NativeBackend:
         """
         while True:
             self._ended.clear()
+            self._hung = False
             self._load_error = ""
             core, self._next = self._next, None
             try:
@@ -156,7 +169,7 @@ class NativeBackend:
                     core.configure(self._config)
                 self._core = core
                 await core.connect(self._on_frame, self._ended.set)
-                await self._ended.wait()
+                await self._guard(core)
             except OSError as error:  # no process, no descriptors, no memory: passing faults
                 log.error("the core process cannot be started: %s", error)
             await self._outlive(core)
@@ -170,6 +183,26 @@ class NativeBackend:
             self._failures += 1
             self._restarts += 1
             await asyncio.sleep(delay)
+
+    async def _guard(self, core: CoreProcess) -> None:
+        """Returns when the core has ended; ends it when it hangs. A step that takes long tells of its end: so silence
+        is one step, or none. Time in which this process itself stood still does not count.
+        """
+        tick = min(1.0, self._step_timeout_s / 4)
+        silent_s, num_frames = 0.0, self._num_frames
+        while not self._ended.is_set():
+            began = time.monotonic()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), tick)
+            has_work = self._serving and bool(self._live)
+            if not has_work or self._num_frames != num_frames:
+                silent_s, num_frames = 0.0, self._num_frames
+                continue
+            silent_s += min(time.monotonic() - began, 2 * tick)
+            if silent_s >= self._step_timeout_s and not self._hung:
+                log.error("core %d is silent for %.0f s while it has work; it is ended", core.pid, silent_s)
+                self._hung = True
+                core.kill()
 
     async def _outlive(self, core: CoreProcess | None) -> None:
         """Buries a core (None: there was none to be had) and settles what that means for its requests."""
@@ -188,7 +221,7 @@ class NativeBackend:
                 time.monotonic() - self._last_word,
             )
         self._counters.bury()
-        killed = status == -signal.SIGKILL
+        killed = status == -signal.SIGKILL and not self._hung
         self._crashes += not killed
         self._settle(suspects, killed=killed)
         if was_serving and not killed and not suspects and self._live:
@@ -255,6 +288,7 @@ class NativeBackend:
     def _on_frame(self, body: bytes) -> None:
         message = decode_from_core(body)
         self._last_word = time.monotonic()
+        self._num_frames += 1
         match message:
             case StepReport():
                 self._on_step(message)

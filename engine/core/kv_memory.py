@@ -24,7 +24,6 @@ AUTO_TOKENS_PER_PAGE = 16  # of the model with the most bytes per token
 AUTO_MOST_BYTES = 4 << 30
 AUTO_SHARE, AUTO_LARGEST_SHARE = 0.25, 0.75  # of the memory that is free
 FEWEST_PAGES = 3
-MEMORY_SHARE = 0.9  # of a card's memory that is left
 GRAPH_BYTES = 512 << 20  # captured launches, and libraries that are loaded when first used
 
 
@@ -91,8 +90,8 @@ def _page_shape(needs: Sequence[ModelNeed], page_bytes: int) -> tuple[int, tuple
     return page_bytes, tuple(page_bytes // need.kv_bytes_per_token for need in needs)
 
 
-def device_pool_bytes(*, wanted: int, free_bytes: int, peak_bytes: int, device: str) -> int:
-    """The pool's bytes on a card with `free_bytes` left beside the weights; `wanted` 0 takes MEMORY_SHARE of the rest.
+def device_pool_bytes(*, wanted: int, share: float, free_bytes: int, peak_bytes: int, device: str) -> int:
+    """The pool's bytes on a card with `free_bytes` left beside the weights; `wanted` 0 takes `share` of the rest.
 
     The rest is what remains after twice the largest step's `peak_bytes` (prefills and graphs keep memory of their own)
     and what captured graphs take. Raises ModelError where that is not enough for `wanted`, or for anything.
@@ -108,7 +107,7 @@ def device_pool_bytes(*, wanted: int, free_bytes: int, peak_bytes: int, device: 
             f"pool_bytes is {wanted}, but {device} has only {rest} bytes left for it; lower engine.pool_bytes, "
             "engine.max_step_tokens or engine.max_num_running"
         )
-    return wanted or int(MEMORY_SHARE * rest)
+    return wanted or int(share * rest)
 
 
 def _round_up(size: int) -> int:

@@ -106,6 +106,9 @@ class StepRunner(Protocol[Launched]):
     def page_bytes(self) -> int: ...
 
     @property
+    def max_step_tokens(self) -> int: ...
+
+    @property
     def tokens_per_page(self) -> list[int]: ...
 
     @property

@@ -110,7 +110,7 @@ def _serve(config: CoreConfig, runner: StepRunner[Any], channel: Channel, suspec
         revisions=[model.revision for model in config.models],
         tokens_per_page=runner.tokens_per_page,
         max_num_running=config.max_num_running,
-        max_step_tokens=config.max_step_tokens,
+        max_step_tokens=runner.max_step_tokens,
         batch_floor_share=config.batch_floor_share,
     )
     loop = StepLoop(channel=channel, scheduler=scheduler, runner=runner, suspects=suspects)

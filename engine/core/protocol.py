@@ -47,7 +47,9 @@ class CoreModel(msgspec.Struct, frozen=True, array_like=True):
 
 
 class CoreConfig(msgspec.Struct, frozen=True, array_like=True):
-    """The first frame to a core. `page_bytes` and `pool_bytes` 0: chosen by the core; `num_threads` 0: all cores."""
+    """The first frame to a core. `page_bytes`, `pool_bytes` and `max_step_tokens` 0: chosen by the core; `num_threads`
+    0: all cores. `memory_share` is the pool's part of what a card's memory has left, where `pool_bytes` is 0.
+    """
 
     models: list[CoreModel]
     device: str
@@ -57,6 +59,7 @@ class CoreConfig(msgspec.Struct, frozen=True, array_like=True):
     max_step_tokens: int
     num_threads: int
     batch_floor_share: float
+    memory_share: float = 0.9
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):

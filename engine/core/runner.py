@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from aiexport_edge.engine.models.decode_programs import DecodePrograms
 
 WARM_UP_TOKENS = 64
+STEP_TOKENS_CPU, STEP_TOKENS_CARD = 512, 2048  # a card's products are busy from about a thousand rows on
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +72,10 @@ class PendingStep:
 class Runner:
     """Every model of one core, on one device, over one pool of pages.
 
-    `num_pages` (page 0 included, which is never to be handed out), `page_bytes`; `tokens_per_page` and `weight_bytes`
-    by model; `memory` is what the pages lie in. With `keep_logits`, `last_logits` holds the float32 logits [vocabulary]
-    that each id of the last step was drawn from, by request handle: for tests. With an `accelerator`, decodes are
-    graphs, unless `graphed` is off.
+    `num_pages` (page 0 included, which is never to be handed out), `page_bytes`, `max_step_tokens`; `tokens_per_page`
+    and `weight_bytes` by model; `memory` is what the pages lie in. With `keep_logits`, `last_logits` holds the float32
+    logits [vocabulary] that each id of the last step was drawn from, by request handle: for tests. With an
+    `accelerator`, decodes are graphs, unless `graphed` is off.
     """
 
     def __init__(
@@ -91,10 +93,10 @@ class Runner:
         self.page_bytes = memory.shape.page_bytes
         self.tokens_per_page = list(memory.shape.tokens_per_page)
         self.weight_bytes = [model.weight_bytes for model in models]
+        self.max_step_tokens = config.max_step_tokens
         self.keep_logits = keep_logits
         self.last_logits: dict[int, Tensor] = {}
         self._models = list(models)
-        self._max_step_tokens = config.max_step_tokens
         self._max_num_running = config.max_num_running
         self._kv_caches = [
             memory.layers(
@@ -308,7 +310,7 @@ class Runner:
         """Run every operation of every model once, in page 0, so that nothing is compiled while serving."""
         self._capture_first()
         for index, model in enumerate(self._models):
-            num_tokens = min(WARM_UP_TOKENS, self._max_step_tokens, model.context_window - 1)
+            num_tokens = min(WARM_UP_TOKENS, self.max_step_tokens, model.context_window - 1)
             request = self._dummy(index, num_tokens)
             for chunk in (
                 Chunk(request, start=0, num_tokens=num_tokens, samples=False),
@@ -326,9 +328,9 @@ class Runner:
         """What takes the most memory: for each model a prefill of a whole step, alone and shared by all rows, and the
         largest decode. In page 0."""
         for index, model in enumerate(self._models):
-            longest = min(self._max_step_tokens, model.context_window - 1)
-            shared = max(1, min(self._max_step_tokens // self._max_num_running, model.context_window - 1))
-            rows = [self._dummy(index, shared, row) for row in range(min(self._max_num_running, self._max_step_tokens))]
+            longest = min(self.max_step_tokens, model.context_window - 1)
+            shared = max(1, min(self.max_step_tokens // self._max_num_running, model.context_window - 1))
+            rows = [self._dummy(index, shared, row) for row in range(min(self._max_num_running, self.max_step_tokens))]
             for chunks in (
                 [Chunk(self._dummy(index, longest), 0, longest, True)],
                 [Chunk(request, 0, shared, True) for request in rows],
@@ -363,6 +365,9 @@ def load(
     Raises ModelError with a sentence for the operator.
     """
     device = select_device(config.device)
+    if not config.max_step_tokens:
+        chosen = STEP_TOKENS_CPU if device.type == "cpu" else STEP_TOKENS_CARD
+        config = msgspec.structs.replace(config, max_step_tokens=chosen)
     set_num_threads(config.num_threads or torch.get_num_threads())
     accelerator = None if device.type == "cpu" else CudaAccelerator(device)
     models = []
@@ -434,7 +439,11 @@ def make_runner(
                 f"the memory of {device} beside the weights; lower engine.max_step_tokens or engine.max_num_running"
             ) from error
         pool_bytes = device_pool_bytes(
-            wanted=config.pool_bytes, free_bytes=accelerator.free_bytes(), peak_bytes=peak_bytes, device=str(device)
+            wanted=config.pool_bytes,
+            share=config.memory_share,
+            free_bytes=accelerator.free_bytes(),
+            peak_bytes=peak_bytes,
+            device=str(device),
         )
         shape = shape_of(pool_bytes)
     try:

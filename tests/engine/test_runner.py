@@ -13,7 +13,7 @@ from support.driver import Driver, load_runner
 from support.tiny_models import CONFIGS, PreTrainedModel, greedy, make, prompts, save, shared_data
 from transformers import AutoModelForCausalLM
 
-from aiexport_edge.engine.core.protocol import CoreConfig, Sampling
+from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel, Sampling
 from aiexport_edge.engine.core.runner import Runner, load
 from aiexport_edge.engine.models.config import ModelError
 from aiexport_edge.kernels.linear import supports_bf16
@@ -233,6 +233,12 @@ def test_the_core_imports_nothing_heavy_but_torch() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_the_budget_of_a_step_follows_the_device(tmp_path: Path) -> None:
+    model = CoreModel("m", str(save("qwen3", tmp_path)), "float32", 0, False, "")
+    for asked, given in ((0, 512), (40, 40)):
+        assert load(CoreConfig([model], "cpu", 0, 64 << 20, 4, asked, 1, 0.0)).max_step_tokens == given
 
 
 def test_a_device_that_is_not_supported_is_refused() -> None:

@@ -165,10 +165,11 @@ def test_too_little_memory_says_what_to_lower(accelerator: FakeAccelerator, sent
         graphed(save("qwen3", tmp_path), accelerator=accelerator)
 
 
-def test_the_pool_takes_a_share_of_what_is_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [0.9, 0.5])
+def test_the_pool_takes_a_share_of_what_is_left(share: float, tmp_path: Path) -> None:
     models = [load_model(save("qwen3", tmp_path), dtype="float32")]
-    config = CoreConfig([], "cuda:0", 0, 0, 20, 64, 1, 0.0)
+    config = CoreConfig([], "cuda:0", 0, 0, 20, 64, 1, 0.0, share)
     rest = 100 << 20
     accelerator = FakeAccelerator(free=rest + (512 << 20) + (2 << 20), peak=1 << 20)
     runner = make_runner(config, models, CPU, accelerator)
-    assert runner.num_pages == int(0.9 * rest) // runner.page_bytes
+    assert runner.num_pages == int(share * rest) // runner.page_bytes

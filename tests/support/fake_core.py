@@ -160,6 +160,7 @@ class FakeRunner:
     ) -> None:
         self.num_pages = num_pages
         self.page_bytes = 64
+        self.max_step_tokens = 1 << 30
         self.tokens_per_page = tokens_per_page
         self.weight_bytes = [0] * len(tokens_per_page)
         self.overlaps = overlaps

@@ -73,6 +73,7 @@ class ScriptedRunner:
     def __init__(self, num_models: int, *, step_s: float, poison: int, broken: int, num_pages: int) -> None:
         self.num_pages = num_pages
         self.page_bytes = 64
+        self.max_step_tokens = 512
         self.tokens_per_page = [TOKENS_PER_PAGE] * num_models
         self.weight_bytes = [0] * num_models
         self.overlaps = False

@@ -15,7 +15,7 @@ import pytest
 from support.scripted_core import command, core_config, undisturbed
 
 from aiexport_edge.engine.backends.base import BackendRequest, ModelState
-from aiexport_edge.engine.backends.native import MAX_KILLS, NativeBackend
+from aiexport_edge.engine.backends.native import MAX_KILLS, STEP_TIMEOUT_S, NativeBackend
 from aiexport_edge.engine.core.protocol import FinishReason, Priority, Sampling, pack_ids
 
 POISON = 4242
@@ -82,8 +82,10 @@ def request(
 
 
 @asynccontextmanager
-async def running(*options: object, wait: bool = True) -> AsyncIterator[NativeBackend]:
-    backend = NativeBackend(core_config(), command=command(*options))
+async def running(
+    *options: object, wait: bool = True, step_timeout_s: float = STEP_TIMEOUT_S
+) -> AsyncIterator[NativeBackend]:
+    backend = NativeBackend(core_config(), command=command(*options), step_timeout_s=step_timeout_s)
     await backend.start()
     try:
         if wait:
@@ -197,6 +199,38 @@ def test_after_abort_and_finish_nothing_is_told_and_pages_are_free(verb: str) ->
             assert listener.outcome is None
             await pages_free(backend)
             getattr(backend, verb)(handle)  # has ended: ignored
+
+    run(test())
+
+
+def test_a_core_that_hangs_is_ended_and_its_requests_go_on() -> None:
+    """Stopped, it is alive and silent, as it is when a card never answers."""
+
+    async def test() -> None:
+        async with running("--step-s", 0.003, step_timeout_s=2.0) as backend:
+            listeners = [Listener() for _ in range(4)]
+            for index, listener in enumerate(listeners):
+                backend.submit(request([index, 7], 400), listener)
+            await listeners[3].count(10)
+            pid = backend.stats().core_pid
+            os.kill(pid, signal.SIGSTOP)
+            for index, listener in enumerate(listeners):
+                assert await listener.end() is FinishReason.MAX_TOKENS
+                assert listener.ids == undisturbed([index, 7], 400)
+            assert backend.stats().core_pid != pid
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+
+    run(test())
+
+
+def test_an_idle_core_is_silent_and_lives() -> None:
+    async def test() -> None:
+        async with running(step_timeout_s=0.05) as backend:
+            pid = backend.stats().core_pid
+            await asyncio.sleep(0.3)
+            assert backend.stats().core_pid == pid
+            assert backend.stats().core_restarts == 0
 
     run(test())
 
