@@ -164,3 +164,24 @@ def test_children_die_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:
         finally:
             process.kill()
     wait_until(lambda: not alive(child), "the child has died with it", 10)
+
+
+def test_a_child_does_not_inherit_what_is_hidden_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_SECRET", "s3cret")
+    monkeypatch.setenv("NO_SECRET", "shown")
+    code = (
+        "import os, sys, time; f = open(sys.argv[1] + '.new', 'w'); print(sorted(os.environ.items()), file=f); "
+        "f.close(); os.rename(f.name, sys.argv[1]); "
+    )
+
+    async def work() -> None:
+        made = spec(code + SLEEP, tmp_path / "environment")
+        child = Child(ChildSpec(made.name, made.argv, hidden=("A_SECRET",)), print)
+        while not (tmp_path / "environment").exists():  # noqa: ASYNC110 - it is another process
+            await asyncio.sleep(0.01)
+        await child.stop(10)
+
+    run(work())
+    found = (tmp_path / "environment").read_text()
+    assert "shown" in found
+    assert "s3cret" not in found

@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -16,15 +17,18 @@ from typing import Any
 
 import httpx
 import pytest
+from support.certificates import write_certificate
 from support.scripted_engine import ScriptedEngine
 from support.shim_server import HAIKU, SONNET, until
 from support.shim_workers import Worker, Workers
 
 from aiexport_edge.shim.auth.authenticator import POLL_S, TRUST_S
+from aiexport_edge.shim.auth.operator import hash_password
 from aiexport_edge.shim.auth.tokens import SigningKeys
 from aiexport_edge.shim.secrets import MasterKeys, SecretBox
 from aiexport_edge.shim.store.keys import SCOPES
 from aiexport_edge.shim.store.oauth_rows import OAuthClients
+from aiexport_edge.shim.store.operator_rows import OperatorLogin
 
 NUM_IN_FLIGHT = 200
 WITHIN_S = 1.0  # the promise
@@ -253,3 +257,32 @@ def test_no_secret_is_in_any_log(make_workers: Callable[..., Workers]) -> None:
     assert signature not in everything
     assert os.listdir(workers.state)  # and nothing writes another log
     assert not [file for file in workers.state.rglob("*") if "log" in file.name]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_an_admin_listener_that_others_reach(tmp_path: Path, make_workers: Callable[..., Workers], plain: bool) -> None:
+    """Encrypted unless a proxy does that, closed without a password, open with it."""
+    cert, key = write_certificate(tmp_path, "127.0.0.1")
+    tls = f'[tls]\ncert = "{cert}"\nkey = "{key}"\n'
+    told = f'[admin]\nlisten = "0.0.0.0:8401"\nplain_http = {str(plain).lower()}\n'
+    workers = make_workers(config=told + ("" if plain else tls), admin_host="0.0.0.0")
+    worker = workers.start_apart()
+    context = ssl.create_default_context(cafile=str(cert))
+    scheme = "http" if plain else "https"
+    rest = worker.base_url.replace("http", scheme)
+    admin = f"{scheme}://127.0.0.1:{workers.admin_url.rpartition(':')[2]}"
+    with httpx.Client(verify=context, timeout=60) as client:
+        until(lambda: client.get(f"{rest}/readyz").status_code == 200, "the worker is ready")
+        refused = client.get(f"{admin}/console")
+        assert (refused.status_code, refused.json()["error"]["type"]) == (403, "permission_error")
+        assert client.get(f"{admin}/healthz").status_code == 200
+        OperatorLogin(workers.store.database).set(hash_password("a long password"))
+        assert client.get(f"{admin}/console").status_code == 401
+        for host in ("edge.example", "127.0.0.1"):
+            found = client.get(f"{admin}/console", auth=("operator", "a long password"), headers={"Host": host})
+            assert found.status_code == 200
+        OperatorLogin(workers.store.database).remove()
+        assert client.get(f"{admin}/console", auth=("operator", "a long password")).status_code == 403
+    if not plain:
+        with pytest.raises(httpx.RemoteProtocolError):
+            httpx.get(f"http://127.0.0.1:{admin.rpartition(':')[2]}/healthz", timeout=60)
