@@ -52,6 +52,7 @@ class Exchange:
     status: int = 0
     principal: Principal | None = None  # once the door has let the caller in
     ticket: Ticket | None = None  # against the limits of its workspace, where it has any
+    origin_id: str | None = None  # of an Idempotency-Key: marks what is done for good, so that it is not done again
     facts: dict[str, Any] = field(default_factory=dict)  # for the access line: workspace, model, tokens, …
 
     @property

@@ -208,6 +208,7 @@ class _Attempt:
         claim = await self._keys.claim(principal.workspace_id, key, fingerprint)
         if isinstance(claim, Claim):
             self._claim = claim
+            self.exchange.origin_id = claim.origin_id
             return
         if claim.fingerprint != fingerprint:
             raise Unprocessable(

@@ -61,7 +61,8 @@ class CreateBatch:
                 await self._take_in(reader, intake, memory, spool)
                 webhook_url = await self._in_thread(intake.finish)
                 self._check_webhook(webhook_url)
-                batch = await self._in_thread(partial(self._store, principal, intake, webhook_url))
+                origin_id = exchange_of(scope).origin_id
+                batch = await self._in_thread(partial(self._store, principal, intake, webhook_url, origin_id))
         finally:
             intake.close()
         exchange_of(scope).facts.update(batch=batch.id, requests=batch.num_total)
@@ -104,14 +105,18 @@ class CreateBatch:
         except Forbidden as problem:
             raise InvalidRequest(f"webhook_url: {problem}", param="webhook_url") from None
 
-    def _store(self, principal: Principal, intake: Intake, webhook_url: str | None) -> Batch:
+    def _store(self, principal: Principal, intake: Intake, webhook_url: str | None, origin_id: str | None) -> Batch:
+        """`origin_id`: of the call's Idempotency-Key; a process that died may have made the batch of it already."""
+        rows = self._services.batch_rows
         try:
-            return self._services.batch_rows.create(
+            made = None if origin_id is None else rows.made_of(origin_id)
+            return made or rows.create(
                 principal.workspace_id,
                 principal.key_id,
                 intake.items(),
                 num_items=intake.num_requests,
                 webhook_url=webhook_url,
+                origin_id=origin_id,
             )
         except StoreError as error:
             raise Overloaded(str(error), retry_after=1.0) from None

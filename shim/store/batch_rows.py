@@ -42,6 +42,7 @@ class BatchRows:
         *,
         num_items: int,
         webhook_url: str | None,
+        origin_id: str | None = None,
         lifetime: timedelta = LIFETIME,
     ) -> Batch:
         """On disk when it returns. What a process that dies on the way leaves behind is swept up later."""
@@ -53,6 +54,7 @@ class BatchRows:
                     workspace_id=workspace_id,
                     key_id=key_id,
                     accepted=False,
+                    origin_id=origin_id,
                     webhook_url=webhook_url,
                     created_at=now,
                     expires_at=now + milliseconds(lifetime),
@@ -85,6 +87,13 @@ class BatchRows:
         if row is None:
             raise _missing(batch_id)
         return batch_of(row)
+
+    def made_of(self, origin_id: str) -> Batch | None:
+        """The batch that an earlier try with the same Idempotency-Key has made, if it came so far."""
+        query = SELECT.where(batches.c.origin_id == origin_id, _visible(None))
+        with read(self._database) as connection:
+            row = connection.execute(query).mappings().one_or_none()
+        return None if row is None else batch_of(row)
 
     def page(self, workspace_id: str | None, *, limit: int, after_id: str | None = None) -> tuple[list[Batch], bool]:
         """At most `limit` batches after `after_id`, newest first, and whether there are more. Raises `Missing`."""

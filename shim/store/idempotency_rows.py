@@ -7,7 +7,7 @@ that made it; a final reply is kept until it expires. Knows no HTTP.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import StrEnum
 from typing import Any
@@ -44,11 +44,16 @@ class KeptReply:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The right to answer a key's request, until it is kept, released, or its process dies."""
+    """The right to answer a key's request, until it is kept, released, or its process dies.
+
+    `origin_id` is that of the first claim, where this one takes over from a process that died: what that process may
+    have done for good, it has marked with it.
+    """
 
     workspace_id: str
     key: str
     claim_id: str
+    origin_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +97,7 @@ class IdempotencyRows:
     def sweep(self, live: Collection[str]) -> int:
         """Deletes what has expired, and claims of this process that are not among `live`; returns how many."""
         now = now_ms()
-        columns = (idempotency.c.workspace_id, idempotency.c.key, idempotency.c.claim_id)
+        columns = (idempotency.c.workspace_id, idempotency.c.key, idempotency.c.claim_id, idempotency.c.origin_id)
         with write(self._database, synchronous="NORMAL") as connection:
             expired = select(*columns).where(idempotency.c.expires_at < now).limit(_SWEEP_ROWS)
             rows = [Claim(*row) for row in connection.execute(expired)]
@@ -107,7 +112,8 @@ class IdempotencyRows:
         return len(rows)
 
     def _claim(self, workspace_id: str, key: str, fingerprint: bytes) -> Claim | Taken:
-        claim = Claim(workspace_id, key, new_id("claim_"))
+        claim_id = new_id("claim_")
+        claim = Claim(workspace_id, key, claim_id, claim_id)
         where = (idempotency.c.workspace_id == workspace_id) & (idempotency.c.key == key)
         with write(self._database, synchronous="NORMAL") as connection:
             row = connection.execute(select(idempotency).where(where).with_for_update()).mappings().one_or_none()
@@ -119,11 +125,14 @@ class IdempotencyRows:
                 return Taken(State(row["state"]), row["fingerprint"], reply)
             if row is not None:
                 connection.execute(delete(idempotency).where(where))
+                if row["state"] == State.RUNNING and row["fingerprint"] == fingerprint:
+                    claim = replace(claim, origin_id=row["origin_id"])
             connection.execute(
                 insert(idempotency).values(
                     workspace_id=workspace_id,
                     key=key,
                     claim_id=claim.claim_id,
+                    origin_id=claim.origin_id,
                     process_id=self._process_id,
                     fingerprint=fingerprint,
                     state=State.RUNNING,

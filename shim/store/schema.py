@@ -179,13 +179,14 @@ calls = Table(
     prefixes=["UNLOGGED"],
 )
 
-# Requests with an Idempotency-Key. A key belongs to one attempt at a time (`claim_id`); its reply is kept once it is final.
+# Requests with an Idempotency-Key. A key belongs to one attempt at a time (`claim_id`); a final reply is kept.
 idempotency = Table(
     "idempotency",
     metadata,
     Column("workspace_id", String(40), primary_key=True),
     Column("key", String(255), primary_key=True),
     Column("claim_id", String(40), nullable=False),
+    Column("origin_id", String(40), nullable=False),  # the first claim, where later ones took over from dead processes
     Column("process_id", String(40), nullable=False),
     Column("fingerprint", LargeBinary(32), nullable=False),  # SHA-256 of path and body; the body itself is not kept
     Column("state", String(16), nullable=False),  # running, kept, too_large
@@ -214,6 +215,7 @@ batches = Table(
     Column("workspace_id", String(40), ForeignKey("workspaces.id"), nullable=False),
     Column("key_id", String(40), nullable=False),
     Column("accepted", Boolean, nullable=False),  # false while its requests are being written: nobody sees it
+    Column("origin_id", String(40)),  # of the Idempotency-Key that it was made with
     Column("webhook_url", Text),
     Column("created_at", BigInteger, nullable=False),
     Column("started_at", BigInteger),
@@ -229,6 +231,7 @@ batches = Table(
     Column("num_canceled", Integer, nullable=False, server_default="0"),
     Column("num_expired", Integer, nullable=False, server_default="0"),
     Index("batches_workspace", "workspace_id", "created_at"),
+    Index("batches_origin", "origin_id"),
     Index(
         "batches_open",
         "created_at",

@@ -311,6 +311,24 @@ def test_a_dead_process_frees_its_keys(two: Two) -> None:
     assert a.claim("w", "k", b"other") == Taken(State.KEPT, PRINT, reply)
 
 
+def test_a_batch_is_not_made_again_by_who_takes_over(make_engine: Engines, make_shim: Shims) -> None:
+    """Its process died after the batch was durable and before the reply was kept."""
+    shim = make_shim(make_engine())
+    key, body = new_key(), {"requests": [message()]}
+    with shim.client() as client:
+        made = client.post("/v2/batch", json=body, headers=key).json()
+        with shim.store.database.begin() as connection:
+            connection.execute(
+                sql("UPDATE idempotency SET state = 'running', process_id = 'dead', created_at = 0, body = NULL")
+            )
+        for _ in range(2):
+            again = client.post("/v2/batch", json=body, headers=key)
+            assert again.status_code == 202
+            assert again.json()["id"] == made["id"]
+        assert len(client.get("/v2/batch").json()["data"]) == 1
+        assert client.post("/v2/batch", json=body, headers=new_key()).json()["id"] != made["id"]
+
+
 def test_a_process_that_has_left_frees_its_keys(two: Two) -> None:
     a, b, run = two
     a.claim("w", "k", PRINT)

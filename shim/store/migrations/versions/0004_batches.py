@@ -16,6 +16,7 @@ def upgrade() -> None:
         sa.Column("workspace_id", sa.String(40), sa.ForeignKey("workspaces.id"), nullable=False),
         sa.Column("key_id", sa.String(40), nullable=False),
         sa.Column("accepted", sa.Boolean, nullable=False),
+        sa.Column("origin_id", sa.String(40)),
         sa.Column("webhook_url", sa.Text),
         sa.Column("created_at", sa.BigInteger, nullable=False),
         sa.Column("started_at", sa.BigInteger),
@@ -30,6 +31,7 @@ def upgrade() -> None:
         ),
     )
     op.create_index("batches_workspace", "batches", ["workspace_id", "created_at"])
+    op.create_index("batches_origin", "batches", ["origin_id"])
     unended = sa.text("ended_at IS NULL")
     op.create_index("batches_open", "batches", ["created_at"], sqlite_where=unended, postgresql_where=unended)
     op.create_table(

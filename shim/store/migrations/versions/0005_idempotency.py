@@ -15,6 +15,7 @@ def upgrade() -> None:
         sa.Column("workspace_id", sa.String(40), primary_key=True),
         sa.Column("key", sa.String(255), primary_key=True),
         sa.Column("claim_id", sa.String(40), nullable=False),
+        sa.Column("origin_id", sa.String(40), nullable=False),
         sa.Column("process_id", sa.String(40), nullable=False),
         sa.Column("fingerprint", sa.LargeBinary(32), nullable=False),
         sa.Column("state", sa.String(16), nullable=False),
