@@ -23,7 +23,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from aiexport_edge.shim.prices import Price
 from aiexport_edge.shim.store.errors import remedy
-from aiexport_edge.shim.store.usage_rows import Claim, Saved, Standing, UsageRows
+from aiexport_edge.shim.store.quotas import Claim, Decision, Standing
+from aiexport_edge.shim.store.usage_rows import UsageRows
 from aiexport_edge.shim.store.values import UsageRow
 
 CHECKPOINT_S = 1.0
@@ -263,7 +264,7 @@ class UsageLedger:
             log.error("old usage could not be deleted: %s", remedy(error))
 
 
-def _resolve(asked: Iterable[_Reserve | _Flush], outcome: Saved | Exception) -> None:
+def _resolve(asked: Iterable[_Reserve | _Flush], outcome: Decision | Exception) -> None:
     """Tells the waiting handlers, in one call a loop."""
 
     def tell(items: list[_Reserve | _Flush]) -> None:

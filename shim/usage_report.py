@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import Engine
 
 from aiexport_edge.shim.prices import dollars
-from aiexport_edge.shim.store.usage_rows import date_of, today
+from aiexport_edge.shim.store.days import date_of, today
 from aiexport_edge.shim.store.usage_sums import GroupBy, UsageSum, sums
 
 DEFAULT_DAYS = 30

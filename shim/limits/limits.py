@@ -22,8 +22,9 @@ from aiexport_edge.proto.config_limits import PlanConfig
 from aiexport_edge.shim.errors import RateLimited
 from aiexport_edge.shim.limits.window import Taken, Window
 from aiexport_edge.shim.store import Principal
+from aiexport_edge.shim.store.days import DAY_MS, today
 from aiexport_edge.shim.store.errors import remedy
-from aiexport_edge.shim.store.usage_rows import DAY_MS, Claim, Standing, read_standing, today
+from aiexport_edge.shim.store.quotas import Claim, Standing, read_standing
 from aiexport_edge.shim.usage import Entry, QuotaSpent, UsageLedger
 
 FRESH_S = 1.0  # how old a workspace's standing may be where nothing depends on it but a header

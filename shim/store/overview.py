@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Engine, and_, func, or_, select
 
 from aiexport_edge.shim.store.database import read
+from aiexport_edge.shim.store.days import date_of, today
 from aiexport_edge.shim.store.errors import Missing
 from aiexport_edge.shim.store.key_rows import key_of
 from aiexport_edge.shim.store.rows import now_ms
@@ -25,7 +26,6 @@ from aiexport_edge.shim.store.schema import (
     webhook_deliveries,
     workspaces,
 )
-from aiexport_edge.shim.store.usage_rows import date_of, today
 from aiexport_edge.shim.store.values import Key
 
 MONTH_DAYS = 30

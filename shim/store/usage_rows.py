@@ -1,12 +1,11 @@
-"""Usage rows, their sums by day, and what is reserved of a daily quota: in the database, one transaction at a time.
+"""Usage rows in the database, one transaction at a time.
 
 A row is written `running` when a request is admitted, and settled at its end; that same transaction adds it to the sums
-(`usage_days`). A row that is settled again, because its process was only asleep when another settled it, changes the
+(`usage_sums.py`). A row that is settled again, because its process was only asleep when another settled it, changes the
 sums by the difference. So the sums are those of the settled rows, always, and stay when the rows are deleted.
 
-A quota compares two sums: what the day's settled rows have used, and what is reserved by requests in flight. Nothing
-else is counted anywhere, so nothing can drift; reservations of a dead process go with it. Rows of one process are
-written in batches by one thread (`shim/usage.py`); `record` is for those who settle in a transaction of their own.
+Rows of one process are written in batches by one thread (`shim/usage.py`); `record` is for those who settle in a
+transaction of their own.
 """
 
 from __future__ import annotations
@@ -14,19 +13,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import BindParameter, Connection, Engine, RowMapping, bindparam, delete, func, insert, select, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import BindParameter, Connection, Engine, RowMapping, bindparam, delete, insert, select, update
 
+from aiexport_edge.shim.store import quotas, usage_sums
 from aiexport_edge.shim.store.database import read, write
-from aiexport_edge.shim.store.schema import processes, reservations, usage, usage_days, workspaces
-from aiexport_edge.shim.store.store import now_ms
+from aiexport_edge.shim.store.days import milliseconds_of
+from aiexport_edge.shim.store.quotas import Claim, Decision
+from aiexport_edge.shim.store.rows import now_ms
+from aiexport_edge.shim.store.schema import processes, reservations, usage
 from aiexport_edge.shim.store.values import UsageRow
 
-DAY_MS = 86_400_000
 _IDS_AT_ONCE = 1000
 BEAT_S = 0.5  # no more heartbeats than that
 DOUBT = timedelta(seconds=4)  # a heartbeat that looks old must have stood still for so long: the clock may have jumped
@@ -40,7 +39,6 @@ _CHANGED = (
     "first_token_at",
     "ended_at",
 )
-_SUMS = ("requests", "input_tokens", "cache_read_input_tokens", "output_tokens", "cost")
 
 # The statements of every request, put together once: that costs several times what it takes to run them.
 _IDS: BindParameter[Any] = bindparam("ids", expanding=True)
@@ -52,92 +50,11 @@ _CHANGE = (
 _CHANGE_RUNNING = _CHANGE.where(usage.c.status == "running")
 _INSERT = insert(usage)
 _FIND = select(usage).where(usage.c.request_id.in_(_IDS)).order_by(usage.c.request_id).with_for_update()
-_RELEASE = delete(reservations).where(reservations.c.id.in_(_IDS))
 _BEAT = (
     update(processes)
     .where(processes.c.id == bindparam("process_id"))
     .values(heartbeat_at=bindparam("new_heartbeat_at"))
 )
-_LOCK = select(workspaces.c.id).where(workspaces.c.id == bindparam("workspace")).with_for_update(key_share=True)
-_TOKENS = usage_days.c.input_tokens + usage_days.c.cache_read_input_tokens + usage_days.c.output_tokens
-_USED = select(func.coalesce(func.sum(_TOKENS), 0)).where(
-    usage_days.c.workspace_id == bindparam("workspace"), usage_days.c.day == bindparam("of_day")
-)
-_RESERVED = select(func.coalesce(func.sum(reservations.c.tokens), 0)).where(
-    reservations.c.workspace_id == bindparam("workspace"), reservations.c.day == bindparam("of_day")
-)
-_STANDING = select(_USED.scalar_subquery(), _RESERVED.scalar_subquery())
-
-
-def _upsert(dialect: Any) -> Any:
-    new = dialect.insert(usage_days)
-    added = {name: usage_days.c[name] + new.excluded[name] for name in _SUMS}
-    return new.on_conflict_do_update(index_elements=list(usage_days.primary_key), set_=added)
-
-
-_ADD = {"sqlite": _upsert(sqlite), "postgresql": _upsert(postgresql)}
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """Tokens to be reserved under `id` (the request's) while less than `limit` of the day is used and reserved."""
-
-    id: str
-    workspace_id: str
-    tokens: int
-    limit: int
-    day: int
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """A workspace's tokens of a day: `used` by what is settled, `reserved` by what is in flight."""
-
-    day: int
-    used: int = 0
-    reserved: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """What came of the claims: the ids refused, and how each workspace with a claim stands after them."""
-
-    refused: frozenset[str]
-    standings: Mapping[str, Standing]
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class _SumKey:
-    """A row of `usage_days`; sorted by, so that two processes never wait for each other in a circle."""
-
-    workspace_id: str
-    day: int
-    model: str
-    key_id: str
-    batch: bool
-
-    @classmethod
-    def of(cls, row: UsageRow) -> _SumKey:
-        return cls(row.workspace_id, day_of(row.created_at), row.model, row.key_id, row.batch)
-
-    def columns(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in self.__slots__}
-
-
-_Sums = dict[_SumKey, list[int]]
-
-
-def day_of(moment: datetime) -> int:
-    """Days since 1970-01-01 in UTC."""
-    return _milliseconds(moment) // DAY_MS
-
-
-def date_of(day: int) -> date:
-    return date(1970, 1, 1) + timedelta(days=day)
-
-
-def today() -> int:
-    return day_of(datetime.now(UTC))
 
 
 # ---------------------------------------------------------------------------------------------- in a transaction
@@ -154,20 +71,8 @@ def record(connection: Connection, rows: Iterable[UsageRow], process_id: str) ->
     new = [row for row in rows if row.request_id not in there]
     if new:
         connection.execute(_INSERT, [_inserted(row, process_id) for row in new])
-    _add(connection, _sums(new))
-    _release(connection, [row.request_id for row in rows])
-
-
-def standing(connection: Connection, workspace_id: str, day: int) -> Standing:
-    """How much of a day is used and reserved."""
-    row = connection.execute(_STANDING, {"workspace": workspace_id, "of_day": day}).one()
-    return Standing(day, int(row[0]), int(row[1]))
-
-
-def read_standing(database: Engine, workspace_id: str, day: int) -> Standing:
-    """`standing` in a transaction of its own."""
-    with read(database) as connection:
-        return standing(connection, workspace_id, day)
+    usage_sums.add(connection, new)
+    quotas.release(connection, [row.request_id for row in rows])
 
 
 # ---------------------------------------------------------------------------------------------- one process's rows
@@ -188,7 +93,7 @@ class UsageRows:
         changed: Sequence[UsageRow],
         claims: Sequence[Claim] = (),
         released: Sequence[str] = (),
-    ) -> Saved:
+    ) -> Decision:
         """One transaction: brings `changed` up to date, settles those that have ended, lets go of the reservations
         `released`, then decides `claims` in order and inserts the rows `reserved` whose claim was not refused; and
         shows that this process is alive. What is in both is new and ended already: it is inserted first."""
@@ -204,7 +109,7 @@ class UsageRows:
         claims: Sequence[Claim],
         released: Sequence[str],
         settle: Callable[[Connection, Sequence[UsageRow]], None],
-    ) -> Saved:
+    ) -> Decision:
         new, claimed = {row.request_id for row in reserved}, {claim.id for claim in claims}
 
         def bring_up_to_date(connection: Connection, rows: Sequence[UsageRow]) -> None:
@@ -215,19 +120,19 @@ class UsageRows:
 
         with write(self._database, synchronous="NORMAL") as connection:
             bring_up_to_date(connection, [row for row in changed if row.request_id not in new])
-            _release(connection, [claim_id for claim_id in released if claim_id not in claimed])
-            saved = self._decide(connection, claims)
-            accepted = [_inserted(row, self.process_id) for row in reserved if row.request_id not in saved.refused]
+            quotas.release(connection, [claim_id for claim_id in released if claim_id not in claimed])
+            decision = quotas.decide(connection, claims, self.process_id)
+            accepted = [_inserted(row, self.process_id) for row in reserved if row.request_id not in decision.refused]
             if accepted:
                 connection.execute(_INSERT, accepted)
             bring_up_to_date(connection, [row for row in changed if row.request_id in new])
-            _release(connection, [claim_id for claim_id in released if claim_id in claimed])
+            quotas.release(connection, [claim_id for claim_id in released if claim_id in claimed])
             beat = time.monotonic()
             if beat - self._beat >= BEAT_S:
                 self._show_life(connection)
         if beat - self._beat >= BEAT_S:
             self._beat = beat
-        return saved
+        return decision
 
     def _show_life(self, connection: Connection) -> None:
         now = now_ms()
@@ -241,7 +146,11 @@ class UsageRows:
         One that was only asleep settles its rows again itself, with what they really used.
         """
         with read(self._database) as connection:
-            found = {row.id: row.heartbeat_at for row in connection.execute(select(processes))}
+            # what belongs to a process that has no heartbeat at all must be somebody's too
+            running = select(usage.c.process_id).where(usage.c.status == "running").distinct()
+            holding = select(reservations.c.process_id).distinct()
+            found = dict.fromkeys(connection.execute(running.union(holding)).scalars(), 0)
+            found |= {row.id: row.heartbeat_at for row in connection.execute(select(processes))}
         dead = self._silent(found, silence)
         if not dead:
             return 0
@@ -287,43 +196,6 @@ class UsageRows:
         self._heard = heard
         return dead
 
-    def _decide(self, connection: Connection, claims: Sequence[Claim]) -> Saved:
-        """A claim is granted while something is left after what is in flight: so the last one may overrun, alone."""
-        refused = set()
-        standings: dict[str, Standing] = {}
-        granted = []
-        for claim in sorted(claims, key=lambda claim: (claim.workspace_id, claim.day)):  # stable: else as they came
-            now = standings.get(claim.workspace_id)
-            if now is None:
-                _lock(connection, claim.workspace_id)
-            if now is None or now.day != claim.day:
-                now = standing(connection, claim.workspace_id, claim.day)
-            if now.used + now.reserved < claim.limit:
-                granted.append(claim)
-                now = replace(now, reserved=now.reserved + claim.tokens)
-            else:
-                refused.add(claim.id)
-            standings[claim.workspace_id] = now
-        if granted:
-            rows = [
-                {
-                    "id": claim.id,
-                    "process_id": self.process_id,
-                    "workspace_id": claim.workspace_id,
-                    "day": claim.day,
-                    "tokens": claim.tokens,
-                }
-                for claim in granted
-            ]
-            connection.execute(insert(reservations), rows)
-        return Saved(frozenset(refused), standings)
-
-
-def _lock(connection: Connection, workspace_id: str) -> None:
-    """One claim on a workspace's quota at a time. SQLite has one writer anyway."""
-    if connection.dialect.name != "sqlite":
-        connection.execute(_LOCK, {"workspace": workspace_id})
-
 
 class _SettledBefore(Exception):
     """A row that is to be settled does not run, or is not there: the transaction goes back and looks at each."""
@@ -334,7 +206,7 @@ def _settle_running(connection: Connection, rows: Sequence[UsageRow]) -> None:
     if rows:
         if connection.execute(_CHANGE_RUNNING, [_changes(row) for row in rows]).rowcount != len(rows):
             raise _SettledBefore
-        _add(connection, _sums(rows))
+        usage_sums.add(connection, rows)
 
 
 def _settle(connection: Connection, rows: Sequence[UsageRow]) -> None:
@@ -345,10 +217,7 @@ def _settle(connection: Connection, rows: Sequence[UsageRow]) -> None:
         if not known:
             continue
         connection.execute(_CHANGE, [_changes(row) for row in known])
-        sums = _sums(known)
-        for key, values in _sums([row for row in before.values() if row.status != "running"]).items():
-            sums[key] = [new - old for new, old in zip(sums.get(key, [0] * len(_SUMS)), values, strict=True)]
-        _add(connection, sums)
+        usage_sums.add(connection, known, instead_of=[row for row in before.values() if row.status != "running"])
 
 
 def _end_processes(connection: Connection, process_ids: Sequence[str]) -> int:
@@ -359,7 +228,7 @@ def _end_processes(connection: Connection, process_ids: Sequence[str]) -> int:
     for start in range(0, len(ids), _IDS_AT_ONCE):
         orphans = usage.c.request_id.in_(ids[start : start + _IDS_AT_ONCE])
         connection.execute(update(usage).where(orphans).values(status="aborted", ended_at=now_ms()))
-    _add(connection, _sums(left))
+    usage_sums.add(connection, left)
     connection.execute(delete(reservations).where(reservations.c.process_id.in_(process_ids)))
     connection.execute(delete(processes).where(processes.c.id.in_(process_ids)))
     return len(ids)
@@ -367,30 +236,6 @@ def _end_processes(connection: Connection, process_ids: Sequence[str]) -> int:
 
 def _find(connection: Connection, request_ids: Sequence[str]) -> dict[str, UsageRow]:
     return {row["request_id"]: _read(row) for row in connection.execute(_FIND, {"ids": request_ids}).mappings()}
-
-
-def _release(connection: Connection, ids: Sequence[str]) -> None:
-    for start in range(0, len(ids), _IDS_AT_ONCE):
-        connection.execute(_RELEASE, {"ids": ids[start : start + _IDS_AT_ONCE]})
-
-
-def _sums(rows: Iterable[UsageRow]) -> _Sums:
-    """What the rows add to their days. One that never began, or failed unbilled, is no message."""
-    sums: _Sums = {}
-    for row in rows:
-        if row.status == "completed" or row.tokens:
-            values = sums.setdefault(_SumKey.of(row), [0] * len(_SUMS))
-            new = (1, row.input_tokens, row.cache_read_input_tokens, row.output_tokens, row.cost)
-            for place, value in enumerate(new):
-                values[place] += value
-    return sums
-
-
-def _add(connection: Connection, sums: _Sums) -> None:
-    if not sums:
-        return
-    rows = [key.columns() | dict(zip(_SUMS, sums[key], strict=True)) for key in sorted(sums)]
-    connection.execute(_ADD[connection.dialect.name], rows)
 
 
 # ---------------------------------------------------------------------------------------------- rows and columns
@@ -408,7 +253,7 @@ def _inserted(row: UsageRow, process_id: str) -> dict[str, object]:
         "input_tokens": row.input_tokens,
         "cache_read_input_tokens": row.cache_read_input_tokens,
         "output_tokens": row.output_tokens,
-        "created_at": _milliseconds(row.created_at),
+        "created_at": milliseconds_of(row.created_at),
         "first_token_at": _milliseconds_or_none(row.first_token_at),
         "ended_at": _milliseconds_or_none(row.ended_at),
         "batch": row.batch,
@@ -446,9 +291,5 @@ def _read(row: RowMapping) -> UsageRow:
     )
 
 
-def _milliseconds(moment: datetime) -> int:
-    return round(moment.timestamp() * 1000)
-
-
 def _milliseconds_or_none(moment: datetime | None) -> int | None:
-    return None if moment is None else _milliseconds(moment)
+    return None if moment is None else milliseconds_of(moment)

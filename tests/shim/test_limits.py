@@ -21,7 +21,7 @@ from support.shim_server import HAIKU, ShimServer, until
 from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.proto.config import Config
 from aiexport_edge.shim.limits import limits
-from aiexport_edge.shim.store import Store, open_store, usage_rows
+from aiexport_edge.shim.store import Store, days, open_store, quotas
 
 Engines = Callable[..., ScriptedEngine]
 Shims = Callable[..., ShimServer]
@@ -215,9 +215,9 @@ def test_tokens_are_reserved_settled_and_spent(shim: ShimServer, engine: Scripte
         assert client.post("/v2/messages", json=message()).status_code == 200
 
 
-def _standing(shim: ShimServer) -> usage_rows.Standing:
+def _standing(shim: ShimServer) -> quotas.Standing:
     workspace_id = shim.store.get_workspace("acme").id
-    return usage_rows.read_standing(shim.store.database, workspace_id, usage_rows.today())
+    return quotas.read_standing(shim.store.database, workspace_id, days.today())
 
 
 def test_what_is_in_flight_is_reserved(shim: ShimServer, engine: ScriptedEngine) -> None:
@@ -261,7 +261,7 @@ def test_another_day_is_another_quota(shim: ShimServer, monkeypatch: pytest.Monk
         assert client.post("/v2/messages", json=message()).status_code == 200
         until(lambda: _standing(shim).used == PROMPT + 5, "it is settled")
         assert client.post("/v2/messages", json=message()).status_code == 429
-        real = usage_rows.today()
+        real = days.today()
         monkeypatch.setattr(limits, "today", lambda: real + 1)
         reply = client.post("/v2/messages", json=message(max_tokens=1))
         assert reply.status_code == 200
@@ -299,7 +299,7 @@ def test_parallel_requests_overrun_by_at_most_one(
     workspace_id = store.get_workspace("acme").id
 
     def used() -> int:
-        return usage_rows.read_standing(store.database, workspace_id, usage_rows.today()).used
+        return quotas.read_standing(store.database, workspace_id, days.today()).used
 
     until(lambda: used() == 4 * each, "all are settled")
     assert quota <= used() < quota + each
@@ -323,7 +323,7 @@ def test_a_killed_process_lets_go_of_what_it_reserved(engine: ScriptedEngine, tm
         engine.permit(3)
 
         def standing() -> tuple[int, int]:
-            found = usage_rows.read_standing(store.database, workspace_id, usage_rows.today())
+            found = quotas.read_standing(store.database, workspace_id, days.today())
             return found.used, found.reserved
 
         with httpx.Client(headers={"X-API-Key": key}, timeout=60) as client:

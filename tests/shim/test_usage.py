@@ -18,7 +18,8 @@ from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.shim import usage
 from aiexport_edge.shim.prices import Price
 from aiexport_edge.shim.store import Store, UsageRow, open_store, usage_rows
-from aiexport_edge.shim.store.usage_rows import Saved, UsageRows
+from aiexport_edge.shim.store.quotas import Decision
+from aiexport_edge.shim.store.usage_rows import UsageRows
 from aiexport_edge.shim.usage import Entry, UsageLedger
 
 Engines = Callable[..., ScriptedEngine]
@@ -165,7 +166,7 @@ class SlowRows(UsageRows):
         self.saves: list[int] = []
         self.go = threading.Event()
 
-    def save(self, reserved: Any, changed: Any, claims: Any = (), released: Any = ()) -> Saved:
+    def save(self, reserved: Any, changed: Any, claims: Any = (), released: Any = ()) -> Decision:
         if not self.go.is_set() and reserved:
             assert self.go.wait(20)
         saved = super().save(reserved, changed, claims, released)
@@ -196,7 +197,7 @@ def test_settled_rows_are_written_again_until_they_are(store: Store) -> None:
     class FailingRows(UsageRows):
         failures = 0
 
-        def save(self, reserved: Any, changed: Any, claims: Any = (), released: Any = ()) -> Saved:
+        def save(self, reserved: Any, changed: Any, claims: Any = (), released: Any = ()) -> Decision:
             if changed and self.failures < 2:
                 self.failures += 1
                 raise OperationalError("UPDATE", {}, Exception("database is locked"))

@@ -25,10 +25,11 @@ from support.shim_server import HAIKU, SONNET, ShimServer, until
 
 from aiexport_edge.shim.cli.main import main
 from aiexport_edge.shim.prices import Price, dollars
-from aiexport_edge.shim.store import Store, UsageRow, open_store, usage_rows
+from aiexport_edge.shim.store import Store, UsageRow, days, open_store, quotas, usage_rows
 from aiexport_edge.shim.store.database import write
+from aiexport_edge.shim.store.quotas import Claim
 from aiexport_edge.shim.store.schema import usage, usage_days
-from aiexport_edge.shim.store.usage_rows import Claim, UsageRows, record
+from aiexport_edge.shim.store.usage_rows import UsageRows, record
 from aiexport_edge.shim.store.usage_sums import sums
 
 Engines = Callable[..., ScriptedEngine]
@@ -313,7 +314,7 @@ def row(store: Store, request_id: str, *, status: str = "completed", **values: A
 
 
 def total(store: Store) -> tuple[int, ...]:
-    day = usage_rows.day_of(TODAY)
+    day = days.day_of(TODAY)
     found = sums(store.database, day - 1000, day + 1000)[0]
     return (found.requests, found.input_tokens, found.cache_read_input_tokens, found.output_tokens, found.cost)
 
@@ -337,18 +338,43 @@ def test_a_row_counts_once_however_often_it_is_settled(store: Store) -> None:
 
 
 def test_a_batchs_row_is_recorded_once(store: Store) -> None:
-    claim = Claim("req_1", store.get_workspace("acme").id, 50, 100, usage_rows.day_of(TODAY))
+    claim = Claim("req_1", store.get_workspace("acme").id, 50, 100, days.day_of(TODAY))
     rows = UsageRows(store.database, "proc_1")
     rows.save([], [], [claim])
     for _ in range(2):
         with write(store.database) as connection:
             record(connection, [row(store, "req_1", batch=True), row(store, "req_2")], "proc_1")
         assert total(store) == (2, 20, 2, 10, 14)
-    standing = usage_rows.read_standing(store.database, claim.workspace_id, claim.day)
+    standing = quotas.read_standing(store.database, claim.workspace_id, claim.day)
     assert (standing.used, standing.reserved) == (32, 0)
     with store.database.connect() as connection:
         kinds = connection.execute(select(usage_days.c.batch, usage_days.c.requests)).all()
     assert sorted(kinds) == [(False, 1), (True, 1)]
+
+
+def test_an_attempt_after_a_dead_one_takes_its_reservation_over(store: Store) -> None:
+    claim = Claim("req_1", store.get_workspace("acme").id, 50, 1000, days.day_of(TODAY))
+    first, second = (UsageRows(store.database, f"proc_{name}") for name in ("first", "second"))
+    for rows in (first, second):
+        assert not rows.save([], [], [claim]).refused
+    first.leave()
+    assert quotas.read_standing(store.database, claim.workspace_id, claim.day).reserved == 50
+    second.leave()
+    assert quotas.read_standing(store.database, claim.workspace_id, claim.day).reserved == 0
+
+
+def test_what_has_no_process_is_ended(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was thought dead has lost its heartbeat's row, and then really dies before the next."""
+    monkeypatch.setattr(usage_rows, "DOUBT", timedelta(0))
+    claim = Claim("req_1", store.get_workspace("acme").id, 50, 1000, days.day_of(TODAY))
+    lost, other = (UsageRows(store.database, f"proc_{name}") for name in ("lost", "other"))
+    lost.save([row(store, "req_1", status="running")], [], [claim])
+    with store.database.begin() as connection:
+        connection.execute(sql("DELETE FROM processes"))
+    other.save([], [])
+    assert other.settle_dead(timedelta(seconds=15)) == 1
+    assert total(store) == (1, 10, 1, 5, 7)
+    assert quotas.read_standing(store.database, claim.workspace_id, claim.day).reserved == 0
 
 
 def test_what_was_never_replied_is_no_request(store: Store) -> None:
@@ -368,7 +394,7 @@ def test_single_rows_go_and_their_sums_stay(store: Store) -> None:
     made.append(row(store, "req_new", status="running", created_at=datetime.now(UTC)))
     rows.save(made, [])
     rows.save([], [row(store, "req_0", created_at=old), row(store, "req_1", created_at=old)])
-    day = usage_rows.day_of(old)
+    day = days.day_of(old)
     before = sums(store.database, day, day)
     assert rows.forget(timedelta(days=29)) == 2
     assert rows.forget(timedelta(days=29)) == 0
