@@ -179,9 +179,7 @@ class Splitter:
         num_pieces = 0
         while True:
             if in_string:
-                rest = _STRING_REST.match(buffer, at)
-                assert rest is not None
-                at = rest.end()
+                at = _string_end(buffer, at)
                 if buffer[at : at + 1] != b'"':  # the end of the buffer, or a backslash whose second half is to come
                     break
                 at += 1
@@ -228,3 +226,14 @@ class Splitter:
     def _invalid(self, problem: str) -> InvalidRequest:
         where = f" (near requests.{self._index})" if self._index else ""
         return InvalidRequest(f"The request body is not valid JSON: {problem}{where}.")
+
+
+def _string_end(buffer: bytearray, at: int) -> int:
+    """Where the rest of a string from `at` ends: at its quote, or before what cannot be told yet."""
+    quote = buffer.find(b'"', at)
+    end = quote if quote >= 0 else len(buffer)
+    if quote == at or buffer[end - 1] != 0x5C:
+        return end
+    rest = _STRING_REST.match(buffer, at)  # the same in one pass, whatever it holds, at a tenth of the speed
+    assert rest is not None
+    return rest.end()
