@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,11 @@ def test_what_is_wrong_is_said(tmp_path: Path, text: str, expected: str) -> None
 
 def test_any_origin(tmp_path: Path) -> None:
     assert read(tmp_path, '[shim]\ncors_origins = ["*"]\n').shim.cors_origins == ("*",)
+
+
+def test_what_the_documents_show_is_right(tmp_path: Path) -> None:
+    text = (Path(__file__).resolve().parent.parent / "deploy" / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```toml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    [config] = [read(tmp_path, block) for block in blocks if "otlp_endpoint" in block]
+    assert config.shim.max_connections == 4096
+    assert config.telemetry.otlp_endpoint == "http://127.0.0.1:4317"

@@ -6,12 +6,13 @@ import asyncio
 import json
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import insert
 from sqlalchemy import text as sql
 from support.scripted_engine import ScriptedEngine
 from support.shim_server import HAIKU, ShimServer, until
@@ -20,6 +21,8 @@ from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.shim import idempotency
 from aiexport_edge.shim.store.database import open_database
 from aiexport_edge.shim.store.idempotency_rows import Claim, IdempotencyRows, KeptReply, State, Taken
+from aiexport_edge.shim.store.schema import processes
+from aiexport_edge.shim.store.store import now_ms
 
 Engines = Callable[..., ScriptedEngine]
 Shims = Callable[..., ShimServer]
@@ -274,15 +277,18 @@ PRINT = b"f" * 32
 
 
 @pytest.fixture
-def two(tmp_path: Path) -> Iterator[tuple[IdempotencyRows, IdempotencyRows, Callable[[str], None]]]:
+def two(store_url: str) -> Iterator[tuple[IdempotencyRows, IdempotencyRows, Callable[[str], None]]]:
     """The rows of two processes on one database, and a way to run SQL on it."""
-    database = open_database(f"sqlite:///{tmp_path / 'store.db'}")
+    database = open_database(store_url)
 
     def run(statement: str) -> None:
         with database.begin() as connection:
             connection.execute(sql(statement))
 
-    run("INSERT INTO processes VALUES ('a', 0, unixepoch() * 1000), ('b', 0, unixepoch() * 1000)")
+    with database.begin() as connection:
+        connection.execute(
+            insert(processes), [{"id": each, "started_at": 0, "heartbeat_at": now_ms()} for each in "ab"]
+        )
     yield IdempotencyRows(database, "a"), IdempotencyRows(database, "b"), run
     database.dispose()
 
@@ -357,6 +363,15 @@ def test_the_sweep_takes_what_nobody_needs(two: Two) -> None:
     assert isinstance(a.claim("w", "live", PRINT), Taken)
     assert isinstance(a.claim("w", "theirs", PRINT), Taken)
     assert claimed(a.claim("w", "lost", PRINT)).claim_id != lost.claim_id
+
+
+def test_of_many_that_claim_at_once_one_gets_it(two: Two) -> None:
+    a, b, _ = two
+    with ThreadPoolExecutor(8) as threads:
+        tries = [threads.submit((a, b)[i % 2].claim, "w", f"k{i % 20 // 4}", PRINT) for i in range(40)]
+        claims = [each.result() for each in tries]
+    won = [claim.key for claim in claims if isinstance(claim, Claim)]
+    assert sorted(won) == sorted({f"k{i % 20 // 4}" for i in range(40)})
 
 
 def test_kept_headers_are_few(shim: ShimServer) -> None:
