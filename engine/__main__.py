@@ -83,6 +83,7 @@ def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: st
     from aiexport_edge.engine.server import logs
     from aiexport_edge.engine.server.listener import ListenerConfig, ListenerError
     from aiexport_edge.engine.server.process import ServerConfig, serve
+    from aiexport_edge.proto.tracing import TracingError
 
     logs.set_up(config.telemetry.log_level, config.telemetry.log_format)
     engine = config.engine
@@ -93,11 +94,12 @@ def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: st
         tenant_queue_share=engine.tenant_queue_share,
         drain_s=engine.drain.total_seconds(),
         ready_fd=ready_fd,
+        otlp_endpoint=config.telemetry.otlp_endpoint,
     )
     try:
         backend = NativeBackend(core_config, first=core, step_timeout_s=engine.step_timeout.total_seconds())
         uvloop.run(serve(server, backend))
-    except ListenerError as error:
+    except (ListenerError, TracingError) as error:
         return _fail(str(error))
     return 0
 
