@@ -42,6 +42,8 @@ class _Writer:
                 return " ".join(map(self._rule, parts)) if parts else '""'
             case Alt(options):
                 return f"({' | '.join(map(self._rule, options))})"
+            case Repeat(_, _, 0):
+                return '""'
             case Repeat(part, least, most):
                 return f"({self._rule(part)}){_count(least, most)}"
             case Text() | Chars():
@@ -64,6 +66,8 @@ class _Writer:
                 return "".join(map(self._regex, parts))
             case Alt(options):
                 return f"(?:{'|'.join(map(self._regex, options))})"
+            case Repeat(_, _, 0):
+                return ""
             case Repeat(part, least, most):
                 return f"(?:{self._regex(part)}){_count(least, most)}"
             case Call(rule):

@@ -13,6 +13,7 @@ from aiexport_edge.engine.structured.constants import is_of, same
 
 MAX_SCHEMAS = 2000  # subschemas, each counted as often as it is used
 MAX_DEPTH = 60
+MAX_PLACE_CHARACTERS = 200
 MAX_OPTIONS = 50  # of a `oneOf`, each of which is held against each
 
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
@@ -22,8 +23,16 @@ _ANNOTATIONS = {
     *("contentSchema", "discriminator", "nullable"),
 }
 OF_TYPE = {
-    "object": ["properties", "required", "additionalProperties", "minProperties", "maxProperties", "patternProperties"],
-    "array": ["items", "prefixItems", "additionalItems", "minItems", "maxItems", "uniqueItems"],
+    "object": [
+        "properties",
+        "required",
+        "additionalProperties",
+        "minProperties",
+        "maxProperties",
+        "patternProperties",
+        "unevaluatedProperties",
+    ],
+    "array": ["items", "prefixItems", "additionalItems", "minItems", "maxItems", "uniqueItems", "unevaluatedItems"],
     "string": ["minLength", "maxLength", "pattern", "format"],
     "number": ["minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"],
 }
@@ -39,6 +48,7 @@ _SHAPES: dict[str, tuple[str, tuple[type, ...]]] = {
     "const": ("any value", _ANY_VALUE),
     **dict.fromkeys(("properties", "patternProperties"), ("an object", (Mapping,))),
     **dict.fromkeys(("additionalProperties", "additionalItems"), _SCHEMA),
+    **dict.fromkeys(("unevaluatedProperties", "unevaluatedItems"), _SCHEMA),
     "items": ("a schema or an array of schemas", (Mapping, bool, list)),
     "uniqueItems": ("true or false", (bool,)),
     **dict.fromkeys(("pattern", "format"), _STRING),
@@ -54,6 +64,7 @@ class UnsupportedSchema(Exception):
     """Why no grammar can be made of a schema; `place` is a path in it, such as `properties.age`."""
 
     def __init__(self, place: str, problem: str) -> None:
+        place = place if len(place) <= MAX_PLACE_CHARACTERS else f"{place[:MAX_PLACE_CHARACTERS]}…"
         super().__init__(f"{place}: {problem}" if place else problem)
         self.place = place
         self.problem = problem
@@ -125,13 +136,13 @@ class Resolver:
     def inlined(self, schema: Mapping[str, Any], place: str, depth: int) -> Mapping[str, Any]:
         """A schema with keywords beside its `$ref`, as one."""
         beside = {keyword: value for keyword, value in schema.items() if keyword != "$ref"}
-        target = self.target(schema["$ref"], place)
-        return {"allOf": [beside, target]}
+        return {**beside, "allOf": [*beside.get("allOf", ()), self.target(schema["$ref"], place)]}
 
     def merged(self, schema: Mapping[str, Any], place: str, depth: int) -> Schema:
         """A schema with `allOf`, put together keyword by keyword."""
         parts = schema["allOf"]
         merged: dict[str, Any] = {keyword: value for keyword, value in schema.items() if keyword != "allOf"}
+        found: list[tuple[dict[str, Any], str]] = []
         for index, part in enumerate(parts):
             here = at(place, f"allOf.{index}")
             for _ in range(MAX_DEPTH):
@@ -152,7 +163,11 @@ class Resolver:
                 inner = self.merged(inlined, here, depth + 1)
                 if isinstance(inner, bool):
                     return False
-                part = inner
+                part = dict(inner)
+            found.append((part, here))
+        for index, (part, here) in enumerate(found):
+            _check_unseen(part, [merged, *(other for other, _ in found[:index] + found[index + 1 :])], here)
+        for part, here in found:
             merged = _put_together(merged, part, here)
         return merged
 
@@ -234,10 +249,23 @@ _CLOSED_BY = (
     ("additionalProperties", "patternProperties"),
     ("items", "prefixItems"),
 )
+_NAMING = {
+    "unevaluatedProperties": ("properties", "patternProperties", "additionalProperties", "unevaluatedProperties"),
+    "unevaluatedItems": ("items", "prefixItems", "unevaluatedItems"),
+}
 _TIGHTER = {
     **dict.fromkeys(("minimum", "exclusiveMinimum", "minItems", "minLength", "minProperties"), max),
     **dict.fromkeys(("maximum", "exclusiveMaximum", "maxItems", "maxLength", "maxProperties"), min),
 }
+
+
+def _check_unseen(part: Mapping[str, Any], beside: Sequence[Mapping[str, Any]], place: str) -> None:
+    """What stands beside an `allOf` sees what its schemas name, but these see neither it nor each other."""
+    for keyword, naming in _NAMING.items():
+        if part.get(keyword, True) is not True:
+            for other in beside:
+                if any(name in other for name in (*naming, "anyOf", "oneOf", "$ref")):
+                    raise UnsupportedSchema(place, f"{keyword} beside what it does not see is not supported")
 
 
 def _put_together(one: Mapping[str, Any], other: Mapping[str, Any], place: str) -> dict[str, Any]:

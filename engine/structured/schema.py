@@ -5,6 +5,7 @@ The subset of JSON Schema (2020-12, and what drafts 4 to 2019-09 write different
 - objects: `properties`, `required`, `additionalProperties`, `minProperties` up to the number of required members or 1,
   `maxProperties` where nothing or all is declared; `patternProperties` of one pattern beside nothing else. Members come
   in the order in which `properties` names them, others after them; other names are spelled without escapes
+- `unevaluatedProperties`, `unevaluatedItems`: for the members and items that nothing beside them names
 - arrays: `items`, `prefixItems` (`items` and `additionalItems` of old), `minItems`, `maxItems`; `uniqueItems` where
   there is at most one item
 - strings: `minLength`, `maxLength`, `pattern` (see `patterns.py`) and `format` (`formats.py`); a pattern or format goes
@@ -54,7 +55,8 @@ class _Compiler:
         try:
             start = self._expression({"allOf": [self._root, {"type": "object"}]}, "", 0)
         except UnsupportedSchema as error:
-            raise UnsupportedSchema(error.place.removeprefix("allOf.0").lstrip("."), error.problem) from error
+            place = error.place.removeprefix("allOf.0").removeprefix("allOf.1").lstrip(".")
+            raise UnsupportedSchema(place, error.problem) from error
         if start is None:
             raise UnsupportedSchema("", "no document satisfies this schema")
         self._rules["root"] = start
@@ -116,7 +118,7 @@ class _Compiler:
         properties = schema.get("properties", {})
         required = schema.get("required", [])
         names = [*properties, *(name for name in dict.fromkeys(required) if name not in properties)]
-        additional = schema.get("additionalProperties", True)
+        additional = schema.get("additionalProperties", schema.get("unevaluatedProperties", True))
         patterns = schema.get("patternProperties")
         other_names: Expression = other_key(names)
         if patterns:
@@ -172,10 +174,10 @@ class _Compiler:
     # ------------------------------------------------------------------------------------------------ arrays
 
     def _array(self, schema: Mapping[str, Any], place: str, depth: int) -> Expression | None:
-        items = schema.get("items", True)
+        items = schema.get("items", schema.get("unevaluatedItems", True))
         first = schema.get("prefixItems", [])
         if isinstance(items, list):  # before 2020-12
-            first, items = items, schema.get("additionalItems", True)
+            first, items = items, schema.get("additionalItems", schema.get("unevaluatedItems", True))
         least, most = self._count(schema, "minItems", place, 0), self._count(schema, "maxItems", place, None)
         assert least is not None
         heads: list[Expression] = []
@@ -331,7 +333,7 @@ class _Compiler:
         options = schema[keyword]
         beside = {name: value for name, value in schema.items() if name != keyword}
         if beside:
-            options = [{"allOf": [beside, option]} for option in options]
+            options = [{**beside, "allOf": [*beside.get("allOf", ()), option]} for option in options]
         if keyword == "oneOf" and len(options) > 1:
             self._resolver.check_apart(options, at(place, keyword), depth)
         found: list[Expression] = []
