@@ -30,6 +30,8 @@ from aiexport_edge.shim.store.values import UsageRow
 CHECKPOINT_S = 1.0
 SILENCE = timedelta(seconds=15)  # after which a process counts as dead
 _SWEEP_S = 5.0
+_FORGET_S = 60.0
+_FORGET_ROWS = 100  # at a time: from a cold disk that takes a tenth of a second, for which requests wait
 _MAX_BATCH = 1000
 
 log = logging.getLogger(__name__)
@@ -175,7 +177,7 @@ class UsageLedger:
     # ------------------------------------------------------------------------------------------ the writer thread
 
     def _write(self) -> None:
-        next_checkpoint = next_sweep = time.monotonic()
+        next_checkpoint = next_sweep = next_forgetting = time.monotonic()
         closing = False
         while not closing:
             batch, closing = self._collect(next_checkpoint)
@@ -188,6 +190,8 @@ class UsageLedger:
             if now >= next_sweep:
                 self._sweep()
                 next_sweep = now + _SWEEP_S
+            if now >= next_forgetting:
+                next_forgetting = now + (CHECKPOINT_S if self._forget() else _FORGET_S)
         try:
             self._rows.leave()
         except SQLAlchemyError as error:
@@ -258,10 +262,14 @@ class UsageLedger:
         else:
             if settled:
                 log.warning("settled %d requests of a process that died", settled)
+
+    def _forget(self) -> bool:
+        """Deletes some single rows past their retention; whether there may be more."""
         try:
-            self._rows.forget(self._retention)
+            return self._rows.forget(self._retention, _FORGET_ROWS) == _FORGET_ROWS
         except SQLAlchemyError as error:
             log.error("old usage could not be deleted: %s", remedy(error))
+            return False
 
 
 def _resolve(asked: Iterable[_Reserve | _Flush], outcome: Decision | Exception) -> None:

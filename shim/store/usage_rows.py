@@ -157,13 +157,12 @@ class UsageRows:
         with write(self._database, synchronous="NORMAL") as connection:
             return _end_processes(connection, dead)
 
-    def forget(self, retention: timedelta) -> int:
-        """Deletes a thousand rows of that age at most, so that nobody waits for it long; returns how many. Their sums
-        stay."""
+    def forget(self, retention: timedelta, most: int) -> int:
+        """Deletes rows of that age, `most` at most; returns how many. Their sums stay."""
         oldest = now_ms() - retention // timedelta(milliseconds=1)
         old = select(usage.c.request_id).where(usage.c.created_at < oldest, usage.c.status != "running")
         with read(self._database) as connection:
-            ids = list(connection.execute(old.limit(_IDS_AT_ONCE)).scalars())
+            ids = list(connection.execute(old.limit(most)).scalars())
         if ids:
             with write(self._database, synchronous="NORMAL") as connection:
                 connection.execute(delete(usage).where(usage.c.request_id.in_(ids)))
