@@ -6,6 +6,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,21 @@ class _HostAccelerator:
 
     def staging(self, num_bytes: int) -> Tensor:
         return torch.zeros(num_bytes, dtype=torch.uint8)
+
+    def reserve_staging(self) -> None:
+        pass
+
+    def fork(self) -> None:
+        pass
+
+    def beside(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def join(self) -> None:
+        pass
+
+    def reclaim(self) -> None:
+        pass
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         run()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 
 class Accelerator(Protocol):
-    """One device with one stream of work, in order."""
+    """One device with one stream of work, in order; and a second for what runs beside it."""
 
     @property
     def device(self) -> torch.device: ...
@@ -27,6 +28,25 @@ class Accelerator(Protocol):
         """
         ...
 
+    def reserve_staging(self) -> None:
+        """Ask the system now for what `staging` will give: as much again as it has given so far, several times over.
+
+        Later it takes from that alone, and never waits for the device because of it.
+        """
+        ...
+
+    def fork(self) -> None:
+        """What is launched `beside` comes after all that has been launched so far."""
+        ...
+
+    def beside(self) -> AbstractContextManager[object]:
+        """Within, work is launched in the second stream: it runs beside what is launched in the first."""
+        ...
+
+    def join(self) -> None:
+        """What is launched from now on comes after all that was launched `beside`."""
+        ...
+
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """A function that launches again, at one blow, what `run` launched on tensors of fixed addresses.
 
@@ -36,6 +56,10 @@ class Accelerator(Protocol):
 
     def mark(self) -> Callable[[], None]:
         """A function that blocks until everything launched before now is done."""
+        ...
+
+    def reclaim(self) -> None:
+        """Give memory that is kept for reuse back to the device, so that other sizes can be had."""
         ...
 
     def free_bytes(self) -> int:
@@ -54,14 +78,34 @@ class CudaAccelerator:
         self.device = device
         torch.cuda.set_device(device)  # Triton launches on the current device
         self._pool: Any = None
-        self._side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # Graphs are captured in a stream of their own: libraries keep a workspace for each stream, and what runs beside
+        # a graph must not share the graph's. Of higher priority, for a decode is short and somebody waits for it.
+        self._capture_stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._second_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._largest_staging = 0
 
     def staging(self, num_bytes: int) -> Tensor:
+        self._largest_staging = max(self._largest_staging, num_bytes)
+        # torch's host allocator gives a block again only when the copies that were launched from it are done.
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def reserve_staging(self) -> None:
+        powers = range(3, (2 * self._largest_staging).bit_length())  # the allocator rounds up to a power of two
+        held = [torch.empty(1 << power, dtype=torch.uint8, pin_memory=True) for power in powers for _ in range(4)]
+        del held
+
+    def fork(self) -> None:
+        self._second_stream.wait_stream(torch.cuda.current_stream(self.device))
+
+    def beside(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._second_stream)
+
+    def join(self) -> None:
+        torch.cuda.current_stream(self.device).wait_stream(self._second_stream)
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         # Kernels are compiled and libraries set up before the capture, where neither is allowed.
-        stream = self._side_stream
+        stream = self._capture_stream
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             run()
@@ -77,6 +121,9 @@ class CudaAccelerator:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
         return event.synchronize
+
+    def reclaim(self) -> None:
+        torch.cuda.empty_cache()
 
     def free_bytes(self) -> int:
         gc.collect()

@@ -56,35 +56,56 @@ class DecodeGraphs:
         self._kv_caches = kv_caches
         self._query_start_loc = torch.arange(inputs.num_rows + 1, dtype=torch.int32, device=accelerator.device)
         self._replays: dict[int, Callable[[], None]] = {}
+        self._given_up: set[int] = set()
 
     @property
     def captured(self) -> list[int]:
         """The buckets that have a graph, in the order of their capture."""
         return list(self._replays)
 
-    def capture_first(self) -> None:
-        """Capture the buckets that are captured before the first request."""
-        self.inputs.clear()  # a capture runs what it captures
-        for bucket in first_buckets(self.buckets):
-            if bucket not in self._replays:
-                self._capture(bucket)
+    @property
+    def first_buckets(self) -> list[int]:
+        """Those to be captured before the first request, in this order."""
+        return first_buckets(self.buckets)
 
-    def launch(self, bucket: int) -> None:
-        """Launch the bucket's graph on what the inputs hold when it runs; its logits are then in `logits[:bucket]`.
-
-        The first `bucket` rows of the inputs must have been refreshed.
-        """
-        if bucket not in self._replays:
-            self._capture(bucket)
-        self._replays[bucket]()
-
-    def _capture(self, bucket: int) -> None:
+    @torch.inference_mode()
+    def capture(self, bucket: int) -> None:
+        """Capture the bucket's graph, unless it is there. It runs on padding: what the inputs held is gone."""
+        if bucket in self._replays:
+            return
+        self.inputs.clear()
         batch, logits = self._batch(bucket), self.logits[:bucket]
 
         def run() -> None:
             self._run(batch, logits)
 
         self._replays[bucket] = self._accelerator.capture(run)
+
+    def bucket(self, num_rows: int) -> int:
+        """The smallest bucket of `num_rows` or more, captured if it is needed for the first time.
+
+        Where memory does not do for another graph, a larger one that is there serves instead.
+        """
+        first = bucket_of(self.buckets, num_rows)
+        for bucket in self.buckets[self.buckets.index(first) :]:
+            if bucket in self._replays:
+                return bucket
+            if bucket not in self._given_up:
+                try:
+                    self.capture(bucket)
+                    return bucket
+                except torch.OutOfMemoryError:
+                    if bucket == self.buckets[-1]:
+                        raise
+                    self._given_up.add(bucket)
+        raise AssertionError("the largest bucket has a graph, or there was an error")
+
+    def launch(self, bucket: int) -> None:
+        """Launch the bucket's graph on what the inputs hold when it runs; its logits are then in `logits[:bucket]`.
+
+        The first `bucket` rows of the inputs must have been refreshed after `bucket` gave it.
+        """
+        self._replays[bucket]()
 
     def _batch(self, size: int) -> Batch:
         """Views of the inputs; `input_ids` only holds the place of what `_run` gathers."""

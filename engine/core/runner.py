@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aiexport_edge.engine.core.accelerator import Accelerator, CudaAccelerator
 from aiexport_edge.engine.core.batch import BatchBuilder, Draws
-from aiexport_edge.engine.core.decode_graphs import DecodeGraphs, bucket_of
+from aiexport_edge.engine.core.decode_graphs import DecodeGraphs
 from aiexport_edge.engine.core.decode_inputs import DecodeInputs
 from aiexport_edge.engine.core.device import select_device
 from aiexport_edge.engine.core.kv_memory import (
@@ -31,8 +31,9 @@ from aiexport_edge.engine.core.kv_memory import (
     smallest_shape,
 )
 from aiexport_edge.engine.core.plan import Chunk, ModelPlan, StepPlan, StepResult
-from aiexport_edge.engine.core.protocol import CoreConfig, Priority, Sampling
-from aiexport_edge.engine.core.request import Request, Status
+from aiexport_edge.engine.core.protocol import CoreConfig
+from aiexport_edge.engine.core.request import Status
+from aiexport_edge.engine.core.warm_up import Progress, largest_steps, warm_up
 from aiexport_edge.engine.models.config import ModelError
 from aiexport_edge.engine.models.loader import LoadedModel, load_model
 from aiexport_edge.kernels.sampler import sample
@@ -41,8 +42,19 @@ from aiexport_edge.kernels.threads import set_num_threads
 if TYPE_CHECKING:
     from aiexport_edge.engine.models.decode_programs import DecodePrograms
 
-WARM_UP_TOKENS = 64
 STEP_TOKENS_CPU, STEP_TOKENS_CARD = 512, 2048  # a card's products are busy from about a thousand rows on
+
+
+_NO_IDS = torch.empty(0, dtype=torch.int64)
+_NO_LOGPROBS = torch.empty(0, dtype=torch.float32)
+
+
+def _nothing() -> None:
+    """There is nothing to wait for."""
+
+
+def _untold(done: int, total: int) -> None:
+    """Nobody wants to know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +84,10 @@ class PendingStep:
 class Runner:
     """Every model of one core, on one device, over one pool of pages.
 
-    `num_pages` (page 0 included, which is never to be handed out), `page_bytes`, `max_step_tokens`; `tokens_per_page`
-    and `weight_bytes` by model; `memory` is what the pages lie in. With `keep_logits`, `last_logits` holds the float32
-    logits [vocabulary] that each id of the last step was drawn from, by request handle: for tests. With an
-    `accelerator`, decodes are graphs, unless `graphed` is off.
+    `num_pages` (page 0 included, which is never to be handed out), `page_bytes`, `max_step_tokens`, `max_num_running`,
+    `num_models`; `tokens_per_page`, `context_windows` and `weight_bytes` by model; `memory` is what the pages lie in.
+    With `keep_logits`, `last_logits` holds the float32 logits [vocabulary] that each id of the last step was drawn
+    from, by request handle: for tests. With an `accelerator`, decodes are graphs, unless `graphed` is off.
     """
 
     def __init__(
@@ -93,11 +105,13 @@ class Runner:
         self.page_bytes = memory.shape.page_bytes
         self.tokens_per_page = list(memory.shape.tokens_per_page)
         self.weight_bytes = [model.weight_bytes for model in models]
+        self.num_models = len(models)
+        self.context_windows = [model.context_window for model in models]
         self.max_step_tokens = config.max_step_tokens
+        self.max_num_running = config.max_num_running
         self.keep_logits = keep_logits
         self.last_logits: dict[int, Tensor] = {}
         self._models = list(models)
-        self._max_num_running = config.max_num_running
         self._kv_caches = [
             memory.layers(
                 index,
@@ -138,27 +152,58 @@ class Runner:
         """Begin a step. On a card this does not wait for anything, and the next step may be launched before `collect`.
 
         A decode's input may then be PENDING_ID in its request's token_ids, if the request drew an id in the step that
-        was launched last.
+        was launched last. Decodes are replayed and drawn in the first stream, prefills run and are drawn beside them.
         """
         self.last_logits = {}
         pending = PendingStep([], [], [], [], _NO_IDS, _NO_LOGPROBS, _nothing)
-        several = len(plan.models) > 1
-        for model_plan in plan.models:
-            model, chunks = model_plan.model, model_plan.chunks
-            if any(map(_is_constrained, chunks)):
-                chunks = sorted(chunks, key=_is_constrained)
-            if self._graphs:
-                decodes = [chunk for chunk in chunks if _is_decode(chunk)]
-                chunks = [chunk for chunk in chunks if not _is_decode(chunk)] if len(decodes) < len(chunks) else []
-                if decodes and chunks:
-                    self._builders[model].reserve(model_plan.chunks)
-                if decodes:
-                    self._draw_free(pending, model, *self._launch_decodes(model, decodes), several)
-            if chunks:
-                self._draw_free(pending, model, *self._run(model, chunks), several)
+        if self._accelerator is None:
+            for model_plan in plan.models:
+                self._draw_free(pending, model_plan.model, *self._run(model_plan.model, _ordered(model_plan.chunks)))
+        else:
+            self._launch_streams(self._accelerator, plan, pending)
         if not pending.undrawn:
             self._send(pending)
         return pending
+
+    def _launch_streams(self, accelerator: Accelerator, plan: StepPlan, pending: PendingStep) -> None:
+        decodes: list[tuple[int, list[Chunk]]] = []
+        prefills: list[tuple[int, list[Chunk]]] = []
+        for model_plan in plan.models:
+            model, chunks = model_plan.model, _ordered(model_plan.chunks)
+            short = [chunk for chunk in chunks if _is_decode(chunk)] if self._graphs else []
+            if short:
+                decodes.append((model, short))
+            if len(short) < len(chunks):
+                prefills.append((model, [chunk for chunk in chunks if not _is_decode(chunk)] if short else chunks))
+                self._builders[model].reserve(chunks)
+        if prefills:
+            accelerator.fork()
+        for model, chunks in decodes:
+            self._draw_free(pending, model, *self._launch_decodes(model, chunks))
+        if prefills:
+            with accelerator.beside():
+                for model, chunks in prefills:
+                    self._launch_prefills(accelerator, pending, model, chunks)
+            accelerator.join()
+
+    def _launch_prefills(
+        self, accelerator: Accelerator, pending: PendingStep, model: int, chunks: Sequence[Chunk]
+    ) -> None:
+        """Run `chunks` and draw; in parts, where memory does not do for all of them at once."""
+        num_drawn, num_undrawn = len(pending.ids), len(pending.undrawn)
+        try:
+            self._draw_free(pending, model, *self._run(model, chunks))
+            return
+        except torch.OutOfMemoryError:
+            if len(chunks) == 1 and chunks[0].num_tokens == 1:
+                raise
+        # Not in the handler: as long as that runs, its traceback holds what the attempt has allocated.
+        num_handles = sum([len(ids) for ids in pending.ids[:num_drawn]])
+        del pending.ids[num_drawn:], pending.logprobs[num_drawn:], pending.handles[num_handles:]
+        del pending.undrawn[num_undrawn:]
+        accelerator.reclaim()
+        for half in _halves(chunks):
+            self._launch_prefills(accelerator, pending, model, half)
 
     @torch.inference_mode()
     def draw(self, pending: PendingStep) -> None:
@@ -184,7 +229,7 @@ class Runner:
         """The logits [rows, vocabulary] of one token each, by a graph."""
         assert self._accelerator is not None
         graphs = self._graphs[model]
-        bucket = bucket_of(graphs.buckets, len(chunks))
+        bucket = graphs.bucket(len(chunks))
         staging = self._accelerator.staging(graphs.inputs.staged_bytes(bucket))
         draws = self._builders[model].stage_decodes(chunks, bucket, graphs.inputs, staging)
         graphs.inputs.refresh(staging)
@@ -201,9 +246,8 @@ class Runner:
         hidden = decoder.forward(batch, self._kv_caches[model])
         return (decoder.logits(hidden) if draws.requests else None), draws
 
-    def _draw_free(self, pending: PendingStep, model: int, logits: Tensor | None, draws: Draws, several: bool) -> None:
-        """Draw from the rows that have no constraint; the others, which are the last, wait. `several`: other models run
-        in this step, and graphs share the memory of their logits."""
+    def _draw_free(self, pending: PendingStep, model: int, logits: Tensor | None, draws: Draws) -> None:
+        """Draw from the rows that have no constraint; the others, which are the last, wait."""
         if logits is None:
             return
         requests = draws.requests
@@ -213,8 +257,8 @@ class Runner:
         num_free = sum([request.constraint is None for request in requests])
         if num_free:
             self._draw(pending, model, logits[:num_free], draws[:num_free])
-        waiting = logits[num_free:]
-        pending.undrawn.append(_Undrawn(model, waiting.clone() if several else waiting, draws[num_free:]))
+        # A copy: another model's graph leaves its logits in the same memory, and kernels expect a row to begin aligned.
+        pending.undrawn.append(_Undrawn(model, logits[num_free:].clone(), draws[num_free:]))
 
     def _bitmask(self, undrawn: _Undrawn) -> Tensor:
         """What the constraints allow, int32 [rows, words]; a request that has ended meanwhile is not asked."""
@@ -268,7 +312,7 @@ class Runner:
 
     @torch.inference_mode()
     def _make_graphs(self, accelerator: Accelerator) -> list[DecodeGraphs]:
-        num_rows, device = self._max_num_running, accelerator.device
+        num_rows, device = self.max_num_running, accelerator.device
         largest = max(model.config.vocab_size for model in self._models)
         logits = torch.empty(num_rows * largest, dtype=torch.float32, device=device)  # one for all: used up at once
         graphs = []
@@ -297,7 +341,7 @@ class Runner:
                 DecodePrograms(
                     model.decoder,
                     kv_caches,
-                    num_rows=self._max_num_running,
+                    num_rows=self.max_num_running,
                     pages_per_row=pages_per_row,
                     dtype=model.dtype,
                 )
@@ -306,61 +350,27 @@ class Runner:
             )
         return programs
 
-    def warm_up(self) -> None:
+    def warm_up(self, progress: Progress = _untold) -> None:
         """Run every operation of every model once, in page 0, so that nothing is compiled while serving."""
-        self._capture_first()
-        for index, model in enumerate(self._models):
-            num_tokens = min(WARM_UP_TOKENS, self.max_step_tokens, model.context_window - 1)
-            request = self._dummy(index, num_tokens)
-            for chunk in (
-                Chunk(request, start=0, num_tokens=num_tokens, samples=False),
-                Chunk(request, start=0, num_tokens=num_tokens, samples=True),
-                Chunk(request, start=num_tokens, num_tokens=1, samples=True),
-            ):
-                self.step(StepPlan([ModelPlan(index, [chunk])]))
-
-    @torch.inference_mode()
-    def _capture_first(self) -> None:
-        for graphs in self._graphs:
-            graphs.capture_first()
+        warm_up(self, self._graphs, progress)
+        if self._accelerator is not None:
+            self._accelerator.reserve_staging()
 
     def run_largest_steps(self) -> None:
-        """What takes the most memory: for each model a prefill of a whole step, alone and shared by all rows, and the
-        largest decode. In page 0."""
-        for index, model in enumerate(self._models):
-            longest = min(self.max_step_tokens, model.context_window - 1)
-            shared = max(1, min(self.max_step_tokens // self._max_num_running, model.context_window - 1))
-            rows = [self._dummy(index, shared, row) for row in range(min(self._max_num_running, self.max_step_tokens))]
-            for chunks in (
-                [Chunk(self._dummy(index, longest), 0, longest, True)],
-                [Chunk(request, 0, shared, True) for request in rows],
-                [Chunk(request, shared, 1, True) for request in rows],
-            ):
-                self.step(StepPlan([ModelPlan(index, chunks)]))
-
-    def _dummy(self, model: int, num_tokens: int, row: int = 0) -> Request:
-        """A request of `num_tokens` and one more, all in page 0, with every sampling rule in use."""
-        return Request(
-            handle=-1 - row,
-            model=model,
-            token_ids=[0] * (num_tokens + 1),
-            num_prompt_tokens=num_tokens,
-            max_tokens=1,
-            stop_ids=frozenset(),
-            sampling=Sampling(temperature=1.0, top_p=0.9, top_k=8, seed=0),
-            tenant="",
-            weight=1.0,
-            salt=b"",
-            priority=Priority.INTERACTIVE,
-            arrival=0,
-            pages=[0] * -(-(num_tokens + 1) // self.tokens_per_page[model]),
-        )
+        """The steps that take the most memory, in page 0."""
+        for chunks in largest_steps(self):
+            self.step(StepPlan([ModelPlan(chunks[0].request.model, chunks)]))
 
 
 def load(
-    config: CoreConfig, progress: Callable[[int, int, int], None] | None = None, *, keep_logits: bool = False
+    config: CoreConfig,
+    progress: Callable[[int, int, int], None] | None = None,
+    warming: Progress = _untold,
+    *,
+    keep_logits: bool = False,
 ) -> Runner:
-    """Load every model of `config`, lay out the pool and warm up. `progress` is told (model, bytes done, bytes in all).
+    """Load every model of `config`, lay out the pool and warm up. `progress` is told (model, bytes done, bytes in all)
+    while weights are read, `warming` (parts done, parts in all) after that.
 
     Raises ModelError with a sentence for the operator.
     """
@@ -395,7 +405,7 @@ def load(
                 f"the weights of model {model.name} do not fit into the memory of {device}; serve fewer or smaller "
                 "models on it, or free what other programs hold there"
             ) from error
-    return make_runner(config, models, device, accelerator, keep_logits=keep_logits)
+    return make_runner(config, models, device, accelerator, keep_logits=keep_logits, progress=warming)
 
 
 def make_runner(
@@ -405,8 +415,10 @@ def make_runner(
     accelerator: Accelerator | None,
     *,
     keep_logits: bool = False,
+    progress: Progress = _untold,
 ) -> Runner:
-    """A warm runner of models that lie on `device`, over a pool that takes what memory is left.
+    """A warm runner of models that lie on `device`, over a pool that takes what memory is left. `progress` is told of
+    the warm-up: parts done, parts in all.
 
     Raises ModelError with a sentence for the operator.
     """
@@ -448,7 +460,7 @@ def make_runner(
         shape = shape_of(pool_bytes)
     try:
         runner = Runner(config, models, KVMemory(shape, device), keep_logits=keep_logits, accelerator=accelerator)
-        runner.warm_up()
+        runner.warm_up(progress)
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"the memory of {device} does not do for a page pool of {shape.num_pages * shape.page_bytes} bytes, graphs "
@@ -457,20 +469,30 @@ def make_runner(
     return runner
 
 
-_NO_IDS = torch.empty(0, dtype=torch.int64)
-_NO_LOGPROBS = torch.empty(0, dtype=torch.float32)
-
-
-def _nothing() -> None:
-    """There is nothing to wait for."""
-
-
 def _joined(pieces: list[Tensor]) -> Tensor:
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
 def _is_decode(chunk: Chunk) -> bool:
     return chunk.samples and chunk.num_tokens == 1
+
+
+def _ordered(chunks: list[Chunk]) -> list[Chunk]:
+    """Those whose draws wait for a mask last."""
+    return sorted(chunks, key=_is_constrained) if any(map(_is_constrained, chunks)) else chunks
+
+
+def _halves(chunks: Sequence[Chunk]) -> tuple[list[Chunk], list[Chunk]]:
+    """The same work in two parts, the second after the first."""
+    if len(chunks) > 1:
+        middle = len(chunks) // 2
+        return list(chunks[:middle]), list(chunks[middle:])
+    (chunk,) = chunks
+    middle = chunk.num_tokens // 2
+    return (
+        [Chunk(chunk.request, chunk.start, middle, samples=False)],
+        [Chunk(chunk.request, chunk.start + middle, chunk.num_tokens - middle, chunk.samples)],
+    )
 
 
 def _is_constrained(chunk: Chunk) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,9 @@ from aiexport_edge.engine.core.protocol import CoreConfig, Sampling
 from aiexport_edge.engine.core.request import Request
 from aiexport_edge.engine.core.runner import Runner, make_runner
 from aiexport_edge.engine.models.config import ModelError
+from aiexport_edge.engine.models.decoder import Batch
 from aiexport_edge.engine.models.loader import load_model
+from aiexport_edge.kernels.sampler import sample
 
 CPU = torch.device("cpu")
 NUM_TOKENS = 24
@@ -133,6 +135,110 @@ def test_steps_launched_ahead_draw_the_same_ids(tmp_path: Path) -> None:
     assert [request.token_ids for request in together] == [request.token_ids for request in apart]
     assert accelerator.waited == sorted(accelerator.waited)
     assert len(accelerator.waited) == NUM_TOKENS
+
+
+def test_a_prefill_runs_beside_the_decodes_which_do_not_wait_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, accelerator = graphed(save("qwen3", tmp_path))
+    _note_draws(accelerator, monkeypatch)
+    driver = Driver(runner)
+    requests = [driver.add(text) for text in prompts([4, 6, 9])]
+    driver.run(requests[:2], 2)
+    accelerator.events.clear()
+    driver.step(requests)
+    assert accelerator.events == ["fork", "replay", "draw 2", "beside", "draw 1 beside", "join", "mark"]
+    accelerator.events.clear()
+    driver.step(requests)
+    assert accelerator.events == ["replay", "draw 3", "mark"], "nothing beside it, nothing to wait for"
+
+
+def _note_draws(accelerator: FakeAccelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have draws, and in which stream they are, among the accelerator's events."""
+
+    def noted(logits: torch.Tensor, *parameters: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        accelerator.events.append(f"draw {len(logits)}{' beside' * accelerator.is_beside}")
+        return sample(logits, *parameters)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("aiexport_edge.engine.core.runner.sample", noted)
+
+
+class Crowded(FakeAccelerator):
+    """A card on which another program has taken memory since the start."""
+
+    most_tokens = 1 << 30
+    graphs = True
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        if not self.graphs:
+            raise torch.OutOfMemoryError
+        return super().capture(run)
+
+
+def test_a_prefill_that_does_not_fit_is_computed_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = Crowded()
+    runner, _ = graphed(save("qwen3", tmp_path), accelerator=accelerator)
+    decoder = runner._models[0].decoder
+    forward, sizes = decoder.forward, list[int]()
+
+    def crowded(batch: Batch, *caches: object) -> torch.Tensor:
+        if len(batch.positions[0]) > accelerator.most_tokens:
+            raise torch.OutOfMemoryError
+        sizes.append(len(batch.positions[0]))
+        return forward(batch, *caches)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(decoder, "forward", crowded)
+    accelerator.most_tokens = 20
+    texts = prompts([5, 37, 90, 11])
+    driver = Driver(runner)
+    requests = [driver.add(text) for text in texts]
+    driver.run(requests, 6)
+    assert accelerator.num_reclaimed > 0
+    assert max(sizes) <= 20
+    model = make("qwen3")
+    for request, text in zip(requests, texts, strict=True):
+        assert driver.outcome(request)[0] == greedy(model, text, 6)[0]
+    accelerator.most_tokens = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        driver.run([driver.add(texts[0])], 1)
+
+
+def test_a_graph_that_does_not_fit_is_replaced_by_a_larger_one(tmp_path: Path) -> None:
+    accelerator = Crowded()
+    runner, _ = graphed(save("qwen3", tmp_path), accelerator=accelerator)
+    accelerator.graphs = False
+    texts = prompts([4] * 11)
+    driver = Driver(runner)
+    requests = [driver.add(text) for text in texts]
+    driver.run(requests, 4)
+    assert 12 not in runner._graphs[0].captured
+    model = make("qwen3")
+    for request, text in zip(requests, texts, strict=True):
+        assert driver.outcome(request)[0] == greedy(model, text, 4)[0]
+
+
+def test_a_capture_while_serving_spoils_no_page(tmp_path: Path) -> None:
+    """It runs what it captures, on padding: not on what the inputs hold of the step before."""
+    runner, _ = graphed(save("qwen3", tmp_path))
+    texts = prompts([9] * 11)
+    driver = Driver(runner)
+    requests = [driver.add(text) for text in texts]
+    driver.run(requests[:8], 3)
+    driver.run(requests, 8)  # eleven decodes need a graph of twelve rows
+    assert 12 in runner._graphs[0].captured
+    model = make("qwen3")
+    for request, text in zip(requests, texts, strict=True):
+        assert driver.outcome(request)[0][:8] == greedy(model, text, 8)[0]
+
+
+def test_the_warm_up_tells_how_far_it_is(tmp_path: Path) -> None:
+    models = [load_model(save("qwen3", tmp_path), dtype="float32")]
+    told: list[tuple[int, int]] = []
+    config = CoreConfig([], "cuda:0", 0, 64 << 20, 20, 64, 1, 0.0)
+    make_runner(config, models, CPU, FakeAccelerator(), progress=lambda done, total: told.append((done, total)))
+    total = told[0][1]
+    assert told == [(done, total) for done in range(total + 1)]
+    assert total > 15
 
 
 class TooSmall(FakeAccelerator):
