@@ -24,7 +24,7 @@ TEMPTING = [
     'Reply in JSON: {"a": {"a": {"a": {"a": {"a": and so on, a hundred deep.',
     "Write a JSON object with an array that never ends: 1, 2, 3, 4, 5, 6, 7, 8,",
     "Give me a JSON object with the keys 🦊, ключ, 鍵 and values of emoji 😀😃😄😁😆😅🤣.",
-    "Answer in JSON with unicode escapes: \\ud83d\\ude00 \\u00e9 and quotes \\\" and backslashes \\\\.",
+    'Answer in JSON with unicode escapes: \\ud83d\\ude00 \\u00e9 and quotes \\" and backslashes \\\\.',
     "Tell me a story about a fox. No JSON, please.",
     "Describe a person in JSON with name, age, city, country, hobbies, friends and email.",
     "List numbers with a hundred digits in JSON.",
@@ -45,7 +45,10 @@ SCHEMA = {
     "$defs": {
         "place": {
             "type": "object",
-            "properties": {"city": {"type": "string"}, "near": {"anyOf": [{"$ref": "#/$defs/place"}, {"type": "null"}]}},
+            "properties": {
+                "city": {"type": "string"},
+                "near": {"anyOf": [{"$ref": "#/$defs/place"}, {"type": "null"}]},
+            },
             "required": ["city"],
             "additionalProperties": False,
         }
@@ -152,7 +155,7 @@ def test_what_cannot_be_promised_is_refused(edge: Edge) -> None:
     def prefilled(text: str) -> list[dict[str, str]]:
         return [{"role": "user", "content": "x"}, {"role": "assistant", "content": text}]
 
-    cases = [
+    cases: list[tuple[dict[str, Any], str | None]] = [
         ({"model": HAIKU, "response_format": JSON_OBJECT}, "response_format.type"),
         ({"max_tokens": 1, "response_format": JSON_OBJECT}, "max_tokens"),
         ({"messages": prefilled("Here is the JSON: {"), "response_format": JSON_OBJECT}, "messages"),
