@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -286,3 +287,56 @@ def test_an_admin_listener_that_others_reach(tmp_path: Path, make_workers: Calla
     if not plain:
         with pytest.raises(httpx.RemoteProtocolError):
             httpx.get(f"http://127.0.0.1:{admin.rpartition(':')[2]}/healthz", timeout=60)
+
+
+@pytest.mark.prove
+def test_rotations_one_after_another_under_load(make_workers: Callable[..., Workers]) -> None:
+    """200 programs at work all the time over two processes, half with keys, half with OAuth, while the key, the secret
+    and the signing key are rotated 25 times: they change over as they learn of it, and no request fails."""
+    workers = make_workers()
+    workers.start(), workers.start()
+    workers.wait_ready()
+    store, clients = workers.store, OAuthClients(workers.store.database)
+    signing = SigningKeys(store.database, SecretBox(MasterKeys(workers.state)))
+    key, client = store.create_key("acme"), clients.create("acme")
+    key_id, secret = key.key_id, client.client_secret
+    current = {
+        "key": {"X-API-Key": key.key},
+        "token": {"Authorization": f"Bearer {token(workers.base_url, client.client_id, secret)}"},
+    }
+    statuses: list[int] = []
+    done = asyncio.Event()
+
+    def rotate() -> None:
+        nonlocal key_id, secret
+        rotated = store.rotate_key(key_id, timedelta(minutes=10))
+        key_id = rotated.key_id
+        secret = clients.rotate_secret(client.client_id, timedelta(minutes=10)).client_secret
+        signing.rotate()
+        current["key"] = {"X-API-Key": rotated.key}
+        current["token"] = {"Authorization": f"Bearer {token(workers.base_url, client.client_id, secret)}"}
+
+    async def program(session: httpx.AsyncClient, kind: str) -> None:
+        while not done.is_set():
+            reply = await session.post("/v2/messages", json=message("COUNT 2"), headers=current[kind])
+            statuses.append(reply.status_code)
+
+    async def run() -> None:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=workers.base_url, timeout=120, limits=limits) as session:
+            programs = [
+                asyncio.create_task(program(session, kind))
+                for kind in ("key", "token")
+                for _ in range(NUM_IN_FLIGHT // 2)
+            ]
+            for _ in range(25):
+                before = len(statuses)
+                await asyncio.to_thread(rotate)
+                while len(statuses) < before + NUM_IN_FLIGHT:  # noqa: ASYNC110 - each has asked again
+                    await asyncio.sleep(0.01)
+            done.set()
+            await asyncio.gather(*programs)
+
+    asyncio.run(run())
+    assert set(statuses) == {200}
+    print(f"{len(statuses)} requests through 25 rotations")
