@@ -18,7 +18,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-inpu
 export PIP_ROOT_USER_ACTION = ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test prove lint format bench clean
+.PHONY: help serve test prove lint format bench load clean
 
 help:
 	@echo 'make serve    start the server with the demo model; prints an address, a key and a curl line to paste'
@@ -27,6 +27,7 @@ help:
 	@echo 'make lint     ruff, mypy, and whether the gRPC stubs are current'
 	@echo 'make format   let ruff format the code'
 	@echo 'make bench    measure this machine: first token, tokens per second'
+	@echo 'make load     a fresh server under load for a minute; 0 where its targets are met; a report to look at'
 	@echo 'make clean    remove the virtual environment and all caches'
 	@echo 'Options: the first lines of the Makefile.'
 
@@ -54,6 +55,9 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev $(VENV)/.warm
 	@$(BIN)/python -m benchmarks.quick $(ARGS)
 
+load: $(VENV)/.load $(VENV)/.warm
+	@$(BIN)/python -m benchmarks.locust $(ARGS)
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -74,6 +78,12 @@ $(VENV)/.engine: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	@echo 'Installing what serving and the tests need (the first time takes a few minutes).' >&2
 	@$(PIP) --editable '.[dev]'
+	@touch $(VENV)/.engine $@
+
+# What serving needs and the load tests.
+$(VENV)/.load: pyproject.toml | $(VENV)/bin/python
+	@echo 'Installing what serving and the load tests need (the first time takes a few minutes).' >&2
+	@$(PIP) --editable '.[engine,load]'
 	@touch $(VENV)/.engine $@
 
 # The processor's kernels as machine code; again whenever they change. Without it the first start would do this.
