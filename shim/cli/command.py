@@ -102,7 +102,10 @@ def make_state(state: Path) -> None:
 @contextmanager
 def opened_store(config: Config) -> Iterator[Store]:
     """The store of this installation, migrated. Its errors end the command with their sentence."""
+    from sqlalchemy.exc import SQLAlchemyError
+
     from aiexport_edge.shim.store import StoreError, open_store
+    from aiexport_edge.shim.store.errors import is_unavailable, remedy
 
     make_state(config.state)
     try:
@@ -113,6 +116,10 @@ def opened_store(config: Config) -> Iterator[Store]:
             store.close()
     except StoreError as error:
         raise CommandError(str(error)) from None
+    except SQLAlchemyError as error:
+        if not is_unavailable(error):
+            raise
+        raise CommandError(f"the store can't be used just now: {remedy(error)}") from None
 
 
 def plain(value: Any) -> Any:

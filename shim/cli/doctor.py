@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         where = str(config.path) if config.path is not None else "none: the defaults hold"
         checks.append(Check("configuration", OK, where))
-        checks += [*_weights(config), *_state(config), *_store(config), *_ports(config)]
+        checks += [*_weights(config), *_state(config), *_store(config), *_limits(config), *_ports(config)]
     well = all(check.status != PROBLEM for check in checks)
     if args.json:
         print_json({"ok": well, "checks": checks})
@@ -209,6 +210,21 @@ def _store(config: Config) -> Iterator[Check]:
         detail = f"secrets are sealed under {', '.join(missing)}, not here"
         remedy = f"restore it from its backup to {config.state / 'master.key'}, or set AIEXPORT_MASTER_KEY"
         yield Check("master key", PROBLEM, detail, remedy)
+
+
+def _limits(config: Config) -> Iterator[Check]:
+    if not config.limits.redis_url:
+        return
+    if importlib.util.find_spec("redis") is None:
+        remedy = "run in the project's folder: pip install '.[redis]'"
+        yield Check("redis", PROBLEM, "[limits] redis_url needs Redis's client, which is not installed", remedy)
+        return
+    from aiexport_edge.shim.limits.redis_window import why_silent
+
+    problem = why_silent(config.limits.redis_url, config.limits.redis_password_file)
+    remedy = "" if problem is None else "start it, or correct [limits] redis_url and redis_password_file"
+    detail = f"no answer at {config.limits.redis_url}: {problem}" if problem else config.limits.redis_url
+    yield Check("redis", PROBLEM if problem else OK, detail, remedy)
 
 
 def _ports(config: Config) -> Iterator[Check]:

@@ -45,6 +45,21 @@ return {1, limit - used - 1, window, 0}
 log = logging.getLogger(__name__)
 
 
+def why_silent(url: str, password_file: Path | None) -> str | None:
+    """Why the Redis at `url` does not answer; None where it does."""
+    from redis import Redis
+    from redis.exceptions import RedisError
+
+    try:
+        with Redis.from_url(
+            url, password=_password(password_file), socket_timeout=2, socket_connect_timeout=2
+        ) as redis:
+            redis.ping()
+    except (RedisError, OSError) as error:
+        return str(error)
+    return None
+
+
 class RedisWindow:
     """Counts in the Redis at `url`, in `local` while that is away."""
 
@@ -55,10 +70,9 @@ class RedisWindow:
         from redis.backoff import NoBackoff
         from redis.exceptions import RedisError
 
-        password = None if password_file is None else password_file.read_text(encoding="utf-8").strip()
         self._redis = Redis.from_url(
             url,
-            password=password,
+            password=_password(password_file),
             socket_timeout=TIMEOUT_S,
             socket_connect_timeout=TIMEOUT_S,
             retry=Retry(NoBackoff(), 1),  # a connection that Redis has closed meanwhile is opened again at once
@@ -120,6 +134,10 @@ class RedisWindow:
             metrics.LIMITS_LOCAL.set(0)
             log.warning("Redis answers again: requests a minute are counted for all machines together")
             self._away_until = None
+
+
+def _password(file: Path | None) -> str | None:
+    return None if file is None else file.read_text(encoding="utf-8").strip()
 
 
 def _key(workspace_id: str) -> str:

@@ -1,12 +1,15 @@
-"""`workspaces create|set --requests-per-minute --tokens-per-day`."""
+"""`workspaces create|set` with limits; what `doctor` and the commands say where Redis or the store is silent."""
 
 from __future__ import annotations
 
 import json
+import shutil
+import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.redis import MISSING, RedisServer
 
 from aiexport_edge.shim.cli.main import main
 
@@ -35,3 +38,36 @@ def test_what_is_no_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str], li
         main(["workspaces", "set", "acme", f"--requests-per-minute={limit}", "--state", str(tmp_path)])
     assert ended.value.code == 2
     assert 'from 1 to 1000000, "unlimited" or "plan"' in capsys.readouterr().err
+
+
+def test_doctor_asks_redis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if shutil.which("redis-server") is None:
+        pytest.skip(MISSING)
+    redis = RedisServer(tmp_path)
+    config = tmp_path / "config.toml"
+    config.write_text(f'[limits]\nredis_url = "{redis.url}"\n')
+
+    def finding() -> Any:
+        main(["doctor", "--json", "--config", str(config), "--state", str(tmp_path / "state")])
+        (found,) = (check for check in json.loads(capsys.readouterr().out)["checks"] if check["name"] == "redis")
+        return found
+
+    assert finding()["status"] == "problem"
+    assert "redis_url" in finding()["remedy"]
+    redis.start()
+    assert (finding()["status"], finding()["remedy"]) == ("ok", "")
+    redis.stop()
+
+
+def test_a_command_says_why_the_store_is_silent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["workspaces", "create", "acme", "--plan", "pro", "--state", str(tmp_path)]) == 0
+    monkeypatch.setattr("aiexport_edge.shim.store.database.BUSY_TIMEOUT_MS", 50)
+    holder = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    assert main(["workspaces", "set", "acme", "--plan", "free", "--state", str(tmp_path)]) == 1
+    holder.close()
+    said = capsys.readouterr().err
+    assert "holds the store's lock" in said
+    assert "Traceback" not in said
