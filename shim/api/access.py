@@ -30,7 +30,10 @@ async def enter(services: Services, scope: Scope, needed: str) -> Principal:
 
 
 def require_tokens(scope: Scope) -> None:
-    """For calls that use tokens: refuses (`RateLimited`) at once where the caller's workspace has none left today."""
+    """For calls that use tokens: refuses (`RateLimited`) at once where the caller's workspace has none left today.
+
+    One with an Idempotency-Key may be a replay, which costs none: it is refused where it reserves them, if it does.
+    """
     ticket = exchange_of(scope).ticket
-    if ticket is not None:
+    if ticket is not None and not any(name == b"idempotency-key" for name, _ in scope["headers"]):
         ticket.require_tokens()

@@ -84,6 +84,22 @@ def test_a_long_stream_comes_back_whole(shim: ShimServer) -> None:
     assert second.content == without_pings(first.content)
 
 
+def test_a_replay_costs_no_tokens(make_engine: Engines, make_shim: Shims) -> None:
+    """Also where there are none left."""
+    shim = make_shim(make_engine())
+    shim.store.update_workspace("acme", tokens_per_day=20)
+    key = new_key()
+    with shim.client() as client:
+        first = client.post("/v2/messages", json=message("COUNT 40"), headers=key)
+        assert first.status_code == 200
+        until(lambda: client.post("/v2/messages", json=message()).status_code == 429, "the tokens are spent")
+        second = client.post("/v2/messages", json=message("COUNT 40"), headers=key)
+        assert (second.status_code, second.json()) == (200, first.json())
+        fresh = new_key()
+        for _ in range(2):
+            assert client.post("/v2/messages", json=message(), headers=fresh).status_code == 429
+
+
 def test_keys_belong_to_a_workspace(shared: tuple[ShimServer, ScriptedEngine]) -> None:
     shim, _ = shared
     name = f"w{uuid.uuid4().hex[:12]}"
