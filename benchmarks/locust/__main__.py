@@ -42,8 +42,9 @@ def main() -> int:
         command += ["--loglevel", "WARNING", "--html", str(arguments.report), "--measures", str(measured)]
         command += ["--pattern", pattern, *options]
         print("Load for a minute, then the replies that are still to come.", file=sys.stderr)
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)  # its own tables are long
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # its tables are long
         if not measured.is_file():
+            print(done.stdout + done.stderr, file=sys.stderr)
             return done.returncode or 2
         document = {"machine": facts, "options": options, **json.loads(measured.read_text(encoding="utf-8"))}
     write(arguments.output, document)
@@ -53,10 +54,9 @@ def main() -> int:
             print(f"{name}: {failure}")
     number = sum(tier["requests"] for tier in document["tiers"].values())
     tokens = sum(tier["output_tokens"] for tier in document["tiers"].values())
-    seconds, share = document["seconds"], document["client_cpu_share"]
-    print(
-        f"{number} requests in {seconds:.0f} s ({pattern}), {tokens / seconds:.0f} tokens/s; client: {share:.0%} of a core"
-    )
+    seconds = document["seconds"]
+    print(f"{number} requests in {seconds:.0f} s by pattern {pattern}, {tokens / seconds:.0f} tokens/s")
+    print(f"The client used {document['client_cpu_share']:.0%} of a core.")
     print(f"{'All targets are met.' if done.returncode == 0 else 'A target is missed.'} Report: {arguments.report}")
     return done.returncode
 
