@@ -132,3 +132,50 @@ def test_retries_reach_a_restarted_engine(
         made = client.messages.create(model=HAIKU, max_tokens=100, messages=USER)
         timer.join()
     assert made.usage.output_tokens == 30
+
+
+def test_a_bearer_key_and_a_kept_reply(shim: ShimServer) -> None:
+    """Without `X-API-Key`; the raw reply is there too; a second call with the same key is the first one's reply."""
+    with anthropic.Anthropic(base_url=shim.base_url, api_key=None, auth_token=shim.key.key) as client:
+        headers = {"Idempotency-Key": "sdk-once"}
+        raw = client.messages.with_raw_response.create(
+            model=SONNET, max_tokens=100, messages=USER, extra_headers=headers
+        )
+        assert raw.headers["request-id"].startswith("req_")
+        again = client.messages.create(model=SONNET, max_tokens=100, messages=USER, extra_headers=headers)
+        assert again.id == raw.parse().id
+        with pytest.raises(anthropic.UnprocessableEntityError):
+            client.messages.create(model=SONNET, max_tokens=99, messages=USER, extra_headers=headers)
+        with pytest.raises(anthropic.BadRequestError):
+            client.messages.create(model=SONNET, max_tokens=9, messages=USER, extra_headers={"Idempotency-Key": ""})
+
+
+def test_everything_a_message_may_have(shim: ShimServer) -> None:
+    with sdk(shim) as client:
+        made = client.messages.create(
+            model=HAIKU,
+            max_tokens=100,
+            system=[{"type": "text", "text": "Be brief."}],
+            messages=[
+                {"role": "user", "content": [{"type": "text", "text": "COUNT 9"}]},
+                {"role": "assistant", "content": "0 "},
+                {"role": "user", "content": "COUNT 9"},
+            ],
+            stop_sequences=["7"],
+            metadata={"user_id": "u"},
+            extra_body={"temperature": 0.5, "top_p": 0.9, "top_k": 3, "seed": 1},
+        )
+    assert (made.stop_reason, made.stop_sequence) == ("stop_sequence", "7")
+
+
+def test_a_stream_that_is_left_is_aborted(
+    make_engine: Callable[..., ScriptedEngine], make_shim: Callable[..., ShimServer]
+) -> None:
+    engine = make_engine()
+    shim = make_shim(engine)
+    engine.pause()
+    engine.permit(2)
+    with sdk(shim) as client:
+        with client.messages.stream(model=HAIKU, max_tokens=100, messages=USER) as stream:
+            assert next(iter(stream.text_stream)).startswith("0 ")
+        engine.wait_for(lambda seen: len(seen.aborted) == 1, "the abort")
