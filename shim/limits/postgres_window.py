@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import TypeVar
 
-from sqlalchemy import Engine, delete, func, insert, or_, select, text
+from sqlalchemy import Engine, delete, select, text
 
 from aiexport_edge.shim.limits.window import WINDOW_S, Taken
 from aiexport_edge.shim.store.database import write
@@ -23,9 +23,27 @@ T = TypeVar("T")
 
 _WINDOW_US = int(WINDOW_S * 1e6)
 _NO_WAIT = text("SET LOCAL synchronous_commit = off")
-_LOCK = text("SELECT pg_advisory_xact_lock(hashtextextended(:workspace_id, 0))")
-# A statement of its own: one that has waited for the lock sees the table as it was before.
-_NOW = text("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")
+_LOCK = text(
+    "SELECT set_config('synchronous_commit', 'off', true), "
+    "pg_advisory_xact_lock(hashtextextended(CAST(:workspace_id AS text), 0))"
+)
+# A statement of its own: one that has waited for the lock sees the table as it was before. What lies ahead of now goes
+# too: the server's clock has been set back, and would count it for as long.
+_TAKE = text("""
+WITH clock AS MATERIALIZED (SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint) AS now),
+gone AS (
+    DELETE FROM calls USING clock WHERE workspace_id = :workspace_id AND (at <= now - :window OR at > now)
+),
+seen AS (
+    SELECT now, count(at) AS used, max(at) AS newest
+    FROM clock LEFT JOIN calls ON workspace_id = :workspace_id AND at > now - :window AND at <= now GROUP BY now
+),
+taken AS (
+    INSERT INTO calls (id, workspace_id, at)
+    SELECT :mark, :workspace_id, now FROM seen WHERE used < :most RETURNING at
+)
+SELECT now, used, newest FROM seen
+""")
 
 
 class PostgresWindow:
@@ -45,21 +63,16 @@ class PostgresWindow:
         """The store is not this one's to close."""
 
     def _take(self, workspace_id: str, limit: int) -> Taken:
-        mine = calls.c.workspace_id == workspace_id
+        mark = new_id("call_")
+        mine = {"workspace_id": workspace_id, "window": _WINDOW_US, "most": limit, "mark": mark}
         with write(self._database) as connection:
-            connection.execute(_NO_WAIT)
             connection.execute(_LOCK, {"workspace_id": workspace_id})
-            now = int(connection.execute(_NOW).scalar_one())
-            # also what lies ahead: the server's clock has been set back, and would count it for as long
-            connection.execute(delete(calls).where(mine, or_(calls.c.at <= now - _WINDOW_US, calls.c.at > now)))
-            used, newest = connection.execute(select(func.count(), func.max(calls.c.at)).where(mine)).one()
-            if used >= limit:
-                nth = select(calls.c.at).where(mine).order_by(calls.c.at.desc()).offset(limit - 1).limit(1)
-                free_at = int(connection.execute(nth).scalar_one()) + _WINDOW_US
-                return Taken(None, 0, (newest + _WINDOW_US - now) / 1e6, (free_at - now) / 1e6)
-            mark = new_id("call_")
-            connection.execute(insert(calls).values(id=mark, workspace_id=workspace_id, at=now))
-        return Taken(mark, limit - used - 1, WINDOW_S)
+            now, used, newest = connection.execute(_TAKE, mine).one()
+            if used < limit:
+                return Taken(mark, limit - used - 1, WINDOW_S)
+            times = select(calls.c.at).where(calls.c.workspace_id == workspace_id).order_by(calls.c.at.desc())
+            free_at = connection.execute(times.offset(limit - 1).limit(1)).scalar_one() + _WINDOW_US
+            return Taken(None, 0, (newest + _WINDOW_US - now) / 1e6, (free_at - now) / 1e6)
 
     def _give_back(self, mark: str) -> None:
         with write(self._database) as connection:
