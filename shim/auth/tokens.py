@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 LIFETIME = timedelta(seconds=3600)
 ROTATE_AFTER = timedelta(days=30)  # a signing key that is older is replaced by the next token's
-KEPT = LIFETIME + timedelta(minutes=5)  # a retired one verifies for so long; the rest is for clocks that differ
+CLOCKS = timedelta(minutes=5)  # by which those of several machines may differ
+KEPT = LIFETIME + CLOCKS  # a retired key verifies for so long
 ISSUER = "aiexport-edge"
 AUDIENCE = "aiexport-edge/v2"
 PURPOSE = "signing key"
@@ -140,14 +141,15 @@ class Tokens:
             public_key = self._verifying_key(header.get("kid", ""))
             if public_key is None or header.get("typ") != "at+jwt":
                 return None
-            # `iat` is required, not compared: the clock of another machine that issued it may be ahead.
+            # `iat` is compared below: the clock of another machine that issued it may be ahead.
             options: Any = {"require": list(_CLAIMS), "verify_iat": False}
             claims: dict[str, Any] = jwt.decode(
                 token, public_key, [_ALGORITHM], audience=AUDIENCE, issuer=ISSUER, options=options
             )
         except jwt.InvalidTokenError:
             return None
-        return claims
+        # One issued while a clock had jumped ahead would live too long.
+        return claims if claims["exp"] <= time.time() + KEPT.total_seconds() else None
 
     def _signing_key(self) -> tuple[str, Ed25519PrivateKey]:
         key = self._keys.current()
