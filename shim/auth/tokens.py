@@ -141,7 +141,7 @@ class Tokens:
             public_key = self._verifying_key(header.get("kid", ""))
             if public_key is None or header.get("typ") != "at+jwt":
                 return None
-            # `iat` is compared below: the clock of another machine that issued it may be ahead.
+            # `iat` is required, not compared: the clock of another machine that issued it may be ahead.
             options: Any = {"require": list(_CLAIMS), "verify_iat": False}
             claims: dict[str, Any] = jwt.decode(
                 token, public_key, [_ALGORITHM], audience=AUDIENCE, issuer=ISSUER, options=options
