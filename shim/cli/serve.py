@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from aiexport_edge.proto.config import Config, check_sources
 from aiexport_edge.proto.units import join_address, split_address
 from aiexport_edge.shim.cli import processes, welcome
-from aiexport_edge.shim.cli.admin import require_login
+from aiexport_edge.shim.cli.admin import admin_url, require_login
 from aiexport_edge.shim.cli.command import CommandError, load_config, make_state
 from aiexport_edge.shim.cli.listeners import listen
 from aiexport_edge.shim.cli.supervisor import Child, ChildSpec, StartFailed
@@ -202,6 +202,7 @@ class _Installation:
         for child in self._shims + self._engine:
             child.proven = True
         await asyncio.to_thread(welcome.show, greeting, self._config, self._rest)
+        self._log(f"the operator's console: {admin_url(self._config, self._admin)}/console")
         await self._unless_given_up(asyncio.Event().wait())
 
     async def _unless_given_up(self, work: Coroutine[None, None, T]) -> T:
