@@ -1,0 +1,118 @@
+"""Our own packed products: against the reference, in bfloat16 and int8; and the rows that a tied embedding gathers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.kernel_cases import assert_close, randn
+
+from aiexport_edge.kernels import linear, threads
+from aiexport_edge.kernels.cpu import dot
+from aiexport_edge.kernels.linear import PackedLinear, linear_reference
+from aiexport_edge.kernels.quantization import quantize_int8
+
+SHAPES = [(64, 64), (192, 64), (512, 172), (1000, 300), (33, 2500), (1, 7), (3, 1)]
+ROWS = (0, 1, 2, 5, 12, 13, 25, 40)
+
+
+@pytest.fixture(params=["own", "torch"])
+def int8_products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each way to multiply with int8 weights, where this processor has it."""
+    if request.param == "own" and not dot.HAS_INT8:
+        pytest.skip("this processor does not multiply int8 quadruples")
+    if request.param == "torch":
+        monkeypatch.setattr(linear, "_pack_own", lambda *arguments, **options: None)
+    return str(request.param)
+
+
+@pytest.mark.skipif(not dot.HAS_BFLOAT16, reason="this processor does not multiply bfloat16 pairs")
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+def test_weights_of_several_parts_are_one(out_features: int, in_features: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts = [randn(generator, rows, in_features, dtype=torch.bfloat16) for rows in (32, out_features, 5)]
+    x = randn(generator, 3, in_features, dtype=torch.bfloat16)
+    product = PackedLinear(parts, dtype=torch.bfloat16, deterministic=False)
+    assert product.is_own
+    assert_close(product(x), linear_reference(x, torch.cat(parts)), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+def test_int8_weights_against_their_float_values(
+    out_features: int, in_features: int, dtype: torch.dtype, int8_products: str
+) -> None:
+    """What is rounded besides the weights, the rows where they are quantized too, stays below a hundredth."""
+    generator = torch.Generator().manual_seed(1)
+    weight, bias = randn(generator, out_features, in_features), randn(generator, out_features)
+    values, scales = quantize_int8(weight)
+    rounded = values * scales[:, None]
+    product = PackedLinear(weight, bias, dtype=dtype, deterministic=True, quantize="int8")
+    assert product.is_own == (int8_products == "own")
+    x = randn(generator, max(ROWS), in_features, dtype=dtype)
+    whole = product(x, out_dtype=torch.float32)
+    expected = linear_reference(x.float(), rounded, bias)
+    assert (whole - expected).norm() <= 0.01 * expected.norm()
+    for num_rows in ROWS:
+        out = product(x[:num_rows])
+        assert out.dtype == dtype
+        assert out.shape == (num_rows, out_features)
+        assert torch.equal(product(x[:num_rows], out_dtype=torch.float32), whole[:num_rows])
+
+
+@pytest.mark.usefixtures("int8_products")
+def test_a_large_input_does_not_drown_the_others() -> None:
+    """Rows are quantized in groups: one outlier costs its own group its precision, not the whole row."""
+    generator = torch.Generator().manual_seed(2)
+    weight, x = randn(generator, 64, 1024), randn(generator, 4, 1024)
+    x[:, 7] = 1000.0
+    weight[:, 7] = 0.0
+    product = PackedLinear(weight, dtype=torch.float32, deterministic=True, quantize="int8")
+    expected = linear_reference(x, weight)
+    assert (product(x) - expected).norm() <= 0.4 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.usefixtures("int8_products")
+def test_int8_rows_are_gathered_as_they_are_multiplied_with(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight = randn(generator, 100, 70)
+    values, scales = quantize_int8(weight)
+    product = PackedLinear(weight, dtype=dtype, deterministic=True, quantize="int8")
+    ids = torch.tensor([99, 0, 31, 32, 64, 99])
+    assert product.gathers
+    assert_close(product.gather(ids), (values[ids] * scales[ids, None]).to(dtype), dtype)
+
+
+@pytest.mark.skipif(not dot.HAS_BFLOAT16, reason="this processor does not multiply bfloat16 pairs")
+def test_bfloat16_rows_are_gathered_unchanged() -> None:
+    generator = torch.Generator().manual_seed(4)
+    for width in (70, 71):
+        weight = randn(generator, 100, width, dtype=torch.bfloat16)
+        product = PackedLinear(weight, dtype=torch.bfloat16, deterministic=True)
+        ids = torch.tensor([99, 0, 31, 32, 64, 99])
+        assert torch.equal(product.gather(ids), weight[ids])
+
+
+def test_quantization_is_within_half_a_step() -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight = randn(generator, 50, 333)
+    weight[7] = 0.0
+    values, scales = quantize_int8(weight)
+    assert values.dtype == torch.int8
+    assert values.abs().max() == 127
+    assert ((values * scales[:, None] - weight).abs() <= 0.5001 * scales[:, None]).all()
+    assert not values[7].any()
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.skipif(not dot.HAS_BFLOAT16, reason="this processor does not multiply bfloat16 pairs")
+def test_threads_change_no_bit() -> None:
+    generator = torch.Generator().manual_seed(6)
+    weight = randn(generator, 333, 200)
+    x = randn(generator, 30, 200, dtype=torch.bfloat16)
+    for quantize in ("none", "int8"):
+        several = PackedLinear(weight, dtype=torch.bfloat16, deterministic=True, quantize=quantize)(x)
+        threads.set_num_threads(1)
+        one = PackedLinear(weight, dtype=torch.bfloat16, deterministic=True, quantize=quantize)(x)
+        threads.set_num_threads(3)
+        assert torch.equal(one, several)
