@@ -95,7 +95,7 @@ class Executor:
             asyncio.create_task(self._forever(work, pause))
             for work, pause in (
                 (self._lease, 0.0),
-                (self._stop_what_ended, _LOOK_S),
+                (self._watch, _LOOK_S),
                 (self._write, 0.0),
                 (self._tidy, _SWEEP_S),
                 (self._clear, _FORGET_S),
@@ -137,13 +137,14 @@ class Executor:
         self._wake.clear()
         now = asyncio.get_running_loop().time()
         num_waiting = Counter(held.weights for held in self._held if held.waiting)
+        in_flight = Counter(held.weights for held in self._held)
         ids = self._catalog.ids_by_weights()
         rooms = {}
         for weights in ids:
             if self._engines.state(weights) is ModelState.READY:
                 pace = self._pace(weights)
                 pace.look(num_waiting[weights], now)
-                rooms[weights] = pace.room(num_waiting[weights], now)
+                rooms[weights] = pace.room(num_waiting[weights], in_flight[weights], now)
         if any(rooms.values()) and self._room_for_any():
             waiting = [
                 batch
@@ -264,12 +265,17 @@ class Executor:
 
     # ------------------------------------------------------------------------------------------ ending
 
-    async def _stop_what_ended(self) -> None:
-        """Ends what runs of batches that have been canceled or have expired."""
+    async def _watch(self) -> None:
+        """Ends what runs of batches that have been canceled or have expired; leaves room for interactive requests."""
         batch_ids = {held.leased.batch_id for held in self._held}
         if not batch_ids:
             return
         stopped = await self._in_thread(lambda: self._leases.to_abort(batch_ids))
+        interactive = await self._in_thread(self._leases.interactive)
+        in_flight = Counter(held.weights for held in self._held)
+        now = asyncio.get_running_loop().time()
+        for weights, pace in self._paces.items():
+            pace.heed(in_flight[weights], interactive=interactive, now=now)
         for held in self._held:
             if held.leased.batch_id in stopped and held.stop_as is None and held.task is not None:
                 held.stop_as = stopped[held.leased.batch_id]

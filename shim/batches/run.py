@@ -75,7 +75,7 @@ class Runner:
         while True:
             await asyncio.sleep(max(0.0, pace.open_at - loop.time()))
             try:
-                return await self._try(prepared, started)
+                return await self._try(prepared, pace, started)
             except (Overloaded, RateLimited) as passing:
                 pace.refused(loop.time(), passing.retry_after)
             except InternalError as error:
@@ -87,7 +87,7 @@ class Runner:
             except ApiError as error:
                 return errored(prepared.leased, error)
 
-    async def _try(self, prepared: Prepared, started: Callable[[], None]) -> Answer:
+    async def _try(self, prepared: Prepared, pace: Pace, started: Callable[[], None]) -> Answer:
         leased = prepared.leased
         quota = await self._limits.quota(leased.principal, fresh_s=1.0)
         if quota.left == 0:
@@ -100,7 +100,7 @@ class Runner:
             accepted = await self._engines.admit(generation)
             reservation = await self._reserve(leased, accepted)
             stack.callback(reservation.release)
-            text, finished = await _collect(generation, started)
+            text, finished = await _collect(generation, pace, started)
             stack.pop_all()  # the answer, once it is written, lets go of the reservation
         return _succeeded(prepared, generation, text, finished)
 
@@ -121,17 +121,24 @@ def errored(leased: Leased, error: ApiError) -> Answer:
     return Answer(leased, "errored", msgspec.json.encode(detail), None)
 
 
-async def _collect(generation: Generation, started: Callable[[], None]) -> tuple[str, pb.Finished]:
+async def _collect(generation: Generation, pace: Pace, started: Callable[[], None]) -> tuple[str, pb.Finished]:
     """The whole reply. Raises what ended the generation."""
     texts: list[str] = []
+    now = asyncio.get_running_loop().time
     said = False
+    last: float | None = None  # when the last token came
 
     def on_news() -> bool:
-        nonlocal said
+        nonlocal said, last
         if generation.started and not said:
             said = True
             started()
-        texts.append(generation.take())
+        text = generation.take()
+        if text:
+            texts.append(text)
+            if last is not None:
+                pace.step(now() - last)
+            last = now()
         return generation.finished is not None
 
     await generation.follow(on_news)

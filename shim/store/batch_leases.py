@@ -25,7 +25,7 @@ from aiexport_edge.shim.store import batch_ends
 from aiexport_edge.shim.store.batch_values import Answer, Leased
 from aiexport_edge.shim.store.database import read, write
 from aiexport_edge.shim.store.rows import now_ms
-from aiexport_edge.shim.store.schema import batch_bodies, batch_items, batches, processes, workspaces
+from aiexport_edge.shim.store.schema import batch_bodies, batch_items, batches, processes, usage, workspaces
 from aiexport_edge.shim.store.values import Principal, UsageRow
 
 _OPEN = batches.c.accepted & batches.c.ended_at.is_(None) & batches.c.stop.is_(None) & batches.c.deleted_at.is_(None)
@@ -211,6 +211,12 @@ class BatchLeases:
         with read(self._database) as connection:
             stopped = connection.execute(query).all()
         return {batch_id: "canceled" if stop == "cancel" else "expired" for batch_id, stop in stopped}
+
+    def interactive(self) -> bool:
+        """Whether any interactive request is in flight, at any shim."""
+        with read(self._database) as connection:
+            running = select(usage.c.request_id).where(usage.c.status == "running").limit(1)
+            return connection.execute(running).first() is not None
 
     def requeue_dead(self) -> int:
         """Queues the requests again of processes that have been found dead; returns how many."""
