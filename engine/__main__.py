@@ -83,6 +83,7 @@ def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: st
     from aiexport_edge.engine.server import logs
     from aiexport_edge.engine.server.listener import ListenerConfig, ListenerError
     from aiexport_edge.engine.server.process import ServerConfig, serve
+    from aiexport_edge.engine.server.progress import StartProgress
     from aiexport_edge.proto.tracing import TracingError
 
     logs.set_up(config.telemetry.log_level, config.telemetry.log_format)
@@ -97,7 +98,12 @@ def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: st
         otlp_endpoint=config.telemetry.otlp_endpoint,
     )
     try:
-        backend = NativeBackend(core_config, first=core, step_timeout_s=engine.step_timeout.total_seconds())
+        backend = NativeBackend(
+            core_config,
+            first=core,
+            step_timeout_s=engine.step_timeout.total_seconds(),
+            progress=StartProgress([fact.name for fact in facts]),
+        )
         uvloop.run(serve(server, backend))
     except (ListenerError, TracingError) as error:
         return _fail(str(error))

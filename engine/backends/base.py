@@ -64,6 +64,19 @@ class BackendConstraint:
     vocabulary: Vocabulary
 
 
+class StartListener(Protocol):
+    """Told how far a start is; of every start, also those after a core's end."""
+
+    def weights(self, model: int, done: int, total: int) -> None:
+        """`done` of `total` bytes of a model's weights are read."""
+
+    def warming(self, done: int, total: int) -> None:
+        """`done` of `total` parts of what comes after."""
+
+    def over(self) -> None:
+        """It serves, or has failed."""
+
+
 @dataclass(frozen=True, slots=True)
 class BackendRequest:
     """`model` indexes the backend's models. `output_ids` were produced by an earlier attempt and are not told again.

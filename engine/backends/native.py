@@ -24,6 +24,7 @@ from aiexport_edge.engine.backends.base import (
     ModelState,
     ModelStatus,
     RequestListener,
+    StartListener,
 )
 from aiexport_edge.engine.backends.core_process import CORE_COMMAND, CoreProcess
 from aiexport_edge.engine.backends.counters import LifeCounters
@@ -39,6 +40,7 @@ from aiexport_edge.engine.core.protocol import (
     Ready,
     StepReport,
     ToCore,
+    Warming,
     decode_from_core,
     encode_to_core,
 )
@@ -79,7 +81,9 @@ class NativeBackend:
         first: CoreProcess | None = None,
         command: Sequence[str] = CORE_COMMAND,
         step_timeout_s: float = STEP_TIMEOUT_S,
+        progress: StartListener | None = None,
     ) -> None:
+        self._progress = progress
         self._config = config
         self._step_timeout_s = step_timeout_s
         self._command = command
@@ -206,6 +210,8 @@ class NativeBackend:
 
     async def _outlive(self, core: CoreProcess | None) -> None:
         """Buries a core (None: there was none to be had) and settles what that means for its requests."""
+        if self._progress is not None:
+            self._progress.over()
         was_serving, self._serving = self._serving, False
         self._outgoing.clear()
         suspects: list[int] = []
@@ -295,12 +301,18 @@ class NativeBackend:
             case Ready():
                 self._on_ready(message)
             case Loading():
-                log.debug("core: model %d: %d of %d bytes read", message.model, message.done, message.total)
+                if self._progress is not None:
+                    self._progress.weights(message.model, message.done, message.total)
+            case Warming():
+                if self._progress is not None:
+                    self._progress.warming(message.done, message.total)
             case LoadFailed():
                 self._load_error = message.message
                 log.error("core: %s", message.message)
 
     def _on_ready(self, ready: Ready) -> None:
+        if self._progress is not None:
+            self._progress.over()
         self._serving = self._was_ready = True
         self._introduced.clear()
         self._crashes = 0

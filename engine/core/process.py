@@ -29,6 +29,7 @@ from aiexport_edge.engine.core.protocol import (
     Loading,
     ModelReady,
     Ready,
+    Warming,
     decode_config,
     encode_from_core,
 )
@@ -90,10 +91,13 @@ def _load(config: CoreConfig, channel: Channel) -> StepRunner[Any] | None:
     def progress(model: int, done: int, total: int) -> None:
         channel.send(encode_from_core(Loading(model, done, total)))
 
+    def warming(done: int, total: int) -> None:
+        channel.send(encode_from_core(Warming(done, total)))
+
     try:
         from aiexport_edge.engine.core.runner import load
 
-        return load(config, progress)
+        return load(config, progress, warming)
     except ChannelClosed:
         raise
     except Exception as error:

@@ -200,6 +200,13 @@ class Loading(msgspec.Struct, frozen=True, array_like=True, tag="loading"):
     total: int
 
 
+class Warming(msgspec.Struct, frozen=True, array_like=True, tag="warming"):
+    """Progress after the last `Loading`: `done` of `total` parts of the warm-up (kernels compiled, graphs captured)."""
+
+    done: int
+    total: int
+
+
 class StepReport(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     """What one step brought. `stats` comes at most every 100 ms, and when the core goes idle."""
 
@@ -209,7 +216,7 @@ class StepReport(msgspec.Struct, frozen=True, array_like=True, tag="step"):
     stats: CoreStats | None = None
 
 
-FromCore = Ready | LoadFailed | Loading | StepReport
+FromCore = Ready | LoadFailed | Loading | Warming | StepReport
 
 HEADER = struct.Struct("<I")  # length of the msgpack body that follows
 

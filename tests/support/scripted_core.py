@@ -109,9 +109,10 @@ def main() -> int:
     parser.add_argument("--broken", type=int, default=-1)
     options, rest = parser.parse_known_args()
 
-    def load(config: CoreConfig, progress: Any) -> ScriptedRunner:
+    def load(config: CoreConfig, progress: Any, warming: Any) -> ScriptedRunner:
         progress(0, 1, 2)
         time.sleep(options.load_s)
+        warming(3, 4)
         if options.fail_load is not None and options.fail_load.exists():
             raise RuntimeError(options.fail_load.read_text())
         given = options.pages is not None and options.pages.exists()

@@ -203,6 +203,36 @@ def test_after_abort_and_finish_nothing_is_told_and_pages_are_free(verb: str) ->
     run(test())
 
 
+class Watcher:
+    """Notes what it is told of starts."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def weights(self, model: int, done: int, total: int) -> None:
+        self.told.append(f"{model}: {done}/{total}")
+
+    def warming(self, done: int, total: int) -> None:
+        self.told.append(f"{done}/{total}")
+
+    def over(self) -> None:
+        self.told.append("over")
+
+
+def test_whoever_watches_a_start_is_told_how_far_it_is() -> None:
+    async def test() -> None:
+        watcher = Watcher()
+        backend = NativeBackend(core_config(), command=command(), progress=watcher)
+        await backend.start()
+        try:
+            await state(backend, ModelState.READY)
+            assert watcher.told == ["0: 1/2", "3/4", "over"]
+        finally:
+            await backend.stop()
+
+    run(test())
+
+
 def test_a_core_that_hangs_is_ended_and_its_requests_go_on() -> None:
     """Stopped, it is alive and silent, as it is when a card never answers."""
 
