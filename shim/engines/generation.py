@@ -96,20 +96,20 @@ class Generation:
 
     def tell(self) -> None:
         """Tells whoever follows that there is something new."""
-        if self._on_news is None:
+        on_news = self._on_news
+        if on_news is None:
             return
         assert self._followed is not None
         try:
-            enough = self._on_news() or (self._error is not None and self._on_news())
+            if not on_news() and (self._error is None or not on_news()):
+                return
         except Exception as error:  # the follower's: it gets it where it waits
-            self._on_news = None
             if not self._followed.done():
                 self._followed.set_exception(error)
         else:
-            if enough:
-                self._on_news = None
-                if not self._followed.done():
-                    self._followed.set_result(None)
+            if not self._followed.done():
+                self._followed.set_result(None)
+        self._on_news = None
 
     def take(self) -> str:
         """The text that has come and has not been taken. Raises what ended the generation once all is taken."""
@@ -181,6 +181,8 @@ class Generation:
         self._text.append(text)
         if self._emitted_bytes - self._taken_bytes > self._max_buffered_bytes:
             self.fail(ClientGone("reads too slowly"))
+            if self.session is not None:
+                self.session.abort(self.tag)
         else:
             self.tell()
 

@@ -238,8 +238,6 @@ class Session:
             generation = live.get(tag)
             if generation is not None:
                 generation.on_delta(text, ids, output_tokens, emitted_bytes)
-                if generation.ended:  # its consumer is too slow
-                    self.abort(tag)
         for output in outputs.ends:
             generation = live.pop(output.tag, None)
             if generation is None:
