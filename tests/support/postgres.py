@@ -7,13 +7,22 @@ import os
 import pwd
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psycopg
 
+# Not subprocess's own `user`: it forks, and where gRPC has threads the child may crash before it becomes anything.
+_BECOME = """
+import os, sys
+user, group, *command = sys.argv[1:]
+os.setgroups([])
+os.setgid(int(group))
+os.setuid(int(user))
+os.execv(command[0], command)
+"""
 MISSING = "PostgreSQL's server is not installed: apt-get install postgresql"
 _SETTINGS = {
     "listen_addresses": "''",
@@ -37,10 +46,10 @@ def find_program(name: str) -> Path | None:
 class PostgresServer:
     """Running from the start of `running_server` to its end; `restart` breaks every connection."""
 
-    def __init__(self, directory: Path, pg_ctl: Path, user: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, pg_ctl: Path, as_user: tuple[str, ...]) -> None:
         self.directory = directory
         self._pg_ctl = pg_ctl
-        self._user = user
+        self._as_user = as_user
         self._made = 0
 
     def url(self, database: str, driver: str = "postgresql+asyncpg") -> str:
@@ -62,8 +71,8 @@ class PostgresServer:
         self.control("stop", "-m", "immediate")
 
     def control(self, *words: str) -> None:
-        command = [str(self._pg_ctl), "-w", "-D", str(self.directory / "data"), *words]
-        done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False, **self._user)
+        command = [*self._as_user, str(self._pg_ctl), "-w", "-D", str(self.directory / "data"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False)
         log = self.directory / "log"
         assert done.returncode == 0, done.stdout + done.stderr + (log.read_text() if log.exists() else "")
 
@@ -76,17 +85,17 @@ def running_server() -> Iterator[PostgresServer | None]:
         yield None
         return
     directory = Path(tempfile.mkdtemp(prefix="edge-pg-"))
-    user: dict[str, Any] = {}
+    as_user: tuple[str, ...] = ()
     if os.getuid() == 0:
         names = {entry.pw_name: entry for entry in pwd.getpwall()}
         entry = names.get("postgres") or names["nobody"]
         os.chown(directory, entry.pw_uid, entry.pw_gid)
-        user = {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+        as_user = (sys.executable, "-c", _BECOME, str(entry.pw_uid), str(entry.pw_gid))
     directory.chmod(0o755)
-    server = PostgresServer(directory, pg_ctl, user)
+    server = PostgresServer(directory, pg_ctl, as_user)
     command = [str(initdb), "-D", str(directory / "data"), "-U", "tests", "-A", "trust", "-E", "UTF8", "--locale=C"]
     try:
-        subprocess.run([*command, "--no-sync"], check=True, capture_output=True, cwd="/", **user)
+        subprocess.run([*as_user, *command, "--no-sync"], check=True, capture_output=True, cwd="/")
         server.start()
         try:
             yield server
