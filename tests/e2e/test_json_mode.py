@@ -15,7 +15,9 @@ import httpx
 import psutil
 import pytest
 from jsonschema import Draft202012Validator
+from jsonschema.validators import validator_for
 from support.edge import HAIKU, SONNET, Edge, message, start, stream, wait_until
+from support.structured import Kit, suite
 
 JSON_OBJECT = {"type": "json_object"}
 TEMPTING = [
@@ -148,6 +150,43 @@ def test_a_schema_holds_at_every_budget(edge: Edge) -> None:
         assert client.post("/v2/messages", json=body | {"max_tokens": least - 1}).status_code == 400
 
 
+def check_suite(edge: Edge, entries: list[dict[str, Any]], per_schema: int) -> collections.Counter[str]:
+    """Replies to the schemas of a public suite, each within a budget between the least and plenty; all validate. How
+    they ended."""
+    rng = random.Random(6)
+    asked: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for entry in entries:
+        schema = entry["schema"]
+        least = len(Kit.of(schema).constraint(10_000).shortest_end)
+        for _ in range(per_schema):
+            body = message("Write any JSON.", model=SONNET, max_tokens=least + rng.choice([0, 1, 3, 10, 40, 80]))
+            body["response_format"] = {"type": "json_schema", "json_schema": {"name": "of_the_suite", "schema": schema}}
+            asked.append((schema, body | {"temperature": 1.0, "seed": rng.randrange(1 << 60)}))
+    ends: collections.Counter[str] = collections.Counter()
+    replies = asyncio.run(ask_all(edge, [body for _, body in asked]))
+    for (schema, body), (text, reason, num_tokens) in zip(asked, replies, strict=True):
+        validator_for(schema)(schema).validate(json.loads(text))
+        assert num_tokens <= body["max_tokens"]
+        ends[reason] += 1
+    return ends
+
+
+def taken() -> list[dict[str, Any]]:
+    return [entry for entry in suite() if entry["tests"] is not None and isinstance(entry["schema"], dict)]
+
+
+def test_schemas_of_a_public_suite(edge: Edge) -> None:
+    assert sum(check_suite(edge, taken()[::10], 1).values()) >= 20
+
+
+@pytest.mark.prove
+def test_two_hundred_schemas_of_a_public_suite(edge: Edge) -> None:
+    entries = taken()
+    assert len(entries) >= 200
+    ends = check_suite(edge, entries, 5)
+    print(f"\n{len(entries)} schemas, {ends.total()} replies: {dict(ends)}")
+
+
 def test_what_cannot_be_promised_is_refused(edge: Edge) -> None:
     def of_schema(schema: Any) -> dict[str, Any]:
         return {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
@@ -185,8 +224,10 @@ def test_replies_survive_their_core_and_their_engine(tmp_path: Path) -> None:
     edge = start(tmp_path / "state")
     try:
         rng = random.Random(3)
-        bodies = [body_of(rng) | {"max_tokens": 90} for _ in range(24)]
+        bodies = [body_of(rng) | {"max_tokens": rng.randint(60, 200)} for _ in range(120)]
         undisturbed = asyncio.run(ask_all(edge, bodies))
+
+        kills: list[bool] = []
 
         async def disturbed() -> list[tuple[str, str, int]]:
             asking = asyncio.create_task(ask_all(edge, bodies))
@@ -199,11 +240,14 @@ def test_replies_survive_their_core_and_their_engine(tmp_path: Path) -> None:
                         if sum(model.output_tokens for model in now.models) > produced + 100 and now.core_pid:
                             victim = psutil.Process(now.core_pid)
                             (victim.parent() if of_engine else victim).send_signal(signal.SIGKILL)  # type: ignore[union-attr]
+                            kills.append(of_engine)
                             break
+                    await asyncio.sleep(0.02)
                 await asyncio.to_thread(wait_until, edge.ready, "the engine is back")
             return await asking
 
         replies = asyncio.run(disturbed())
+        assert kills == [False, True]
         check(bodies, replies)
         assert [text for text, _, _ in replies] == [text for text, _, _ in undisturbed]
     finally:
