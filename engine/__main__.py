@@ -74,6 +74,7 @@ def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: st
         num_threads=config.engine.num_threads,
         batch_floor_share=config.engine.batch_floor_share,
         memory_share=config.engine.memory_share,
+        kernel_cache=str(config.kernel_cache),
     )
     core.configure(core_config)
 

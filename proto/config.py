@@ -8,6 +8,7 @@ never in it, only the names of files that hold them.
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -157,6 +158,11 @@ class Config:
     def admin_listen(self) -> str:
         """Where the admin listener is, HOST:PORT."""
         return self.admin.listen or join_address("127.0.0.1", self.shim.port + 1)
+
+    @property
+    def kernel_cache(self) -> Path:
+        """Where kernels that were compiled for a card are kept from one start to the next."""
+        return Path(os.environ.get("TRITON_CACHE_DIR") or self.state / "kernels")
 
     @property
     def engine_addresses(self) -> tuple[str, ...]:

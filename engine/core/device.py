@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -10,6 +13,7 @@ import torch
 from aiexport_edge.engine.models.config import ModelError
 
 LOWEST_CAPABILITY = (8, 0)
+CACHE_VARIABLE = "TRITON_CACHE_DIR"
 
 
 class Cards(Protocol):
@@ -59,3 +63,26 @@ def select_device(name: str, *, cards: Cards = torch.cuda, built_for_cuda: bool 
             "the kernels need 8.0 (Ampere) or newer; use another card or device cpu"
         )
     return torch.device("cuda", index)
+
+
+def keep_kernels(directory: str) -> None:
+    """Have Triton keep what it compiles in `directory`, for the next start; before a kernel is launched.
+
+    One that cannot be written costs every start its time, not the start itself. "" leaves Triton's own place.
+    """
+    if not directory:
+        return
+    try:
+        Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
+        writable = os.access(directory, os.W_OK | os.X_OK)
+    except OSError:
+        writable = False
+    if writable:
+        os.environ[CACHE_VARIABLE] = directory
+    else:
+        print(
+            "the kernel cache cannot be written, so kernels are compiled at every start; doctor says where it is, and "
+            f"{CACHE_VARIABLE} names another place",
+            file=sys.stderr,
+        )
+        os.environ.pop(CACHE_VARIABLE, None)

@@ -48,7 +48,8 @@ class CoreModel(msgspec.Struct, frozen=True, array_like=True):
 
 class CoreConfig(msgspec.Struct, frozen=True, array_like=True):
     """The first frame to a core. `page_bytes`, `pool_bytes` and `max_step_tokens` 0: chosen by the core; `num_threads`
-    0: all cores. `memory_share` is the pool's part of what a card's memory has left, where `pool_bytes` is 0.
+    0: all cores. `memory_share` is the pool's part of what a card's memory has left, where `pool_bytes` is 0. Compiled
+    kernels are kept in `kernel_cache`; "": where Triton does it by itself.
     """
 
     models: list[CoreModel]
@@ -60,6 +61,7 @@ class CoreConfig(msgspec.Struct, frozen=True, array_like=True):
     num_threads: int
     batch_floor_share: float
     memory_share: float = 0.9
+    kernel_cache: str = ""
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):

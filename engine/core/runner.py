@@ -20,7 +20,7 @@ from aiexport_edge.engine.core.accelerator import Accelerator, CudaAccelerator
 from aiexport_edge.engine.core.batch import BatchBuilder, Draws
 from aiexport_edge.engine.core.decode_graphs import DecodeGraphs
 from aiexport_edge.engine.core.decode_inputs import DecodeInputs
-from aiexport_edge.engine.core.device import select_device
+from aiexport_edge.engine.core.device import keep_kernels, select_device
 from aiexport_edge.engine.core.kv_memory import (
     KVMemory,
     ModelNeed,
@@ -379,7 +379,10 @@ def load(
         chosen = STEP_TOKENS_CPU if device.type == "cpu" else STEP_TOKENS_CARD
         config = msgspec.structs.replace(config, max_step_tokens=chosen)
     set_num_threads(config.num_threads or torch.get_num_threads())
-    accelerator = None if device.type == "cpu" else CudaAccelerator(device)
+    accelerator = None
+    if device.type != "cpu":
+        keep_kernels(config.kernel_cache)
+        accelerator = CudaAccelerator(device)
     models = []
     for index, model in enumerate(config.models):
 

@@ -12,15 +12,15 @@ import importlib.util
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from aiexport_edge.proto.config import Config, ConfigError, source_directory
 from aiexport_edge.proto.units import split_address
+from aiexport_edge.shim.cli import card_checks
 from aiexport_edge.shim.cli.admin import REMEDY, lacks_login, needs_login
+from aiexport_edge.shim.cli.check import OK, PROBLEM, WARNING, Check
 from aiexport_edge.shim.cli.command import CommandError, json_option, load_config, opened_store, print_json
 from aiexport_edge.shim.cli.crypto_keys import missing_master_keys
 from aiexport_edge.shim.cli.listeners import listen
@@ -32,18 +32,7 @@ example:
   aiexport-edge doctor --config aiexport-edge.toml --json
 """
 
-OK, WARNING, PROBLEM = "ok", "warning", "problem"
 GIB = 2**30
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One finding. `remedy` is empty where there is nothing to do."""
-
-    name: str
-    status: str
-    detail: str
-    remedy: str = ""
 
 
 def add_arguments(_name: str, parser: argparse.ArgumentParser) -> None:
@@ -53,7 +42,8 @@ def add_arguments(_name: str, parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    checks = [*_software(), *_processor(), *_accelerator()]
+    checks = [*_software(), *_processor()]
+    checks += card_checks.cards() if card_checks.has_card() else [Check("gpu", OK, "none: the processor computes")]
     try:
         config = load_config(args)
     except ConfigError as error:
@@ -61,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         where = str(config.path) if config.path is not None else "none: the defaults hold"
         checks.append(Check("configuration", OK, where))
+        if card_checks.has_card():
+            checks += card_checks.triton(config.kernel_cache)
         checks += [*_weights(config), *_state(config), *_store(config), *_limits(config), *_ports(config)]
     well = all(check.status != PROBLEM for check in checks)
     if args.json:
@@ -107,33 +99,6 @@ def _cpu_flags() -> set[str]:
         return set()
     line = next((line for line in lines if line.lower().startswith(("flags", "features"))), ":")
     return set(line.partition(":")[2].split())
-
-
-def _accelerator() -> Iterator[Check]:
-    """Driver and compiler, only where there is a GPU."""
-    smi = shutil.which("nvidia-smi")
-    if smi is None and not Path("/proc/driver/nvidia/version").exists():
-        yield Check("gpu", OK, "none: the processor computes")
-        return
-    if smi is None:
-        yield Check("gpu", PROBLEM, "there is one, but no nvidia-smi", "install the NVIDIA driver's tools")
-        return
-    query = [smi, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        yield Check("gpu", PROBLEM, f"nvidia-smi does not answer ({error})", "restart the driver, or the machine")
-        return
-    lines = done.stdout.strip().splitlines()
-    if done.returncode != 0 or not lines:
-        detail = (done.stderr or done.stdout).strip() or "nvidia-smi lists none"
-        yield Check("gpu", PROBLEM, detail, "install a driver that fits the card, then restart the machine")
-        return
-    for line in lines:
-        yield Check("gpu", OK, line)
-    compiler = os.environ.get("CC") or next((name for name in ("gcc", "clang", "cc") if shutil.which(name)), "")
-    remedy = "" if compiler else "install gcc (Debian: apt install gcc): Triton builds its launchers with it"
-    yield Check("c compiler", OK if compiler else PROBLEM, compiler or "none", remedy)
 
 
 # ---------------------------------------------------------------------------------------------------- the installation

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
-from aiexport_edge.engine.core.device import select_device
+from aiexport_edge.engine.core.device import CACHE_VARIABLE, keep_kernels, select_device
 from aiexport_edge.engine.models.config import ModelError
 
 
@@ -59,3 +61,22 @@ def test_names(name: str, capabilities: tuple[tuple[int, int], ...], expected: s
 def test_refusals(name: str, capabilities: tuple[tuple[int, int], ...], built_for_cuda: bool, sentence: str) -> None:
     with pytest.raises(ModelError, match=sentence):
         select_device(name, cards=FakeCards(capabilities), built_for_cuda=built_for_cuda)
+
+
+def test_compiled_kernels_are_kept_where_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, "/elsewhere")
+    keep_kernels("")
+    assert os.environ[CACHE_VARIABLE] == "/elsewhere"
+    keep_kernels(str(tmp_path / "state" / "kernels"))
+    assert os.environ[CACHE_VARIABLE] == str(tmp_path / "state" / "kernels")
+    assert (tmp_path / "state" / "kernels").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, "")
+    (tmp_path / "file").write_text("")
+    keep_kernels(str(tmp_path / "file" / "kernels"))
+    assert CACHE_VARIABLE not in os.environ
+    assert "cannot be written, so kernels are compiled at every start" in capsys.readouterr().err
