@@ -19,7 +19,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from aiexport_edge.proto.config_limits import PlanConfig
-from aiexport_edge.shim.errors import RateLimited
+from aiexport_edge.shim.errors import RateLimited, store_unavailable
 from aiexport_edge.shim.limits.window import Taken, Window
 from aiexport_edge.shim.store import Principal
 from aiexport_edge.shim.store.days import DAY_MS, today
@@ -195,12 +195,16 @@ class Ticket:
         self._taken: Taken | None = None
 
     async def take(self) -> None:
-        """Counts the call. Raises `RateLimited` where the minute is full."""
+        """Counts the call. Raises `RateLimited` where the minute is full, `Overloaded` where it can't be counted."""
         if self._tokens is not None:
             await self._limits.standing(self._workspace_id, FRESH_S)
         if self._requests is None:
             return
-        self._taken = await self._window.take(self._workspace_id, self._requests)
+        try:
+            self._taken = await self._window.take(self._workspace_id, self._requests)
+        except OSError as error:
+            log.error("requests a minute can't be counted: %s; make room in /dev/shm", error.strerror)
+            raise store_unavailable() from None
         if self._taken.mark is None:
             raise RateLimited(
                 f"The workspace may send {self._requests} requests a minute; send this one again later.",

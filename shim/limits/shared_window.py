@@ -33,6 +33,8 @@ _LAYOUT, _CAPACITY, _HEAD, _RING = 0, 1, 2, 3  # places in the array of 64-bit n
 _CURRENT, _MOVED = 1, 2  # values of _LAYOUT; 0 in a file that was never finished
 _WINDOW = int(WINDOW_S * 1e9)
 _SMALLEST = 64
+_NEW = ".new"  # the end of the name of a file that is being made
+_MAX_MAPPED = 4096  # rings at a time: the system maps only so many files into a process
 _EAGER_ATTEMPTS = 100
 _PATIENT_S = 0.001
 
@@ -80,7 +82,7 @@ class _Ring:
 
     @classmethod
     def _make(cls, file: Path, capacity: int, times: list[int]) -> _Ring:
-        new = file.with_name(file.name + ".new")
+        new = file.with_name(file.name + _NEW)
         descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             size = 8 * (_RING + capacity)
@@ -114,6 +116,13 @@ class _Ring:
         numbers = self._numbers
         head, capacity = numbers[_HEAD], numbers[_CAPACITY]
         return numbers[_RING + (max(0, head - capacity) + place) % capacity]
+
+    def retire(self, oldest: int) -> bool:
+        """Whether no call is younger; whoever has the ring mapped then looks for a new one."""
+        if len(self) and self[len(self) - 1] > oldest:
+            return False
+        self._numbers[_LAYOUT] = _MOVED
+        return True
 
     def times(self) -> list[int]:
         return [self[place] for place in range(len(self))]
@@ -156,6 +165,11 @@ class SharedWindow:
         self._directory = directory
         self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._rings: dict[str, _Ring] = {}
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        try:
+            self._prune()
+        finally:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
 
     async def take(self, workspace_id: str, limit: int) -> Taken:
         await self._acquire()
@@ -197,7 +211,24 @@ class SharedWindow:
                 return
 
     def _ring(self, workspace_id: str, limit: int) -> _Ring:
+        """Raises `OSError` where the shared memory is full."""
         ring = self._rings.get(workspace_id)
-        if ring is None or not ring.current or ring.capacity < limit:
-            ring = self._rings[workspace_id] = _Ring.open(self._directory / workspace_id, max(limit, _SMALLEST))
+        if ring is not None and ring.current and ring.capacity >= limit:
+            return ring
+        if len(self._rings) >= _MAX_MAPPED:
+            del self._rings[next(iter(self._rings))]
+        file, capacity = self._directory / workspace_id, max(limit, _SMALLEST)
+        try:
+            ring = _Ring.open(file, capacity)
+        except OSError:
+            self._prune()
+            ring = _Ring.open(file, capacity)
+        self._rings[workspace_id] = ring
         return ring
+
+    def _prune(self) -> None:
+        """Removes the files in which no call counts any more."""
+        oldest = time.monotonic_ns() - _WINDOW
+        for file in self._directory.glob("ws_*"):
+            if (not file.name.endswith(_NEW) and _Ring.open(file, 1).retire(oldest)) or file.name.endswith(_NEW):
+                file.unlink()

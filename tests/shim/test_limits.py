@@ -169,17 +169,6 @@ async def _all_at_once(processes: list[ShimProcess], key: str, count: int, path:
         return await asyncio.gather(*(client.get(url) for url in urls))
 
 
-def test_twenty_at_once_at_a_limit_of_five_over_two_processes(pair: tuple[Store, list[ShimProcess]]) -> None:
-    store, processes = pair
-    store.update_workspace("acme", requests_per_minute=5)
-    keys = [store.create_key("acme").key for _ in range(2)]
-    replies = asyncio.run(_all_at_once(processes, keys[0], 20, "/v2/models"))
-    assert sorted(reply.status_code for reply in replies) == [200] * 5 + [429] * 15
-    assert sorted(limits_of(reply)["remaining-requests"] for reply in replies) == [0] * 16 + [1, 2, 3, 4]
-    # Over all the workspace's keys.
-    assert httpx.get(f"{processes[1].base_url}/v2/models", headers={"X-API-Key": keys[1]}).status_code == 429
-
-
 # ---------------------------------------------------------------------------------------------- tokens a day
 
 
@@ -270,13 +259,22 @@ def test_another_day_is_another_quota(shim: ShimServer, monkeypatch: pytest.Monk
         assert client.post("/v2/messages", json=message()).status_code == 429
 
 
-def test_parallel_requests_overrun_by_at_most_one(
-    pair: tuple[Store, list[ShimProcess]], engine: ScriptedEngine
-) -> None:
+def twenty_at_once_at_a_limit_of_five(pair: tuple[Store, list[ShimProcess]]) -> None:
+    store, processes = pair
+    store.update_workspace("acme", requests_per_minute=5)
+    keys = [store.create_key("acme").key for _ in range(2)]
+    replies = asyncio.run(_all_at_once(processes, keys[0], 20, "/v2/models"))
+    assert sorted(reply.status_code for reply in replies) == [200] * 5 + [429] * 15
+    assert sorted(limits_of(reply)["remaining-requests"] for reply in replies) == [0] * 16 + [1, 2, 3, 4]
+    # Over all the workspace's keys.
+    assert httpx.get(f"{processes[1].base_url}/v2/models", headers={"X-API-Key": keys[1]}).status_code == 429
+
+
+def parallel_requests_overrun_by_at_most_one(pair: tuple[Store, list[ShimProcess]], engine: ScriptedEngine) -> None:
     """Over two processes; whatever is let in together has fitted but for the last."""
     store, processes = pair
     quota, each = 100, PROMPT + 24
-    store.update_workspace("acme", tokens_per_day=quota)
+    store.update_workspace("acme", requests_per_minute=0, tokens_per_day=quota)
     key = store.create_key("acme").key
     engine.hold_starts(True)
 
@@ -303,6 +301,12 @@ def test_parallel_requests_overrun_by_at_most_one(
 
     until(lambda: used() == 4 * each, "all are settled")
     assert quota <= used() < quota + each
+
+
+def test_over_two_processes(pair: tuple[Store, list[ShimProcess]], engine: ScriptedEngine) -> None:
+    """Both limits, exact; in one test, for the processes take long to start."""
+    twenty_at_once_at_a_limit_of_five(pair)
+    parallel_requests_overrun_by_at_most_one(pair, engine)
 
 
 def test_a_killed_process_lets_go_of_what_it_reserved(engine: ScriptedEngine, tmp_path: Path) -> None:

@@ -189,6 +189,44 @@ def test_a_ring_left_halfway_through_growing_is_grown_again(tmp_path: Path) -> N
     asyncio.run(run())
 
 
+def test_files_in_which_nothing_counts_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a start, and where there is no more room; whoever has one mapped looks for the new one."""
+
+    def names() -> list[str]:
+        return sorted(file.name for file in tmp_path.iterdir())
+
+    async def run() -> None:
+        first = SharedWindow(tmp_path)
+        for workspace in ("ws_idle", "ws_busy"):
+            await first.take(workspace, 5)
+        idle = first._rings["ws_idle"]
+        idle._numbers[3] -= 61 * SECOND
+        (tmp_path / "ws_x.new").touch()
+        second = SharedWindow(tmp_path)
+        assert names() == ["lock", "ws_busy"]
+        assert (await second.take("ws_idle", 5)).remaining == 4
+        assert (await first.take("ws_idle", 5)).remaining == 3
+        assert (await second.take("ws_busy", 5)).remaining == 3
+
+        full = iter([OSError(28, "No space left on device")])
+        real = shared_window._Ring._make
+
+        def make(*arguments: object) -> object:
+            for error in full:
+                raise error
+            return real(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(shared_window._Ring, "_make", make)
+        assert (await second.take("ws_new", 5)).remaining == 4
+        monkeypatch.setattr(shared_window, "_MAX_MAPPED", 1)
+        assert (await second.take("ws_other", 5)).remaining == 4
+        assert (await second.take("ws_new", 5)).remaining == 3
+        for window in (first, second):
+            await window.close()
+
+    asyncio.run(run())
+
+
 def test_the_shared_directory_is_private_and_the_state_directorys(tmp_path: Path) -> None:
     one, other = shared_directory(tmp_path / "one"), shared_directory(tmp_path / "other")
     try:
