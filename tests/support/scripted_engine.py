@@ -205,6 +205,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         text = "".join(tokens[:max_tokens])
         assert list(resume.forced_ids) == list(range(len(resume.forced_ids)))
         emitted = resume.emitted_bytes
+        rest = "".join(tokens[: len(resume.forced_ids)]).encode()[emitted:]  # of the forced ids' text, not yet sent
         for index in range(len(resume.forced_ids), min(len(tokens), max_tokens)):
             if self.fail_after is not None and index >= self.fail_after[0]:
                 _put_end(outbox, pb.Output(tag=tag, failed=self.fail_after[1]))
@@ -213,15 +214,15 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
                 await asyncio.sleep(0)
             else:
                 await self._permits.acquire()
-            so_far = "".join(tokens[: index + 1]).encode()
+            piece, rest = rest + tokens[index].encode(), b""
+            emitted += len(piece)
             deltas = pb.Deltas(
                 tags=[tag],
-                texts=[so_far[emitted:].decode()],
+                texts=[piece.decode()],
                 token_ids=[index],
                 output_tokens=[index + 1],
-                emitted_bytes=[len(so_far)],
+                emitted_bytes=[emitted],
             )
-            emitted = len(so_far)
             outbox.put_nowait(pb.StepOutputs(deltas=deltas))
         reason = pb.FINISH_END_TURN if len(tokens) <= max_tokens else pb.FINISH_MAX_TOKENS
         stop_sequence = ""
