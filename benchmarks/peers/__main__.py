@@ -40,8 +40,8 @@ class Results:
 
     def __init__(self, path: Path, model: Path) -> None:
         self.path = path
-        about = {"machine": machine.describe(), "commit": machine.commit(), "model": model.name}
-        self.document: dict[str, Any] = about | {"servers": {}}
+        about: dict[str, Any] = {"machine": machine.describe(), "commit": machine.commit(), "model": model.name}
+        self.document = about | {"servers": {}}
         if path.exists():
             self.document["servers"] = json.loads(path.read_text())["servers"]
         self.document["load_average"] = [round(value, 2) for value in os.getloadavg()]

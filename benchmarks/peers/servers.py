@@ -234,6 +234,10 @@ class Transformers(Server):
         command = [str(self._venv / "bin" / "transformers"), "serve", str(self.model), "--continuous-batching"]
         return [*command, "--device", "cpu", "--dtype", "bfloat16", "--port", str(self.port), "--host", "127.0.0.1"]
 
+    def body(self, prompt: str, max_tokens: int) -> Event:
+        known = ("model", "messages", "max_tokens", "temperature", "stream")  # it refuses fields that it has not
+        return {name: value for name, value in super().body(prompt, max_tokens).items() if name in known}
+
     def environment(self) -> dict[str, str]:
         return {"OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1"}
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-import gguf
+import gguf  # type: ignore[import-not-found]
 import numpy as np
 
 NAMES = {
@@ -36,7 +37,7 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{NAMES[rest.removesuffix('.weight')]}.weight"
 
 
-def write_tokenizer(writer: gguf.GGUFWriter, directory: Path, config: dict) -> None:
+def write_tokenizer(writer: gguf.GGUFWriter, directory: Path, config: dict[str, Any]) -> None:
     tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
     tokens = [f"[unused{id_}]" for id_ in range(config["vocab_size"])]
     types = [gguf.TokenType.UNUSED] * len(tokens)

@@ -80,7 +80,7 @@ def load_model(
         decoder=decoder,
         dtype=weights.dtype,
         context_window=context_window or config.context_window,
-        weight_bytes=weights.num_parameters * weights.dtype.itemsize,
+        weight_bytes=weights.nbytes,
     )
 
 
@@ -201,11 +201,22 @@ class _Weights:
         entries = [checkpoint.entries[name] for name in self._names.values()]
         embedding = checkpoint.entries[self._names[EMBEDDING]]
         self.dtype = serving_dtype(dtype, DTYPES[embedding.dtype], device)
-        self.num_parameters = sum(math.prod(entry.shape) for entry in entries)
+        item_bytes = self.dtype.itemsize
+        product_bytes = 1 if quantize == "int8" else item_bytes
+        self.nbytes = sum(
+            math.prod(entry.shape) * (product_bytes if self._is_product(name) else item_bytes)
+            for name, entry in zip(self._names, entries, strict=True)
+        )
         self._bytes_done = 0
         self._bytes_total = sum(entry.nbytes for entry in entries)
         self._progress = progress
         self._report()
+
+    def _is_product(self, name: str) -> bool:
+        """Whether the tensor is a product's weight: of two dimensions, and no embedding that is only looked up."""
+        return len(self._checkpoint.entries[self._names[name]].shape) == 2 and (
+            name != EMBEDDING or self.config.tie_word_embeddings
+        )
 
     def parameter(self, *names: str) -> Tensor:
         """The tensors `names` stacked along their first axis."""

@@ -1,0 +1,151 @@
+"""Where a decode step goes on a CPU: the whole step beside its packed products alone, in one run, paired.
+
+    python -m benchmarks.cpu_decode MODEL_DIRECTORY [--streams 1 4 16] [--context 128] [--quantize none int8]
+
+A step is the runner's, from plan to drawn ids. The products are the same calls on inputs of the same shapes, recorded
+and run in the same way, one after the other with nothing between. Steps and products take turns, so that what else the
+machine does meets both; medians. A model of real shapes: `python -m benchmarks.peers.model DIRECTORY`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from aiexport_edge.kernels import threads
+
+os.environ.update(threads.ENVIRONMENT)  # before torch is loaded
+
+import torch
+
+from aiexport_edge.engine.core.plan import Chunk, ModelPlan, StepPlan
+from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel, Priority, Sampling
+from aiexport_edge.engine.core.request import Request
+from aiexport_edge.engine.core.runner import Runner, make_runner
+from aiexport_edge.engine.models.decoder import Decoder
+from aiexport_edge.engine.models.loader import load_model
+from aiexport_edge.kernels.linear import PackedLinear
+from benchmarks.peers.machine import commit, describe
+
+WINDOW = 4096
+GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
+
+
+def make_requests(runner: Runner, streams: int, context: int) -> list[Request]:
+    """Requests that have computed `context` tokens each, in pages of their own, whose next step is a decode."""
+    per_request = -(-(context + 1) // runner.tokens_per_page[0])
+    return [
+        Request(
+            handle=number,
+            model=0,
+            token_ids=[(7 * number + 13 * position) % 1000 + 10 for position in range(context + 1)],
+            num_prompt_tokens=context,
+            max_tokens=1 << 30,
+            stop_ids=frozenset(),
+            sampling=GREEDY,
+            tenant="",
+            weight=1.0,
+            salt=b"",
+            priority=Priority.INTERACTIVE,
+            arrival=number,
+            pages=list(range(1 + number * per_request, 1 + (number + 1) * per_request)),
+        )
+        for number in range(streams)
+    ]
+
+
+def products_alone(decoder: Decoder, rows: int) -> Callable[[], None]:
+    """All products of one step, one after the other."""
+    products: list[PackedLinear] = []
+    for layer in decoder.layers:
+        products += [layer.qkv, layer.o, layer.gate_up, layer.down]
+    calls = [(product, None) for product in products] + [(decoder.head, torch.float32)]
+    inputs = {product.in_features: torch.randn(rows, product.in_features).to(product.dtype) for product, _ in calls}
+
+    def run() -> None:
+        for product, out_dtype in calls:
+            product(inputs[product.in_features], out_dtype=out_dtype)
+
+    if not all(product.is_own for product, _ in calls):
+        return run
+    from aiexport_edge.kernels.cpu.program import Arena, Program
+
+    largest = 4 * max(product.out_features for product, _ in calls) + 4 * max(inputs)
+    program = Program(Arena(8 * rows * largest + (1 << 20)))
+    with program.recording():
+        run()
+
+    def replay() -> None:
+        assert inputs  # the program holds their addresses only
+        program.run()
+
+    return replay
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - started)
+
+
+def measure(runner: Runner, decoder: Decoder, streams: int, context: int, repeats: int) -> dict[str, Any]:
+    requests = make_requests(runner, streams, context)
+    plan = StepPlan([ModelPlan(0, [Chunk(request, context, 1, True) for request in requests])])
+    with torch.inference_mode():
+        products = products_alone(decoder, streams)
+        for _ in range(3):
+            runner.step(plan)
+            products()
+        pairs = [(milliseconds(lambda: runner.step(plan)), milliseconds(products)) for _ in range(repeats)]
+    step, alone = (statistics.median(times) for times in zip(*pairs, strict=True))
+    return {
+        "streams": streams,
+        "context": context,
+        "step_ms": round(step, 2),
+        "products_ms": round(alone, 2),
+        "step_per_products": round(statistics.median(whole / part for whole, part in pairs), 3),
+        "tokens_per_s": round(1e3 * streams / step, 1),
+        "gb_per_s": round(runner.weight_bytes[0] / alone / 1e6, 1),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_decode", description="Decode steps on a CPU.")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--context", type=int, nargs="+", default=[128])
+    parser.add_argument("--quantize", nargs="+", default=["none", "int8"])
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    threads.set_num_threads(options.threads)
+    document: dict[str, Any] = {"machine": describe(), "commit": commit(), "threads": options.threads, "rows": []}
+    document["load_average"] = [round(value, 2) for value in os.getloadavg()]
+    for quantize in options.quantize:
+        started = time.perf_counter()
+        model = load_model(options.model, name="model", quantize=quantize, context_window=WINDOW)
+        entry = CoreModel("model", str(options.model), "auto", WINDOW, False, "", quantize=quantize)
+        config = CoreConfig([entry], "cpu", 0, 1 << 30, max(options.streams), 512, options.threads, 0.0)
+        runner = make_runner(config, [model], torch.device("cpu"), None)
+        document[f"load_s_{quantize}"] = round(time.perf_counter() - started, 2)
+        for streams in options.streams:
+            for context in options.context:
+                row = {"quantize": quantize} | measure(runner, model.decoder, streams, context, options.repeats)
+                document["rows"].append(row)
+                print(json.dumps(row), flush=True)
+        del runner, model
+    if options.output:
+        options.output.write_text(json.dumps(document, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

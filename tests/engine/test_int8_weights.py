@@ -1,0 +1,100 @@
+"""int8 weights against the same model's own dtype, on models that were trained: what rounding costs is stated here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny_models import shared_data
+
+from aiexport_edge.engine.core.kv_memory import KVMemory, PoolShape
+from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel
+from aiexport_edge.engine.core.runner import load
+from aiexport_edge.engine.models.config import ModelError
+from aiexport_edge.engine.models.decoder import Batch
+from aiexport_edge.engine.models.loader import LoadedModel, load_model
+from aiexport_edge.engine.models.revision import model_revision
+
+DEMO = Path(__file__).resolve().parents[2] / "engine" / "demo" / "model"
+NUM_TOKENS, NUM_TEXTS = 96, 3
+
+# Of the next token's distribution: mean Kullback-Leibler divergence in nats, and how often the likeliest stays so.
+MOST_DIVERGENCE, LEAST_AGREEMENT = 0.004, 0.94
+
+
+@pytest.fixture(params=["demo", "stories260K"])
+def directory(request: pytest.FixtureRequest) -> Path:
+    return DEMO if request.param == "demo" else shared_data() / "models" / "stories260K"
+
+
+def logits_of(model: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
+    """float32 [tokens, vocabulary], each token's after those before it."""
+    length, config = ids.shape[0], model.config
+    page_bytes = config.kv_bytes_per_token(model.dtype.itemsize) * length
+    memory = KVMemory(PoolShape(page_bytes, 2, (length,)), torch.device("cpu"))
+    caches = memory.layers(
+        0,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=model.dtype,
+    )
+    batch = Batch(
+        input_ids=ids,
+        inputs_embeds=None,
+        positions=torch.arange(length).expand(3, -1),
+        slots=length + torch.arange(length),
+        block_tables=torch.ones(1, 1, dtype=torch.int32),
+        query_start_loc=torch.tensor([0, length], dtype=torch.int32),
+        seq_lens=torch.tensor([length], dtype=torch.int32),
+        rows=None,
+    )
+    return model.decoder.logits(model.decoder.forward(batch, caches))
+
+
+def drawn_texts(model: LoadedModel) -> list[torch.Tensor]:
+    """Texts of the model's own, drawn at temperature 1: what it was trained on looks like them."""
+    generator = torch.Generator().manual_seed(0)
+    texts = []
+    for _ in range(NUM_TEXTS):
+        ids = torch.randint(10, model.config.vocab_size // 2, (1,), generator=generator)
+        while ids.shape[0] < NUM_TOKENS:
+            probabilities = torch.softmax(logits_of(model, ids)[-1], dim=-1)
+            ids = torch.cat((ids, torch.multinomial(probabilities, 1, generator=generator)))
+        texts.append(ids)
+    return texts
+
+
+def test_distributions_hardly_change(directory: Path) -> None:
+    plain = load_model(directory)
+    rounded = load_model(directory, quantize="int8")
+    divergence, agreement = [], []
+    for ids in drawn_texts(plain):
+        before = torch.log_softmax(logits_of(plain, ids), dim=-1)
+        after = torch.log_softmax(logits_of(rounded, ids), dim=-1)
+        divergence.append((before.exp() * (before - after)).sum(-1).mean())
+        agreement.append((before.argmax(-1) == after.argmax(-1)).float().mean())
+    assert torch.stack(divergence).mean() <= MOST_DIVERGENCE
+    assert torch.stack(agreement).mean() >= LEAST_AGREEMENT
+
+
+def test_rounded_weights_are_smaller() -> None:
+    plain, rounded = load_model(DEMO), load_model(DEMO, quantize="int8")
+    assert rounded.weight_bytes < 0.6 * plain.weight_bytes
+
+
+def test_rounding_is_part_of_the_revision() -> None:
+    assert model_revision(DEMO, quantize="int8") != model_revision(DEMO)
+    assert model_revision(DEMO, quantize="none") == model_revision(DEMO)
+
+
+def test_a_core_rounds_what_its_configuration_says() -> None:
+    models = [CoreModel(name, str(DEMO), "auto", 256, True, "", quantize=name) for name in ("none", "int8")]
+    runner = load(CoreConfig(models, "cpu", 0, 64 << 20, 4, 64, 1, 0.0))
+    assert runner.weight_bytes[1] < 0.6 * runner.weight_bytes[0]
+
+
+def test_rounding_is_for_processors() -> None:
+    with pytest.raises(ModelError, match="quantize int8 is for models that run on a CPU"):
+        load_model(DEMO, quantize="int8", device=torch.device("meta"))
