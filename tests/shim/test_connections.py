@@ -7,14 +7,12 @@ import socket
 import ssl
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives import serialization
+from support.certificates import write_certificate
 from support.scripted_engine import ScriptedEngine
 from support.shim_server import HAIKU, ShimServer, until
 
@@ -25,6 +23,7 @@ from aiexport_edge.shim.tls import Certificate, CertificateError
 
 Engines = Callable[..., ScriptedEngine]
 Shims = Callable[..., ShimServer]
+ADDRESS = "127.0.0.1"
 
 
 def raw(shim: ShimServer) -> socket.socket:
@@ -155,44 +154,21 @@ def test_compressed_bodies_are_not_taken(shim: ShimServer) -> None:
 # ---------------------------------------------------------------------------------------------------- TLS
 
 
-def write_certificate(directory: Path, name: str) -> tuple[Path, Path]:
-    """A self-signed certificate for 127.0.0.1, in place of the one before."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .sign(key, hashes.SHA256())
-    )
-    cert_file, key_file = directory / "cert.pem", directory / "key.pem"
-    key_file.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    cert_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    return cert_file, key_file
-
-
-def served_name(shim: ShimServer) -> str:
+def served_certificate(shim: ShimServer) -> bytes:
+    """The one that a new connection gets, as DER."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with raw(shim) as connection, context.wrap_socket(connection) as wrapped:
-        der = wrapped.getpeercert(binary_form=True)
-        assert der is not None
         assert wrapped.version() in ("TLSv1.2", "TLSv1.3")
-    name = x509.load_der_x509_certificate(der).subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)[0].value
-    return str(name)
+        der = wrapped.getpeercert(binary_form=True)
+    assert der is not None
+    return der
 
 
 @pytest.fixture
 def secure(tmp_path: Path, make_engine: Engines, make_shim: Shims, monkeypatch: pytest.MonkeyPatch) -> ShimServer:
     monkeypatch.setattr(tls, "LOOK_S", 0.05)
-    cert, key = write_certificate(tmp_path, "first")
+    cert, key = write_certificate(tmp_path, ADDRESS)
     return make_shim(make_engine(), configure=lambda config: replace(config, tls=TlsConfig(cert, key)))
 
 
@@ -201,11 +177,11 @@ def test_tls_and_a_renewed_certificate(secure: ShimServer, tmp_path: Path) -> No
     with secure.client(verify=False) as client:
         assert secure.base_url.startswith("https://")
         assert "message_stop" in client.post("/v2/messages/stream", json=body).text
-        assert served_name(secure) == "first"
+        first = served_certificate(secure)
         (tmp_path / "cert.pem").write_text("half written")
-        assert served_name(secure) == "first"
-        write_certificate(tmp_path, "second")
-        until(lambda: served_name(secure) == "second", "new connections get the new one")
+        assert served_certificate(secure) == first
+        write_certificate(tmp_path, ADDRESS)
+        until(lambda: served_certificate(secure) != first, "new connections get the new one")
         assert client.get("/v2/models").status_code == 200, "old connections go on"
     with raw(secure) as connection:
         connection.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
@@ -213,11 +189,11 @@ def test_tls_and_a_renewed_certificate(secure: ShimServer, tmp_path: Path) -> No
 
 
 def test_what_is_wrong_with_a_certificate_is_said(tmp_path: Path) -> None:
-    cert, key = write_certificate(tmp_path, "x")
+    cert, key = write_certificate(tmp_path, ADDRESS)
     with pytest.raises(CertificateError, match="No such file"):
         Certificate(tmp_path / "none.pem", key)
     (tmp_path / "other").mkdir()
-    _, other = write_certificate(tmp_path / "other", "y")
+    _, other = write_certificate(tmp_path / "other", ADDRESS)
     with pytest.raises(CertificateError, match="KEY_VALUES_MISMATCH"):
         Certificate(cert, other)
     loaded = serialization.load_pem_private_key(key.read_bytes(), None)

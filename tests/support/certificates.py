@@ -1,4 +1,4 @@
-"""Self-signed certificates for tests, good for a day."""
+"""Self-signed certificates for tests."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 
-def write_certificate(directory: Path, address: str) -> tuple[Path, Path]:
-    """Certificate and key for an IP address, as PEM files."""
+def write_certificate(directory: Path, address: str, *, days: int = 1) -> tuple[Path, Path]:
+    """Certificate and key for an IP address, as PEM files; good for `days` from now, over where that is negative."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, address)])
     now = datetime.now(UTC)
@@ -22,8 +22,8 @@ def write_certificate(directory: Path, address: str) -> tuple[Path, Path]:
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
+        .not_valid_before(now - timedelta(days=30))
+        .not_valid_after(now + timedelta(days=days))
         .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))]), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
