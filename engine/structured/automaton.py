@@ -14,7 +14,18 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from aiexport_edge.engine.structured.expressions import Alt, Call, Chars, Expression, Grammar, Lexeme, Repeat, Seq, Text
+from aiexport_edge.engine.structured.expressions import (
+    Alt,
+    Call,
+    Chars,
+    Except,
+    Expression,
+    Grammar,
+    Lexeme,
+    Repeat,
+    Seq,
+    Text,
+)
 from aiexport_edge.engine.structured.utf8 import byte_ranges
 
 UNREACHABLE = 1 << 60
@@ -160,7 +171,7 @@ class Automaton:
                 self._repeat(part, least, most, start, end)
             case Call(rule):
                 self._calls[start].append((rule, end))
-            case Lexeme(part):
+            case Except(_, _, part) | Lexeme(part):
                 self._build(part, start, end)
 
     def _wide_rule(self, ranges: tuple[tuple[int, int], ...]) -> str:

@@ -59,13 +59,22 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Except:
+    """What `whole` has besides `texts`; a whole lexeme. `spelled_out` is the same without the exception."""
+
+    whole: Expression
+    texts: tuple[str, ...]
+    spelled_out: Expression
+
+
+@dataclass(frozen=True, slots=True)
 class Lexeme:
     """A part without recursion that stands on its own in the text: a bracket, a string, a number."""
 
     part: Expression
 
 
-Expression: TypeAlias = Text | Chars | Seq | Alt | Repeat | Call | Lexeme
+Expression: TypeAlias = Text | Chars | Seq | Alt | Repeat | Call | Except | Lexeme
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from aiexport_edge.engine.structured.expressions import (
     Alt,
     Call,
     Chars,
+    Except,
     Expression,
     Grammar,
     Lexeme,
@@ -147,7 +148,11 @@ def key(name: str) -> Expression:
 
 def other_key(names: Iterable[str]) -> Expression:
     """A member's name that is none of `names`. Without escapes, so that no spelling of one of them slips through."""
-    return Lexeme(seq(Text('"'), _other({string_text(name) for name in names if "\\" not in string_text(name)})))
+    whole = seq(Text('"'), Call("REST"))
+    taken = {string_text(name) for name in names if "\\" not in string_text(name)}
+    if not taken:
+        return Lexeme(whole)
+    return Lexeme(Except(whole, tuple(f'"{text}"' for text in sorted(taken)), seq(Text('"'), _other(taken))))
 
 
 def _other(taken: set[str]) -> Expression:

@@ -5,7 +5,18 @@ Lexemes become terminals (regular expressions, read greedily), the rest rules. E
 
 from __future__ import annotations
 
-from aiexport_edge.engine.structured.expressions import Alt, Call, Chars, Expression, Grammar, Lexeme, Repeat, Seq, Text
+from aiexport_edge.engine.structured.expressions import (
+    Alt,
+    Call,
+    Chars,
+    Except,
+    Expression,
+    Grammar,
+    Lexeme,
+    Repeat,
+    Seq,
+    Text,
+)
 
 
 def lark(grammar: Grammar) -> str:
@@ -46,14 +57,18 @@ class _Writer:
                 return '""'
             case Repeat(part, least, most):
                 return f"({self._rule(part)}){_count(least, most)}"
-            case Text() | Chars():
+            case Text() | Chars() | Except():
                 raise AssertionError("characters stand in lexemes")
 
     def _terminal(self, part: Expression) -> str:
         name = self._terminals.get(part)
         if name is None:
             name = self._terminals[part] = f"T{len(self._terminals)}"
-            self._lines.append(f"{name}: /{self._regex(part)}/")
+            if isinstance(part, Except):  # the library is much faster with it said than with it spelled out
+                exceptions = self._regex(Alt(tuple(map(Text, part.texts))))
+                self._lines.append(f"{name}: /{self._regex(part.whole)}/ & ~/{exceptions}/")
+            else:
+                self._lines.append(f"{name}: /{self._regex(part)}/")
         return name
 
     def _regex(self, expression: Expression) -> str:
@@ -72,7 +87,7 @@ class _Writer:
                 return f"(?:{self._regex(part)}){_count(least, most)}"
             case Call(rule):
                 return f"(?:{self._regex(self._grammar.rules[rule])})"
-            case Lexeme(part):
+            case Except(_, _, part) | Lexeme(part):
                 return self._regex(part)
 
 
