@@ -5,8 +5,8 @@
     --budget SECONDS         for the cells of one server; cells beyond are left out and said to be
 
 Where the peers are comes from the environment: PEERS_VLLM and PEERS_TRANSFORMERS (virtual environments),
-PEERS_LLAMA_SERVER (binary), PEERS_GGUF (the model by `to_gguf.py`), PEERS_TCMALLOC (the library that vLLM's guide asks
-for). A server that is not there is left out. `model.py` makes the model.
+PEERS_LLAMA_SERVER (binary), PEERS_GGUF (the model by `to_gguf.py`), PEERS_PRELOAD (tcmalloc and libiomp, for which
+vLLM's guide asks). A server that is not there is left out. `model.py` makes the model.
 """
 
 from __future__ import annotations

@@ -6,9 +6,11 @@ fixed number of tokens.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -101,6 +103,8 @@ class Server(ABC):
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)  # workers that outlive their parent
 
     def body(self, prompt: str, max_tokens: int) -> Event:
         return {
@@ -125,7 +129,10 @@ class Server(ABC):
         """What it was started with, for the result file, without this machine's paths."""
         command = [part.replace(str(self.model), "MODEL") for part in self.command()]
         command = [Path(part).name if part.startswith("/") else part for part in command]
-        environment = {name: Path(v).name if v.startswith("/") else v for name, v in self.environment().items()}
+        environment = {
+            name: ":".join(Path(part).name if part.startswith("/") else part for part in value.split(":"))
+            for name, value in self.environment().items()
+        }
         return {"command": shlex.join(command), "environment": environment, "version": self.version()}
 
 
@@ -195,7 +202,7 @@ class OursInt8(Ours):
 
 
 class VLLM(Server):
-    """vLLM's CPU build, as its CPU guide has it: tcmalloc, threads bound, room for keys and values given."""
+    """vLLM's CPU build, as its CPU guide has it: tcmalloc and libiomp preloaded, threads bound, room for keys and values given."""
 
     name = "vllm"
 
@@ -211,7 +218,7 @@ class VLLM(Server):
     def environment(self) -> dict[str, str]:
         settings = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_CPU_OMP_THREADS_BIND": f"0-{self.threads - 1}"}
         settings |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-        preload = os.environ.get("PEERS_TCMALLOC")
+        preload = os.environ.get("PEERS_PRELOAD")
         return settings | ({"LD_PRELOAD": preload} if preload else {})
 
     def version(self) -> str:
