@@ -131,7 +131,7 @@ def first_token_s(connection: socket.socket, sent: bytes) -> float:
 
 
 def unary(address: tuple[str, int], sent: bytes, *, num_connections: int, seconds: float) -> tuple[int, list[float]]:
-    """Whole replies on as many connections at once: how many came, and each one's seconds."""
+    """Whole replies on as many connections at once: how many came (one at least), and each one's seconds."""
     poll = select.epoll()
     connections, started, times = {}, {}, []
     for _ in range(num_connections):
@@ -142,7 +142,7 @@ def unary(address: tuple[str, int], sent: bytes, *, num_connections: int, second
         connection.sendall(sent)
     end = time.monotonic() + seconds
     received = dict.fromkeys(connections, b"")
-    while time.monotonic() < end:
+    while time.monotonic() < end or not times:
         for number, _ in poll.poll(1):
             received[number] += connections[number].recv(_RECEIVE_BYTES)
             if received[number].endswith(b"}}"):  # the usage is the last of a message
