@@ -6,7 +6,6 @@ The body is never held: as it arrives it is cut into requests, which are checked
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -34,8 +33,6 @@ T = TypeVar("T")
 
 STALL_S = 120.0  # a client that takes nothing of the results for so long is given up
 _FEED_BYTES = 256 << 10
-
-log = logging.getLogger(__name__)
 
 
 class CreateBatch:
@@ -85,8 +82,6 @@ class CreateBatch:
                 spool.grow(len(pending))
                 await self._in_thread(partial(intake.feed, bytes(pending)))
             except ApiError as error:
-                if error.__cause__ is not None:
-                    log.error("a batch could not be taken in: %s", error.__cause__)
                 problem = error
             pending.clear()
         if problem is not None:

@@ -6,6 +6,7 @@ reads is for the processor, and it lets go of the interpreter every millisecond 
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ from aiexport_edge.shim.store.batch_values import NewItem
 
 _SLICE_S = 0.001
 _PAUSE_S = 0.0001
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +145,5 @@ class Intake:
 
 
 def _no_space(error: OSError) -> ApiError:
-    """Also the log's business: the caller writes what the system said."""
-    refused = Overloaded("There is no room to take a batch in just now.", retry_after=60.0)
-    refused.__cause__ = error
-    return refused
+    log.error("a batch could not be spooled to the state directory: %s", error.strerror)
+    return Overloaded("There is no room to take a batch in just now.", retry_after=60.0)

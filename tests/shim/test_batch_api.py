@@ -297,6 +297,17 @@ def test_a_webhook_url_that_can_never_be_called(shim: ShimServer, url: Any) -> N
         assert (reply.status_code, reply.json()["error"]["param"]) == (400, "webhook_url")
 
 
+def test_without_room_for_the_spool_it_is_a_503(make_shim: Shim, engine: ScriptedEngine, tmp_path: Path) -> None:
+    shim = make_shim(engine)
+    shim.services.config = replace(shim.config, state=tmp_path / "gone")
+    with shim.client() as client:
+        reply = client.post("/v2/batch", json={"requests": [body()]})
+        assert (reply.status_code, reply.json()["error"]["type"]) == (503, "overloaded_error")
+        assert str(tmp_path) not in reply.text
+        shim.services.config = shim.config
+        assert client.post("/v2/batch", json={"requests": [body()]}).status_code == 202
+
+
 def test_bounds_on_the_body(make_shim: Shim, engine: ScriptedEngine) -> None:
     def smaller(config: Config) -> Config:
         return replace(
@@ -465,9 +476,13 @@ def test_a_spent_quota_is_waited_for(client: httpx.Client) -> None:
 # ---------------------------------------------------------------------------------------------- several processes
 
 
-def test_two_shims_share_the_work_and_do_none_of_it_twice(make_shim: Shim, make_engine: Engine) -> None:
+def test_two_shims_share_the_work_and_do_none_of_it_twice(make_shim: Shim, make_engine: Engine, store_url: str) -> None:
+    def on_store(config: Config) -> Config:
+        config.state.mkdir(exist_ok=True)  # as the command line does
+        return replace(config, store=replace(config.store, url=store_url))
+
     engine = make_engine()
-    first, second = make_shim(engine), make_shim(engine)
+    first, second = make_shim(engine, configure=on_store), make_shim(engine, configure=on_store)
     with first.client() as client, second.client() as other:
         batch = create(client, *(body(f"COUNT {1 + n % 4}", custom_id=f"c{n}") for n in range(400)))
         end = ended(other, batch)
