@@ -1,4 +1,5 @@
-"""The prefix cache: which computed pages a request can begin with, and its own pages made findable for others.
+"""The prefix cache: which computed pages a request can begin with, its own pages made findable for others, and which
+pages are being computed just now, so that a request with the same beginning can wait for them.
 
 Owns how a sequence of ids becomes page hashes. Knows no policy and no tensors.
 
@@ -11,6 +12,7 @@ so a page is found under the same salt and behind the same ids only. Output ids 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -25,6 +27,7 @@ class PrefixCache:
     def __init__(self, pool: PagePool, *, revisions: Sequence[str], tokens_per_page: Sequence[int]) -> None:
         self._pool = pool
         self._tokens_per_page = tokens_per_page
+        self._expected: Counter[bytes] = Counter()
         # One revision can be loaded twice, in different types: the model's number keeps their pages apart.
         self._roots = [
             b"%d %d %d %s " % (model, size, len(revision.encode()), revision.encode())
@@ -48,6 +51,31 @@ class PrefixCache:
         for index in range(request.num_published_pages, full):
             self._pool.publish(request.pages[index], self._hash(request, index))
         request.num_published_pages = full
+
+    def expect(self, request: Request, start: int, end: int) -> list[bytes]:
+        """Note that the pages filled by computing from `start` to `end` will be published; for `settle`, when they are
+        or will not be."""
+        size = self._tokens_per_page[request.model]
+        hashes = [self._hash(request, index) for index in range(start // size, end // size)]
+        self._expected.update(hashes)
+        return hashes
+
+    def settle(self, hashes: list[bytes]) -> None:
+        """What was noted is over."""
+        self._expected.subtract(hashes)
+        for hash_ in hashes:
+            if not self._expected[hash_]:
+                del self._expected[hash_]
+
+    def is_worth_waiting(self, request: Request, num_pages: int) -> bool:
+        """Whether others are computing at least half of what `request`, with `num_pages` cached, would compute."""
+        if not self._expected:
+            return False
+        size, num_tokens = self._tokens_per_page[request.model], len(request.token_ids)
+        index, last = num_pages, (num_tokens - 1) // size
+        while index < last and self._hash(request, index) in self._expected:
+            index += 1
+        return index > num_pages and 2 * (index - num_pages) * size >= num_tokens - num_pages * size
 
     def _hash(self, request: Request, index: int) -> bytes:
         hashes = request.page_hashes

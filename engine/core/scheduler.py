@@ -19,6 +19,7 @@ then an empty one.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 from aiexport_edge.engine.core.fairness import INPUT_COST, OUTPUT_COST, FloorShare
@@ -75,6 +76,8 @@ class Scheduler:
         self._shortfalls: dict[int, int] = {}  # pages that were wanted by a head that did not fit, by handle
         self._was_alone = False  # the last step belonged to a request on probation
         self._num_in_flight = 0  # plans that have not been committed
+        self._expected: list[bytes] = []  # pages that the plan in the making fills
+        self._flights: deque[list[bytes]] = deque()  # and those that plans in flight fill
         self._probation_in_flight = False
         self._wants_preemption = False  # a head could be admitted so, when nothing is in flight
 
@@ -143,6 +146,7 @@ class Scheduler:
     def settle(self, plan: StepPlan) -> None:
         """A plan's step is over; what it brought, `commit` puts into the requests that have not ended."""
         self._num_in_flight -= 1
+        self.prefix.settle(self._flights.popleft())
         for model_plan in plan.models:
             for chunk in model_plan.chunks:
                 request = chunk.request
@@ -166,6 +170,8 @@ class Scheduler:
     def _launch(self, plan: StepPlan) -> None:
         """Count as done what `plan` will do."""
         self._num_in_flight += 1
+        self._flights.append(self._expected)
+        self._expected = []
         self._probation_in_flight = plan.models[0].chunks[0].request.probation
         for model_plan in plan.models:
             for chunk in model_plan.chunks:
@@ -297,6 +303,7 @@ class Scheduler:
         if fresh > 0:
             request.num_charged_tokens = start + num_tokens
             self.charge(request, INPUT_COST * fresh)
+        self._expected += self.prefix.expect(request, start, start + num_tokens)
         handle = request.handle
         if num_tokens == num_left:
             if handle in self._probation:
@@ -312,13 +319,18 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------ admission, preemption
 
     def _admit(self, request: Request) -> bool:
-        """Give the request a place and pages for all its tokens, if there is room; interactive takes it from batch."""
+        """Give the request a place and pages for all its tokens, if there is room; interactive takes it from batch.
+
+        Where others are computing most of its pages just now, it waits for them: a step, or two that overlap.
+        """
         tokens_per_page = self.tokens_per_page[request.model]
         num_pages = -(-len(request.token_ids) // tokens_per_page)
         wanted = self._shortfalls.get(request.handle)
         if wanted is not None and not self._has_room(wanted) and not self._may_preempt_for(request, wanted):
             return False
         prefix = self.prefix.find(request)
+        if self.prefix.is_worth_waiting(request, len(prefix)):
+            return False
         wanted = num_pages - sum([self.pool.is_used(page) for page in prefix])
         if not self._has_room(wanted) and self._may_preempt_for(request, wanted):
             if self._num_in_flight:

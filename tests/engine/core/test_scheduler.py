@@ -344,14 +344,15 @@ def test_requests_that_run_share_pages_of_a_prefix() -> None:
 
 def test_two_that_compute_a_prefix_at_once_keep_their_own() -> None:
     core = FakeCore(num_pages=100, max_step_tokens=64)
-    prompt = prompt_of(rng, 17)
+    beginning = prompt_of(rng, 8)  # too little to wait for
+    prompts = [beginning + prompt_of(rng, 9) for _ in range(2)]
     for handle in range(2):
-        core.add(add_request(handle, prompt, max_tokens=4))
+        core.add(add_request(handle, prompts[handle], max_tokens=4))
     core.step()
     assert core.pool.num_used == 10
     core.run()
     core.check_outputs()
-    assert core.pool.num_cached == 5
+    assert core.pool.num_cached == 2 + 3 + 3
 
 
 def test_the_last_prompt_token_is_always_computed() -> None:
@@ -479,3 +480,42 @@ def test_stop_ids_end_a_request() -> None:
     reasons = [reply.reason for reply in core.replies.values()]
     assert FinishReason.END_TURN in reasons
     assert FinishReason.MAX_TOKENS in reasons
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_the_same_beginning_is_computed_once_also_when_all_come_at_once(overlaps: bool) -> None:
+    core = FakeCore(num_pages=200, max_num_running=64, max_step_tokens=256, overlaps=overlaps)
+    beginning = prompt_of(rng, 41)
+    for handle in range(20):
+        core.add(add_request(handle, [*beginning, handle], max_tokens=3))
+    core.step()
+    assert planned(core) == {0: 42}
+    while len(planned(core)) < 19:
+        core.step()
+    assert planned(core) == {0: 1} | dict.fromkeys(range(1, 20), 2) or set(planned(core).values()) == {2}
+    core.run()
+    core.check_outputs()
+    assert [core.replies[handle].cached_tokens for handle in range(20)] == [0] + [40] * 19
+
+
+def test_nobody_waits_for_little() -> None:
+    core = FakeCore(num_pages=200, max_num_running=64, max_step_tokens=256)
+    beginning = prompt_of(rng, 8)
+    for handle in range(4):
+        core.add(add_request(handle, beginning + prompt_of(rng, 10), max_tokens=3))
+    core.step()
+    assert len(planned(core)) == 4, "eight of eighteen tokens are not worth a step"
+    core.run()
+    core.check_outputs()
+
+
+def test_who_waits_for_pages_of_a_request_that_leaves_computes_them() -> None:
+    core = FakeCore(num_pages=200, max_step_tokens=64, overlaps=True)
+    beginning = prompt_of(rng, 40)
+    for handle in range(2):
+        core.add(add_request(handle, [*beginning, handle], max_tokens=3))
+    core.step()
+    core.abort(0)
+    core.run()
+    assert core.replies[1].cached_tokens == 0
+    core.check_outputs()
