@@ -22,6 +22,7 @@ from aiexport_edge.shim.auth.credentials import Presented, invalid, presented
 from aiexport_edge.shim.auth.tokens import Tokens
 from aiexport_edge.shim.errors import PermissionDenied
 from aiexport_edge.shim.store import Principal, Store
+from aiexport_edge.shim.store.errors import remedy
 from aiexport_edge.shim.store.keys import KEY_PATTERN
 
 POLL_S = 0.25
@@ -69,7 +70,7 @@ class Authenticator:
                     generation = await loop.run_in_executor(thread, self._store.generation)
                 except SQLAlchemyError as error:
                     if self._generation is not None:
-                        log.error("the store does not answer; keys are looked up one by one: %s", error)
+                        log.error("the store does not answer; keys are looked up one by one: %s", remedy(error))
                     self._forget(None)
                 else:
                     if generation != self._generation:
