@@ -11,9 +11,13 @@ from typing import Any
 import httpx
 import pytest
 from support.openapi import check
+from support.scripted_engine import ScriptedEngine
 from support.shim_server import HAIKU, SONNET, ShimServer
 
 from aiexport_edge.shim.store.keys import SCOPES
+
+Engines = Callable[..., ScriptedEngine]
+Shims = Callable[..., ShimServer]
 
 _TURN = {"role": "user", "content": "COUNT 3"}
 _MESSAGE: dict[str, Any] = {
@@ -142,10 +146,10 @@ def run(shim: ShimServer, number: int, said: Callable[[str], None] = print) -> N
         assert client.post("/v2/messages", json=_MESSAGE).status_code == 200
 
 
-def test_some_mutated_bodies(shim: ShimServer) -> None:
-    run(shim, 300)
+def test_some_mutated_bodies(make_engine: Engines, make_shim: Shims) -> None:
+    run(make_shim(make_engine()), 300)
 
 
 @pytest.mark.prove
-def test_five_thousand_mutated_bodies(shim: ShimServer) -> None:
-    run(shim, 5000)
+def test_five_thousand_mutated_bodies(make_engine: Engines, make_shim: Shims) -> None:
+    run(make_shim(make_engine()), 5000)

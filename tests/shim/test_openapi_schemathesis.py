@@ -9,12 +9,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.scripted_engine import ScriptedEngine
 from support.shim_server import ShimServer
 
 from aiexport_edge.shim.store.keys import SCOPES
+
+Engines = Callable[..., ScriptedEngine]
+Shims = Callable[..., ShimServer]
 
 
 def run(shim: ShimServer, directory: Path, *arguments: str) -> None:
@@ -37,20 +42,13 @@ def run(shim: ShimServer, directory: Path, *arguments: str) -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
-def test_a_few_examples_of_everything(shim: ShimServer, tmp_path: Path) -> None:
-    run(shim, tmp_path, "--phases", "examples,fuzzing", "--max-examples", "3")
+def test_a_few_examples_of_everything(make_engine: Engines, make_shim: Shims, tmp_path: Path) -> None:
+    run(make_shim(make_engine()), tmp_path, "--phases", "examples,fuzzing", "--max-examples", "3")
 
 
 @pytest.mark.prove
 @pytest.mark.timeout(1600)
-def test_all_phases(shim: ShimServer, tmp_path: Path) -> None:
+def test_all_phases(make_engine: Engines, make_shim: Shims, tmp_path: Path) -> None:
     """Coverage of every keyword, fuzzing, and links from one call to the next."""
-    run(
-        shim,
-        tmp_path,
-        "--phases",
-        "examples,coverage,fuzzing,stateful",
-        "--max-examples",
-        "100",
-        "--continue-on-failure",
-    )
+    phases = ("--phases", "examples,coverage,fuzzing,stateful")
+    run(make_shim(make_engine()), tmp_path, *phases, "--max-examples", "100", "--continue-on-failure")
