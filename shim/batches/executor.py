@@ -26,6 +26,7 @@ from aiexport_edge.shim.batches.run import NoQuota, Runner, errored
 from aiexport_edge.shim.catalog import Catalog
 from aiexport_edge.shim.engines.engines import Engines, ModelState
 from aiexport_edge.shim.errors import ApiError, internal_error
+from aiexport_edge.shim.limits.limits import Reservation
 from aiexport_edge.shim.store.batch_leases import BatchLeases, Waiting
 from aiexport_edge.shim.store.batch_values import Answer, Leased
 from aiexport_edge.shim.store.errors import remedy
@@ -51,6 +52,7 @@ class Held:
     weights: str
     waiting: bool = True  # no engine has begun it
     stop_as: str | None = None
+    reservation: Reservation | None = None  # of the day's tokens, until the answer is written
     task: asyncio.Task[None] | None = field(default=None, repr=False)
 
 
@@ -233,7 +235,9 @@ class Executor:
                 pace.started()
                 self._wake.set()
 
-            return await self._runner.answer(prepared, pace, started)
+            outcome = await self._runner.answer(prepared, pace, started)
+            held.reservation = outcome.reservation
+            return outcome.answer
         except ApiError as error:
             return errored(leased, error)
         except NoQuota as none:
@@ -255,7 +259,10 @@ class Executor:
         counted = await self._in_thread(lambda: self._leases.answer(answers))
         del self._answers[: len(answers)]
         done = {id(answer.leased) for answer in answers}
-        self._held = {held for held in self._held if id(held.leased) not in done}
+        for held in [held for held in self._held if id(held.leased) in done]:
+            self._held.discard(held)
+            if held.reservation is not None:
+                held.reservation.release()
         self._wake.set()
         if len(counted) < len(answers):
             log.warning("%d answers of batches came too late and do not count", len(answers) - len(counted))

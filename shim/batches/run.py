@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
+from sqlalchemy.exc import SQLAlchemyError
 
 from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.shim import json_body
@@ -28,6 +29,7 @@ from aiexport_edge.shim.errors import ApiError, InternalError, Overloaded, RateL
 from aiexport_edge.shim.limits.limits import Limits, OverQuota, Reservation
 from aiexport_edge.shim.prices import Price
 from aiexport_edge.shim.store.batch_values import Answer, Leased
+from aiexport_edge.shim.store.errors import remedy
 from aiexport_edge.shim.store.keys import new_id
 from aiexport_edge.shim.store.values import UsageRow
 
@@ -54,6 +56,14 @@ class Prepared:
     request: pb.GenerateRequest
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """An answer, and the tokens of the day's quota that are held for it until it is written."""
+
+    answer: Answer
+    reservation: Reservation | None = None
+
+
 class Runner:
     """What answering needs."""
 
@@ -68,7 +78,7 @@ class Runner:
         listed, request = engine_request(item, self._catalog, leased.principal, leased.request_id)
         return Prepared(leased, item, listed, request)
 
-    async def answer(self, prepared: Prepared, pace: Pace, started: Callable[[], None]) -> Answer:
+    async def answer(self, prepared: Prepared, pace: Pace, started: Callable[[], None]) -> Outcome:
         """Calls `started` when an engine begins it. Raises `NoQuota`; cancelled, it leaves nothing at the engines."""
         loop = asyncio.get_running_loop()
         tries = 0
@@ -78,16 +88,19 @@ class Runner:
                 return await self._try(prepared, pace, started)
             except (Overloaded, RateLimited) as passing:
                 pace.refused(loop.time(), passing.retry_after)
+            except SQLAlchemyError as error:
+                log.error("%s waits, the store does not answer: %s", prepared.leased.request_id, remedy(error))
+                pace.refused(loop.time(), None)
             except InternalError as error:
                 tries += 1
                 log.warning("%s failed (try %d of %d)", prepared.leased.request_id, tries, MAX_TRIES)
                 if tries == MAX_TRIES:
-                    return errored(prepared.leased, error)
+                    return Outcome(errored(prepared.leased, error))
                 pace.refused(loop.time(), None)
             except ApiError as error:
-                return errored(prepared.leased, error)
+                return Outcome(errored(prepared.leased, error))
 
-    async def _try(self, prepared: Prepared, pace: Pace, started: Callable[[], None]) -> Answer:
+    async def _try(self, prepared: Prepared, pace: Pace, started: Callable[[], None]) -> Outcome:
         leased = prepared.leased
         quota = await self._limits.quota(leased.principal, fresh_s=1.0)
         if quota.left == 0:
@@ -101,16 +114,26 @@ class Runner:
             reservation = await self._reserve(leased, accepted)
             stack.callback(reservation.release)
             text, finished = await _collect(generation, pace, started)
-            stack.pop_all()  # the answer, once it is written, lets go of the reservation
-        return _succeeded(prepared, generation, text, finished)
+            stack.pop_all()
+        return Outcome(_succeeded(prepared, generation, text, finished), reservation)
 
     async def _reserve(self, leased: Leased, accepted: pb.Accepted) -> Reservation:
+        """Under an id of its own: another process may have had this request, and not have let go yet."""
+        tokens = accepted.prompt_tokens + accepted.max_tokens
+        reserving = asyncio.ensure_future(self._limits.reserve_tokens(leased.principal, tokens, new_id("hold_")))
         try:
-            return await self._limits.reserve_tokens(
-                leased.principal, accepted.prompt_tokens + accepted.max_tokens, leased.request_id
-            )
+            return await asyncio.shield(reserving)
         except OverQuota as over:
             raise NoQuota(over.quota.retry_after_s) from None
+        except asyncio.CancelledError:
+            reserving.add_done_callback(_let_go)
+            raise
+
+
+def _let_go(reserving: asyncio.Future[Reservation]) -> None:
+    """Nobody waits for it any more."""
+    if not reserving.cancelled() and reserving.exception() is None:
+        reserving.result().release()
 
 
 def errored(leased: Leased, error: ApiError) -> Answer:

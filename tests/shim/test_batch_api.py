@@ -473,6 +473,20 @@ def test_a_spent_quota_is_waited_for(client: httpx.Client) -> None:
         assert ended(poor, batch)["request_counts"]["succeeded"] == 8
 
 
+def test_a_locked_store_is_waited_for(client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    """Another program holds its lock for longer than anybody waits: nothing is lost or errs, each is billed once."""
+    shim = shim_of(client)
+    shim.store.create_workspace("limited", "pro")
+    with shim.client(shim.store.create_key("limited").key) as limited:
+        batch = create(limited, *([body("COUNT 2")] * 300))
+        until(lambda: show(limited, batch)["request_counts"]["succeeded"] >= 1, "it has begun")
+        with write(shim.store.database):
+            until(lambda: "database is locked" in caplog.text, "somebody has given up waiting")
+        assert ended(limited, batch)["request_counts"]["succeeded"] == 300
+        total = limited.get("/v2/usage").json()["total"]
+        assert (total["requests"], total["output_tokens"]) == (300, 600)
+
+
 # ---------------------------------------------------------------------------------------------- several processes
 
 
