@@ -30,14 +30,17 @@ def commit(scheduler: Scheduler, plan: StepPlan, result: StepResult) -> StepRepo
     that a step brings for a request that has ended since the step was planned; its pages go back with the last such.
     A request whose logits are faulty ends without an id, and nobody finds its pages again.
     """
-    scheduler.settle(plan)
+    scheduler.settle()
     report = StepReport([], [], [])
+    finished_status, faulty = Status.FINISHED, result.faulty
     for model_plan in plan.models:
         model = model_plan.model
         tokens_per_page = scheduler.tokens_per_page[model]
         for chunk in model_plan.chunks:
             request, end = chunk.request, chunk.start + chunk.num_tokens
-            if request.status is Status.FINISHED:
+            request.num_in_flight -= 1
+            if request.status is finished_status:
+                scheduler.release_late(request)
                 continue
             if end // tokens_per_page > request.num_published_pages:
                 scheduler.prefix.publish(request, end)
@@ -46,7 +49,7 @@ def commit(scheduler: Scheduler, plan: StepPlan, result: StepResult) -> StepRepo
                 scheduler.num_prompt_tokens[model] += request.num_prompt_tokens
                 scheduler.num_cached_tokens[model] += request.num_cached_tokens
                 report.started.append(Started(request.handle, request.num_cached_tokens))
-            if chunk.samples and request.handle in result.faulty:
+            if faulty and chunk.samples and request.handle in faulty:
                 scheduler.pool.forget(request.pages)
                 scheduler.finish(request)
                 report.finished.append(Finished(request.handle, FinishReason.FAULTY))
@@ -55,7 +58,10 @@ def commit(scheduler: Scheduler, plan: StepPlan, result: StepResult) -> StepRepo
                 if request.constraint is not None:
                     taken = request.constraint.advance(ids)
                     ids, reason = taken.ids, _END_OF_CUT[taken.cut] if taken.over else reason
-                request.token_ids[end : end + 1] = ids  # in the place of PENDING_ID
+                if len(ids) == 1:
+                    request.token_ids[end] = ids[0]  # in the place of PENDING_ID
+                else:
+                    request.token_ids[end : end + 1] = ids
                 request.probation = False
                 scheduler.num_output_tokens[model] += len(ids)
                 scheduler.charge(request, OUTPUT_COST * len(ids))

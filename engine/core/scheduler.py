@@ -143,16 +143,15 @@ class Scheduler:
         self._queues[priority].counter.charge(request.tenant, cost, request.weight)
         self._served[priority] += cost
 
-    def settle(self, plan: StepPlan) -> None:
-        """A plan's step is over; what it brought, `commit` puts into the requests that have not ended."""
+    def settle(self) -> None:
+        """The step of the oldest plan in flight is over; `commit` goes on from here, request by request."""
         self._num_in_flight -= 1
         self.prefix.settle(self._flights.popleft())
-        for model_plan in plan.models:
-            for chunk in model_plan.chunks:
-                request = chunk.request
-                request.num_in_flight -= 1
-                if request.status is Status.FINISHED and not request.num_in_flight:
-                    self._release_pages(request)
+
+    def release_late(self, request: Request) -> None:
+        """A step of a request that has ended is over: take its pages back, if that was the last."""
+        if not request.num_in_flight:
+            self._release_pages(request)
 
     # ---------------------------------------------------------------------------------------------------- the plan
 
