@@ -11,6 +11,7 @@ deletes single rows past their retention.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -173,6 +174,12 @@ class UsageLedger:
         entry.status = status
         entry.ended_at = datetime.now(UTC)
         self._inbox.put(_Settle(entry))
+
+    async def settled(self, entry: Entry, status: str) -> None:
+        """`settle`, and returns when it is in the database, or when that has failed: it is then tried again."""
+        self.settle(entry, status)
+        with contextlib.suppress(SQLAlchemyError):
+            await self.flush()
 
     # ------------------------------------------------------------------------------------------ the writer thread
 

@@ -100,13 +100,22 @@ class Messages:
             raise
         finally:  # nothing may be awaited here: the task may be about to be cancelled
             metrics.IN_FLIGHT.dec()
-            reply.account(status)
-            self._services.ledger.settle(entry, status)
+            if entry.ended_at is None:
+                reply.account(status)
+                self._services.ledger.settle(entry, status)
+
+    async def _settled(self, reply: Reply) -> None:
+        """Returns when the usage of a reply that has ended is written. It comes before the reply's last bytes, so that
+        what a client was told is what is billed, whatever is killed in between."""
+        assert reply.entry is not None
+        reply.account(reply.outcome)
+        await self._services.ledger.settled(reply.entry, reply.outcome)
 
     # ------------------------------------------------------------------------------------------ the reply
 
     async def _whole(self, reply: Reply, send: Send) -> None:
         message = await reply.whole()
+        await self._settled(reply)
         body = msgspec.json.encode(message)
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -115,6 +124,7 @@ class Messages:
     async def _stream(self, reply: Reply, stream: ResponseStream, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
         last = await EventStream(reply, stream, self._ping_s).run()
+        await self._settled(reply)
         await send({"type": "http.response.body", "body": last})
 
 
