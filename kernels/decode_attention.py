@@ -119,6 +119,7 @@ def decode_attention(
             scale=scale,
             sliding_window=sliding_window,
             plan=plan,
+            batch_invariant=batch_invariant,
         )
     return paged_attention(
         q,

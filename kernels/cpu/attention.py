@@ -14,7 +14,14 @@ import math
 import numpy as np
 import torch
 
-from aiexport_edge.kernels.cpu.attention_pairs import arrange_keys, arrange_query, attend_block
+from aiexport_edge.kernels.cpu.attention_pairs import (
+    arrange_keys,
+    arrange_query,
+    ask_for,
+    attend_block,
+    attend_block_in_place,
+    copy_words,
+)
 from aiexport_edge.kernels.cpu.attention_plan import (
     BY_SPLIT,
     END_SPLIT,
@@ -52,7 +59,6 @@ from aiexport_edge.kernels.cpu.memory import (
     get_int64,
     load,
     narrow,
-    prefetch,
     set_int64,
     store,
     widen,
@@ -63,7 +69,8 @@ from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
 from aiexport_edge.kernels.threads import empty, float_bits, is_recording, launch, num_threads
 
 TILE_ROWS = 64
-CACHE_LINE = 64
+FEW_ROWS = 4
+WIDE, PAIRS, IN_PLACE = range(3)
 LOG2_E = math.log2(math.e)
 ASSUMED_NANOSECONDS = 20_000.0  # of a row, where its length is not known yet
 UNITS_PER_THREAD = 4  # with fewer, long sequences are shared out by splits
@@ -98,18 +105,6 @@ def _locate(
 
 
 @inner
-def _ask_for(
-    key_places: int, key_offset: int, value_places: int, value_offset: int, start: int, end: int, row_bytes: int
-) -> None:
-    """Prefetch the keys and values of places start .. end - 1."""
-    for i in range(start, end):
-        key, value = get_int64(key_places, i) + key_offset, get_int64(value_places, i) + value_offset
-        for line in range(0, row_bytes, CACHE_LINE):
-            prefetch(key + line)
-            prefetch(value + line)
-
-
-@inner
 def _attend_block(
     here: int,
     count: int,
@@ -135,12 +130,14 @@ def _attend_block(
     state_row = 4 * (width + 2 * LANES)
     row_bytes = head_dim * (4 if dtype == 0 else 2)
     scores, columns, wide_values = scratch, scratch + 4 * rows * BLOCK, scratch + 4 * (rows + width) * BLOCK
+    if pairs == IN_PLACE:
+        attend_block_in_place(
+            here, count, following, next_count, head_dim, queries, rows, group, high, window, factor, state, scratch
+        )
+        return
     for key in range(0, count, LANES):
         # Memory is then read while this block is computed: 20 % less time where it does not come from a cache.
-        for place in range(key, min(key + LANES, next_count)):
-            for line in range(0, row_bytes, CACHE_LINE):
-                prefetch(get_int64(following, place) + line)
-                prefetch(get_int64(following, BLOCK + place) + line)
+        ask_for(following, key, min(key + LANES, next_count), row_bytes)
         if pairs != 0:
             arrange_keys(here + 8 * key, head_dim, columns + 4 * key)
         else:
@@ -234,6 +231,9 @@ def attend_tiles(
         for row in range(rows):
             place = queries + 4 * row * width
             source = q + first_head + row // group * row_bytes + row % group * head_bytes
+            if pairs == IN_PLACE:
+                copy_words(source, head_dim // 2, queries + 2 * row * head_dim)
+                continue
             if pairs != 0:
                 arrange_query(source, head_dim, queries, row, rows)
                 continue
@@ -359,6 +359,13 @@ def plan_attention(
     return plan
 
 
+def _way(q: torch.Tensor, k_cache: torch.Tensor, most_rows: int) -> int:
+    """How to multiply: float32, bfloat16 pairs, or these where they lie, which has other bits and suits few rows."""
+    if not HAS_BFLOAT16 or not q.dtype == k_cache.dtype == torch.bfloat16 or q.shape[2] % COLUMNS:
+        return WIDE
+    return IN_PLACE if most_rows <= FEW_ROWS else PAIRS
+
+
 def _tile_queries(group: int) -> int:
     return max(1, TILE_ROWS // group)
 
@@ -379,6 +386,7 @@ def paged_attention(
     scale: float,
     sliding_window: int,
     plan: torch.Tensor | None = None,
+    batch_invariant: bool = True,
 ) -> torch.Tensor:
     """See `aiexport_edge.kernels.paged_attention.paged_attention_reference`. `plan` is `plan_attention`'s, if known.
 
@@ -441,7 +449,7 @@ def paged_attention(
         states.data_ptr(),
         state_bytes,
         row_bytes,
-        int(HAS_BFLOAT16 and q.dtype == k_cache.dtype == torch.bfloat16 and head_dim % COLUMNS == 0),
+        _way(q, k_cache, most_rows if num_rows == seq_lens.shape[0] and not batch_invariant else TILE_ROWS),
         float_bits(scale * LOG2_E),
         units_at=plan.data_ptr() + 8 * NUM_UNITS,
     )

@@ -15,9 +15,11 @@ import numpy as np
 from aiexport_edge.kernels.cpu import dot
 from aiexport_edge.kernels.cpu.attention_rows import BLOCK, COLUMNS, LOWEST
 from aiexport_edge.kernels.cpu.jit import inner
-from aiexport_edge.kernels.cpu.memory import get_float32, get_int32, get_int64, load, set_float32, store
+from aiexport_edge.kernels.cpu.memory import get_float32, get_int32, get_int64, load, prefetch, set_float32, store
 from aiexport_edge.kernels.cpu.simd import LANES, add, exp2, fma, keep_lanes, max_lanes, maximum, multiply, splat
 from aiexport_edge.kernels.cpu.words import gather_columns, pair_rows, set_int32, store_rounded
+
+CACHE_LINE = 64
 
 
 @inner
@@ -68,6 +70,86 @@ def _multiply(
     if row < rows:
         place, result = left + row * row_stride, out + row * out_stride
         _one(place, row_stride, depth_stride, right, right_stride, result, out_stride, depth, start)
+
+
+@inner
+def _unavailable_rows(addresses: int, offset: int, left: int, vectors: int, out: int) -> None:
+    """Stands for the product on other processors."""
+
+
+@inner
+def _unavailable_pairs(
+    weights: int, weights_stride: int, addresses: int, offset: int, out: int, out_stride: int, depth: int
+) -> None:
+    """Stands for the product on other processors."""
+
+
+_dot_rows: Callable[..., None] = dot.dot_rows if dot.HAS_BFLOAT16 else _unavailable_rows
+_add_one, _add_two, _add_four = (dot.add_pairs(rows) if dot.HAS_BFLOAT16 else _unavailable_pairs for rows in (1, 2, 4))
+
+
+@inner
+def ask_for(places: int, start: int, end: int, row_bytes: int) -> None:
+    """Prefetch the keys and values of places start .. end - 1 of a block."""
+    for place in range(start, end):
+        for line in range(0, row_bytes, CACHE_LINE):
+            prefetch(get_int64(places, place) + line)
+            prefetch(get_int64(places, BLOCK + place) + line)
+
+
+@inner
+def attend_block_in_place(
+    here: int,
+    count: int,
+    following: int,
+    next_count: int,
+    head_dim: int,
+    queries: int,
+    rows: int,
+    group: int,
+    high: int,
+    window: int,
+    factor: float,
+    state: int,
+    scratch: int,
+) -> None:
+    """`attend_block` for so few rows that arranging keys and values costs more than it saves.
+
+    `queries` are bfloat16 rows as they are. The places past `count` are those of the last key, up to 64.
+    """
+    state_row = 4 * (head_dim + 2 * LANES)
+    num_vectors = (count + LANES - 1) // LANES
+    for row in range(rows):
+        for i in range(num_vectors):
+            if row == 0:
+                ask_for(following, LANES * i, min(LANES * (i + 1), next_count), 2 * head_dim)
+            out = scratch + 4 * (row * BLOCK + i * LANES)
+            _dot_rows(here + 8 * LANES * i, 0, queries + 2 * row * head_dim, head_dim // 32, out)
+        end = high + row // group
+        low = end - window if window > 0 else 0
+        weigh(scratch + 4 * row * BLOCK, num_vectors, low, end, factor, state + row * state_row, head_dim)
+    pairs = (count + 1) // 2
+    values = here + 8 * BLOCK
+    for column in range(0, head_dim, COLUMNS):
+        row = 0
+        while row < rows:
+            weights, out = scratch + 4 * row * BLOCK, state + row * state_row + 4 * column
+            if rows - row >= 4:
+                _add_four(weights, 4 * BLOCK, values, 2 * column, out, state_row, pairs)
+                row += 4
+            elif rows - row >= 2:
+                _add_two(weights, 4 * BLOCK, values, 2 * column, out, state_row, pairs)
+                row += 2
+            else:
+                _add_one(weights, 4 * BLOCK, values, 2 * column, out, state_row, pairs)
+                row += 1
+
+
+@inner
+def copy_words(source: int, count: int, target: int) -> None:
+    """`count` 32-bit words."""
+    for word in range(count):
+        set_int32(target, word, get_int32(source, word))
 
 
 @inner

@@ -184,3 +184,93 @@ def pair_tile(num_rows: int) -> Tile:
 
     function: Tile = tile
     return function
+
+
+@simd.operation(simd.none, *[simd.int64] * 5)
+def dot_rows(builder: Any, addresses: Any, offset: Any, left: Any, vectors: Any, out: Any) -> None:
+    """out[i] = left · row i in float32, for sixteen bfloat16 rows that begin `offset` bytes past their addresses.
+
+    All are `vectors` times 32 numbers long. Each lane is a chain of its own and the lanes are added last: other bits
+    than a tile's, and no transposing, which a single row of left does not pay for.
+    """
+    rows = []
+    for row in range(LANES):
+        place = memory.pointer(builder, addresses, I64, ir.Constant(I32, row))
+        rows.append(builder.add(builder.load(place, align=8, typ=I64), offset))
+    sums = [cgutils.alloca_once_value(builder, simd.constant(FLOATS, 0.0)) for _ in rows]  # type: ignore[no-untyped-call]
+    with cgutils.for_range(builder, vectors) as loop:
+        step = builder.mul(loop.index, ir.Constant(I64, 4 * LANES))
+        factor = memory.read(builder, builder.add(left, step), WORDS)
+        for row, place in zip(rows, sums, strict=True):
+            values = builder.load(memory.pointer(builder, builder.add(row, step), WORDS), align=2, typ=WORDS)
+            builder.store(dot_bfloat16(builder, builder.load(place), factor, values), place)
+    parts = [builder.load(place) for place in sums]
+    width = LANES // 2
+    while width:  # as transposing does it, adding the two halves at each turn
+        low = [lane if lane & width == 0 else lane + LANES - width for lane in range(LANES)]
+        high = [lane + width if lane & width == 0 else lane + LANES for lane in range(LANES)]
+        parts = [
+            builder.fadd(
+                builder.shuffle_vector(upper, lower, ir.Constant(WORDS, low)),
+                builder.shuffle_vector(upper, lower, ir.Constant(WORDS, high)),
+            )
+            for upper, lower in zip(parts[:width], parts[width:], strict=True)
+        ]
+        width //= 2
+    builder.store(parts[0], memory.pointer(builder, out, FLOATS), align=4)
+
+
+def add_pairs(num_rows: int) -> Tile:
+    """out[rows, 32] += weights @ values, 32 of the numbers of rows at addresses; what a `pair_tile` of them gives.
+
+    weights: bfloat16 pairs, `weights_stride` bytes between rows. The values' rows begin `offset` bytes past the first
+    2 * depth of `addresses`.
+    """
+    halves, order = ir.VectorType(ir.IntType(16), 2 * LANES), ir.VectorType(I32, 2 * LANES)
+
+    @simd.operation(simd.none, *[simd.int64] * 7)
+    def tile(
+        builder: Any,
+        weights: Any,
+        weights_stride: Any,
+        addresses: Any,
+        offset: Any,
+        out: Any,
+        out_stride: Any,
+        depth: Any,
+    ) -> None:
+        def output(row: int, column: int) -> Any:
+            place = builder.add(out, builder.mul(out_stride, ir.Constant(I64, row)))
+            return memory.pointer(builder, _at(builder, place, 4 * column), FLOATS)
+
+        sums = {}
+        for cell in _cells(num_rows):
+            before = builder.load(output(*cell), align=4, typ=FLOATS)
+            sums[cell] = cgutils.alloca_once_value(builder, before)  # type: ignore[no-untyped-call]
+        with cgutils.for_range(builder, depth) as loop:
+            pair = builder.add(addresses, builder.mul(loop.index, ir.Constant(I64, 16)))
+            rows = []
+            for second in range(2):
+                place = memory.pointer(builder, pair, I64, ir.Constant(I32, second))
+                address = builder.add(builder.load(place, align=8, typ=I64), offset)
+                rows.append(builder.load(memory.pointer(builder, address, halves), align=2, typ=halves))
+            rights = {}
+            for half in range(2):
+                lanes = [lane // 2 + LANES * half + (2 * LANES if lane % 2 else 0) for lane in range(2 * LANES)]
+                rights[LANES * half] = builder.bitcast(
+                    builder.shuffle_vector(rows[0], rows[1], ir.Constant(order, lanes)), WORDS
+                )
+            for row in range(num_rows):
+                place = builder.add(weights, builder.mul(weights_stride, ir.Constant(I64, row)))
+                place = builder.add(place, builder.mul(loop.index, ir.Constant(I64, 4)))
+                factor = simd.broadcast(
+                    builder, builder.load(memory.pointer(builder, place, I32), align=4, typ=I32), WORDS
+                )
+                for column, values in rights.items():
+                    cell = sums[row, column]
+                    builder.store(dot_bfloat16(builder, builder.load(cell), factor, values), cell)
+        for cell, place in sums.items():
+            builder.store(builder.load(place), output(*cell), align=4)
+
+    function: Tile = tile
+    return function
