@@ -243,6 +243,7 @@ def test_the_scope_batch_is_needed(client: httpx.Client) -> None:
         ([body(), body(max_tokens=5000)], 400, "requests.1.max_tokens"),
         ([body(), body(max_tokens=0)], 400, "requests.1.max_tokens"),
         ([body(), body(tools=[])], 400, "requests.1.tools"),
+        ([body(), body(response_format={"type": "json_object"})], 400, "requests.1.response_format.type"),
         ([body(), body(temperature=2)], 400, "requests.1.temperature"),
         ([body(custom_id="a"), body(custom_id="b"), body(custom_id="a")], 400, "requests.2.custom_id"),
         ([body(custom_id="")], 400, "requests.0.custom_id"),

@@ -228,6 +228,16 @@ def test_cancels_leases_and_answers_at_once_wait_for_each_other(store: Store) ->
         check(store.database, batch.id)
 
 
+def test_interactive_requests_are_seen_while_they_run(store: Store) -> None:
+    _, leases = process(store.database)
+    batch = make(store, 1)
+    leases.answer([answer(each) for each in lease(leases, batch, 1)])
+    assert not leases.interactive()
+    with write(store.database) as connection:
+        connection.execute(update(usage).values(status="running"))
+    assert leases.interactive()
+
+
 def test_deleting_stops_and_hides(store: Store) -> None:
     batch = make(store, 5, url="http://hooks.example.com/")
     _, leases = process(store.database)
