@@ -7,6 +7,7 @@ has two besides (after `event:` and `data:`).
 from __future__ import annotations
 
 import json
+import re
 import select
 import socket
 import time
@@ -16,6 +17,7 @@ from typing import Any
 MODEL = "apex-haiku-4-20250401"
 _DELTA = b"content_block_delta\ndata: "
 _RECEIVE_BYTES = 1 << 18
+_LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 
 
 def request(key: str, *, max_tokens: int, pace_us: int = 0, prompt_ms: int = 0, stream: bool = True) -> bytes:
@@ -130,10 +132,18 @@ def first_token_s(connection: socket.socket, sent: bytes) -> float:
     return first
 
 
+def is_whole(reply: bytes) -> bool:
+    """Whether a reply with a Content-Length has come to its end."""
+    head, separator, body = reply.partition(b"\r\n\r\n")
+    length = _LENGTH.search(head)
+    return bool(separator) and length is not None and len(body) >= int(length[1])
+
+
 def unary(address: tuple[str, int], sent: bytes, *, num_connections: int, seconds: float) -> tuple[int, list[float]]:
     """Whole replies on as many connections at once: how many came (one at least), and each one's seconds."""
     poll = select.epoll()
-    connections, started, times = {}, {}, []
+    connections, started = {}, {}
+    times: list[float] = []
     for _ in range(num_connections):
         connection = connect(address)
         connections[connection.fileno()] = connection
@@ -145,7 +155,7 @@ def unary(address: tuple[str, int], sent: bytes, *, num_connections: int, second
     while time.monotonic() < end or not times:
         for number, _ in poll.poll(1):
             received[number] += connections[number].recv(_RECEIVE_BYTES)
-            if received[number].endswith(b"}}"):  # the usage is the last of a message
+            if is_whole(received[number]):
                 if not received[number].startswith(b"HTTP/1.1 200"):
                     raise SystemExit(f"refused: {received[number][:500].decode()}")
                 now = time.perf_counter()

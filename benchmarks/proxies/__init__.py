@@ -1,0 +1,1 @@
+"""`python -m benchmarks.proxies`: this stack beside LiteLLM's proxy, each before something that answers at once."""
