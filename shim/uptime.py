@@ -37,7 +37,8 @@ class Uptime:
         next_look = next_prune = time.monotonic()
         while True:
             now = time.monotonic()
-            look, prune = now >= next_look, now >= next_prune
+            nothing_yet = self.history is None or self.history.since_ms is None
+            look, prune = nothing_yet or now >= next_look, now >= next_prune
             next_look = now + LOOK_S if look else next_look
             next_prune = now + PRUNE_S if prune else next_prune
             try:

@@ -1,10 +1,11 @@
-"""A trace from the caller through the REST front to the engine's steps, in a whole installation."""
+"""A trace from the caller, over TLS, through the REST front to the engine's steps, in a whole installation."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from support.certificates import write_certificate
 from support.edge import message, start
 from support.otlp import Collector, attributes
 
@@ -15,8 +16,12 @@ def test_one_trace_over_all_processes(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
     collector = Collector()
     config = tmp_path / "aiexport-edge.toml"
-    config.write_text(f'[telemetry]\notlp_endpoint = "{collector.endpoint}"\nlog_format = "json"\n')
-    edge = start(tmp_path / "state", config)
+    ca, _ = write_certificate(tmp_path, "127.0.0.1")
+    config.write_text(
+        f'[tls]\ncert = "cert.pem"\nkey = "key.pem"\n'
+        f'[telemetry]\notlp_endpoint = "{collector.endpoint}"\nlog_format = "json"\n'
+    )
+    edge = start(tmp_path / "state", config, ca=ca)
     try:
         with edge.client() as client:
             body = message("Tell me a story.", max_tokens=20, temperature=0)
@@ -26,6 +31,7 @@ def test_one_trace_over_all_processes(tmp_path: Path, monkeypatch: pytest.Monkey
     finally:
         assert edge.stop() == 0
         collector.close()
+    assert f"serves https://127.0.0.1:{edge.port}/v2" in "".join(edge.stdout)
     spans = {service: span for service, span in collector.spans if span.trace_id.hex() == TRACE}
     shim, engine = spans["aiexport-edge-shim"], spans["aiexport-edge-engine"]
     assert shim.parent_span_id.hex() == CALLER

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -45,7 +46,10 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60.0) 
 
 @dataclass
 class Edge:
-    """A running installation. `key` is the demo workspace's; `stdout` and `stderr` hold what it has printed."""
+    """A running installation. `key` is the demo workspace's; `stdout` and `stderr` hold what it has printed.
+
+    `ca` is the certificate that its REST listener shows, where it has TLS.
+    """
 
     process: subprocess.Popen[str]
     port: int
@@ -53,15 +57,17 @@ class Edge:
     state: Path
     config: Path | None
     key: str = ""
+    ca: Path | None = None
     stdout: list[str] = field(default_factory=list)
     stderr: list[str] = field(default_factory=list)
 
     @property
     def base_url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.ca else 'http'}://127.0.0.1:{self.port}"
 
     def client(self, **kwargs: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.base_url, headers={"X-API-Key": self.key}, timeout=120, **kwargs)
+        headers = {"X-API-Key": self.key}
+        return httpx.Client(base_url=self.base_url, headers=headers, timeout=120, verify=self._verify(), **kwargs)
 
     def async_client(self) -> httpx.AsyncClient:
         limits = httpx.Limits(max_connections=None)
@@ -85,9 +91,12 @@ class Edge:
 
     def ready(self) -> bool:
         try:
-            return httpx.get(f"{self.base_url}/readyz", timeout=5).status_code == 200
+            return httpx.get(f"{self.base_url}/readyz", timeout=5, verify=self._verify()).status_code == 200
         except httpx.HTTPError:
             return False
+
+    def _verify(self) -> ssl.SSLContext | bool:
+        return ssl.create_default_context(cafile=self.ca) if self.ca else True
 
     def stop(self) -> int:
         """SIGTERM and the exit status."""
@@ -95,9 +104,9 @@ class Edge:
         return self.process.wait(60)
 
 
-def start(state: Path, config: Path | None = None, *args: str) -> Edge:
+def start(state: Path, config: Path | None = None, *args: str, ca: Path | None = None) -> Edge:
     """Starts `serve` and waits until it is ready."""
-    edge = _run(state, config, args)
+    edge = _run(state, config, args, ca)
     if config is None:
         wait_until(lambda: KEY.search("".join(edge.stdout)) is not None, "serve prints the demo key")
         found = KEY.search("".join(edge.stdout))
@@ -111,12 +120,12 @@ def start(state: Path, config: Path | None = None, *args: str) -> Edge:
 
 def restart(edge: Edge) -> Edge:
     """Starts `serve` again on the state of an installation that has ended, with its key."""
-    again = _run(edge.state, edge.config, ())
+    again = _run(edge.state, edge.config, (), edge.ca)
     again.key = edge.key
     return again
 
 
-def _run(state: Path, config: Path | None, args: tuple[str, ...]) -> Edge:
+def _run(state: Path, config: Path | None, args: tuple[str, ...], ca: Path | None) -> Edge:
     port, admin_port = free_port(), free_port()
     command = [sys.executable, "-m", "aiexport_edge.shim.cli.main", "serve", "--state", str(state)]
     command += ["--port", str(port), "--admin-port", str(admin_port), *args]
@@ -125,7 +134,7 @@ def _run(state: Path, config: Path | None, args: tuple[str, ...]) -> Edge:
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=state.parent, env=dict(os.environ)
     )
-    edge = Edge(process, port, admin_port, state, config)
+    edge = Edge(process, port, admin_port, state, config, ca=ca)
 
     def collect(stream: Any, lines: list[str]) -> None:
         with stream:
