@@ -35,6 +35,7 @@ from aiexport_edge.kernels.linear import PackedLinear
 from benchmarks.peers.machine import commit, describe
 
 WINDOW = 4096
+PAGE_SLACK = 64  # tokens: a page that is not full, and the one that nobody has
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
 
 
@@ -133,7 +134,9 @@ def main() -> int:
         started = time.perf_counter()
         model = load_model(options.model, name="model", quantize=quantize, context_window=WINDOW)
         entry = CoreModel("model", str(options.model), "auto", WINDOW, False, "", quantize=quantize)
-        config = CoreConfig([entry], "cpu", 0, 1 << 30, max(options.streams), 512, options.threads, 0.0)
+        tokens = max(options.streams) * (max(options.context) + PAGE_SLACK)
+        pool_bytes = tokens * model.config.kv_bytes_per_token(model.dtype.itemsize)
+        config = CoreConfig([entry], "cpu", 0, pool_bytes, max(options.streams), 512, options.threads, 0.0)
         runner = make_runner(config, [model], torch.device("cpu"), None)
         document[f"load_s_{quantize}"] = round(time.perf_counter() - started, 2)
         for streams in options.streams:

@@ -101,6 +101,14 @@ def test_deterministic_follows_the_engine_then_the_source(tmp_path: Path) -> Non
     assert [m.deterministic for m in read(tmp_path, MODEL + "deterministic = true\n").models] == [True]
 
 
+def test_rounded_weights_are_weights_of_their_own(tmp_path: Path) -> None:
+    config = read(tmp_path, MODEL + MODEL.replace("apex-haiku", "apex-opus") + 'quantize = "int8"\n')
+    assert [weights.quantize for weights in config.weights] == ["none", "int8"]
+    assert [model.quantize for model in config.models] == ["none", "int8"]
+    with pytest.raises(ConfigError, match="quantize"):
+        read(tmp_path, MODEL + 'quantize = "int7"\n')
+
+
 def test_json_mode_is_for_sonnet_and_opus_unless_the_operator_says_otherwise(tmp_path: Path) -> None:
     entry = '[[models]]\nids = ["{0}"]\nfamily = "{0}"\nsource = "demo"\n'
     entries = "".join(map(entry.format, ("opus", "sonnet", "haiku")))
