@@ -12,7 +12,7 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -111,12 +111,12 @@ class Executor:
             await asyncio.gather(*loops, return_exceptions=True)
             await self._give_back()
 
-    async def _forever(self, work: Callable[[], object], pause: float) -> None:
+    async def _forever(self, work: Callable[[], Awaitable[None]], pause: float) -> None:
         """`work` again and again. A store that fails is tried again, and named in the log once."""
         failing = False
         while True:
             try:
-                await work()  # type: ignore[misc]
+                await work()
             except SQLAlchemyError as error:
                 if not failing:
                     log.error("batches wait, the store does not answer: %s", remedy(error))

@@ -219,6 +219,22 @@ def test_the_scope_batch_is_needed(client: httpx.Client) -> None:
             assert (reply.status_code, reply.json()["error"]["type"]) == (403, "permission_error")
 
 
+def test_a_small_batch_need_not_wait_for_anothers_large_one(client: httpx.Client, engine: ScriptedEngine) -> None:
+    """Turns go to the workspace that has least under way, not to who came first."""
+    shim = shim_of(client)
+    shim.store.create_workspace("small", "enterprise")
+    engine.hold_starts(True)
+    large = create(client, *([body("COUNT 1")] * 200))
+    until(lambda: show(client, large)["request_counts"]["processing"] == FIRST_WINDOW, "the large one is under way")
+    with shim.client(shim.store.create_key("small").key) as other:
+        small = create(other, *([body("COUNT 2")] * 4))
+        engine.hold_starts(False)
+        ended(other, small)
+        ended(client, large)
+    texts = [submit.request.chat.messages[0].content[0].text for submit in engine.seen.submitted]
+    assert [n for n, text in enumerate(texts) if text == "COUNT 2"][-1] < 50
+
+
 # ---------------------------------------------------------------------------------------------- what is refused
 
 
