@@ -21,6 +21,7 @@ import re
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from functools import partial
 from typing import TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -30,7 +31,7 @@ from aiexport_edge.shim import sse
 from aiexport_edge.shim.errors import Conflict, InvalidRequest, Overloaded, Unprocessable
 from aiexport_edge.shim.exchange import Exchange, exchange_of
 from aiexport_edge.shim.response_stream import EXTENSION, stream_of
-from aiexport_edge.shim.store.idempotency_rows import Claim, IdempotencyRows, KeptReply, State, Taken
+from aiexport_edge.shim.store.idempotency_rows import SWEEP_ROWS, Claim, IdempotencyRows, KeptReply, State, Taken
 
 T = TypeVar("T")
 
@@ -38,6 +39,7 @@ HEADER = b"idempotency-key"
 MAX_KEY_CHARS = 255
 MAX_KEPT_BYTES = 4 << 20  # deflated; as text or events some 30 MiB, more than any output limit makes
 SWEEP_S = 60.0
+SWEEP_PAUSE_S = 0.1  # where there are more
 RETRY_AFTER_S = 1.0
 _KEY = re.compile(rb"[\x20-\x7e]{1,%d}" % MAX_KEY_CHARS)
 _KEPT_HEADERS = frozenset({b"content-type", b"cache-control", b"x-accel-buffering", b"location"})
@@ -86,12 +88,12 @@ class IdempotencyKeys:
     async def run(self) -> None:
         """Deletes what has expired, until cancelled."""
         while True:
-            live = frozenset(self._live)
+            live, gone = frozenset(self._live), 0
             try:
-                await self._in_thread(lambda live=live: self._rows.sweep(live))  # type: ignore[misc]
+                gone = await self._in_thread(partial(self._rows.sweep, live))
             except SQLAlchemyError as error:
                 log.error("expired idempotency keys could not be deleted: %s", _reason(error))
-            await asyncio.sleep(SWEEP_S)
+            await asyncio.sleep(SWEEP_S if gone < SWEEP_ROWS else SWEEP_PAUSE_S)
 
     def _release(self, claim: Claim) -> None:
         try:

@@ -22,7 +22,7 @@ from aiexport_edge.shim.store.store import now_ms
 
 KEPT_MS = timedelta(hours=24) // timedelta(milliseconds=1)
 SILENCE_MS = 15_000  # of a process, after which it is dead; as `shim/usage.py` has it
-_SWEEP_ROWS = 500  # at most so many in one transaction: others wait to write
+SWEEP_ROWS = 500  # of those that have expired, in one transaction: others wait to write
 
 
 class State(StrEnum):
@@ -95,11 +95,14 @@ class IdempotencyRows:
             connection.execute(delete(idempotency).where(_is(claim)))
 
     def sweep(self, live: Collection[str]) -> int:
-        """Deletes what has expired, and claims of this process that are not among `live`; returns how many."""
+        """Deletes what has expired, and claims of this process that are not among `live`; returns how many.
+
+        `SWEEP_ROWS` or more: there may be others.
+        """
         now = now_ms()
         columns = (idempotency.c.workspace_id, idempotency.c.key, idempotency.c.claim_id, idempotency.c.origin_id)
         with write(self._database, synchronous="NORMAL") as connection:
-            expired = select(*columns).where(idempotency.c.expires_at < now).limit(_SWEEP_ROWS)
+            expired = select(*columns).where(idempotency.c.expires_at < now).limit(SWEEP_ROWS)
             rows = [Claim(*row) for row in connection.execute(expired)]
             mine = select(*columns).where(
                 idempotency.c.state == State.RUNNING,

@@ -196,6 +196,12 @@ idempotency = Table(
     Column("headers", String(2000)),  # JSON
     Column("body", LargeBinary),  # raw deflate
     Index("idempotency_expires", "expires_at"),
+    Index(
+        "idempotency_running",
+        "process_id",
+        sqlite_where=text("state = 'running'"),
+        postgresql_where=text("state = 'running'"),
+    ),
 )
 
 # Stretches of time in which a shim process could serve at least one model. What no stretch covers was downtime.

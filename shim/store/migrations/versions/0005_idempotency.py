@@ -26,6 +26,10 @@ def upgrade() -> None:
         sa.Column("body", sa.LargeBinary),
     )
     op.create_index("idempotency_expires", "idempotency", ["expires_at"])
+    running = sa.text("state = 'running'")
+    op.create_index(
+        "idempotency_running", "idempotency", ["process_id"], sqlite_where=running, postgresql_where=running
+    )
     op.create_table(
         "uptime",
         sa.Column("id", sa.String(40), primary_key=True),
