@@ -80,19 +80,20 @@ def main() -> None:
     directory, device = sys.argv[1:]
     from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel
     from aiexport_edge.engine.core.runner import load
-    from benchmarks.gpu.sequences import Sequences
+    from benchmarks.gpu.served import Served
 
     times = {"imports": time.time()}
     on_card = device.startswith("cuda")
     dtype = "bfloat16" if on_card else "auto"
     model = CoreModel("model", directory, dtype, 0, False, "")
     pool_bytes = 0 if on_card else 64 << 20
-    runner = load(CoreConfig([model], device, 0, pool_bytes, 64, 2048 if on_card else 512, 0, 0.0))
+    runner = load(CoreConfig([model], device, 0, pool_bytes, 64, 0, 0, 0.0))
     times["ready"] = time.time()
-    sequences = Sequences(runner, shuffled=False)
-    request = sequences.add([i % 200 for i in range(PROMPT)])
-    sequences.run([request], 1)
+    served = Served(runner)
+    served.add([i % 200 for i in range(PROMPT)], max_tokens=8)
+    served.prefill()
     times["first_token"] = time.time()
+    served.end()
     print(json.dumps(times))
 
 
