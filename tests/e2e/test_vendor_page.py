@@ -103,6 +103,16 @@ def test_json_mode(edge: Edge) -> None:
     assert isinstance(json.loads(message["content"][0]["text"]), dict)
 
 
+def test_a_fine_tuned_model_is_not_there_yet(edge: Edge) -> None:
+    """Nobody else's id either: refused, never answered by another model."""
+    with edge.client() as client:
+        body = {"model": "ft-demo-mine", "messages": [{"role": "user", "content": "Hello!"}]}
+        refused = client.post("/v2/messages", json=body)
+        assert refused.status_code == 404
+        assert refused.json()["error"]["param"] == "model"
+        assert client.get("/v2/models", params={"family": "custom"}).json()["data"] == []
+
+
 # ---------------------------------------------------------------------------------------------------- the table
 
 
