@@ -11,7 +11,6 @@ deletes single rows past their retention.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import queue
 import threading
@@ -115,6 +114,7 @@ class _Release:
 
 @dataclass(frozen=True, slots=True)
 class _Flush:
+    claim: Claim | None  # whose workspace's standing is asked for
     done: asyncio.Future[Standing | None]
 
 
@@ -162,7 +162,7 @@ class UsageLedger:
 
     async def flush(self) -> None:
         """Returns once everything settled before is in the database; raises what the database raised."""
-        await self._ask(_Flush)
+        await self._ask(lambda done: _Flush(None, done))
 
     async def _ask(self, item: Callable[[asyncio.Future[Standing | None]], _Item]) -> Standing | None:
         done: asyncio.Future[Standing | None] = asyncio.get_running_loop().create_future()
@@ -175,11 +175,16 @@ class UsageLedger:
         entry.ended_at = datetime.now(UTC)
         self._inbox.put(_Settle(entry))
 
-    async def settled(self, entry: Entry, status: str) -> None:
-        """`settle`, and returns when it is in the database, or when that has failed: it is then tried again."""
+    async def settled(self, entry: Entry, status: str) -> Standing | None:
+        """`settle`, and returns when it is in the database, or when that has failed: it is then tried again.
+
+        With how its workspace then stands, where it had a claim.
+        """
         self.settle(entry, status)
-        with contextlib.suppress(SQLAlchemyError):
-            await self.flush()
+        try:
+            return await self._ask(lambda done: _Flush(entry.claim, done))
+        except SQLAlchemyError:
+            return None
 
     # ------------------------------------------------------------------------------------------ the writer thread
 
@@ -222,6 +227,7 @@ class UsageLedger:
     def _save(self, batch: list[_Item], *, checkpoint: bool) -> None:
         asked = [item for item in batch if isinstance(item, _Reserve | _Flush)]
         reserves = [item for item in batch if isinstance(item, _Reserve)]
+        flushes = [item for item in batch if isinstance(item, _Flush)]
         entries = [item.entry for item in reserves if item.entry is not None]
         # a client that left at once may have settled its entry already
         reserved = [replace(entry.row(), status="running", ended_at=None) for entry in entries]
@@ -246,7 +252,8 @@ class UsageLedger:
                     self._running[request_id] = (entry, row)
                     changed[request_id] = row
         try:
-            saved = self._rows.save(reserved, list(changed.values()), claims, sorted(released))
+            looks = {(item.claim.workspace_id, item.claim.day) for item in flushes if item.claim is not None}
+            saved = self._rows.save(reserved, list(changed.values()), claims, sorted(released), looks)
         except SQLAlchemyError as error:
             log.error("usage could not be written and will be tried again: %s", remedy(error))
             self._unsaved = {request_id: row for request_id, row in changed.items() if row.ended_at is not None}
@@ -288,9 +295,9 @@ def _resolve(asked: Iterable[_Reserve | _Flush], outcome: Decision | Exception) 
                 continue
             if isinstance(outcome, Exception):
                 item.done.set_exception(outcome)
-            elif isinstance(item, _Flush) or item.claim is None:
+            elif item.claim is None:
                 item.done.set_result(None)
-            elif item.id in outcome.refused:
+            elif isinstance(item, _Reserve) and item.id in outcome.refused:
                 item.done.set_exception(QuotaSpent(outcome.standings[item.claim.workspace_id]))
             else:
                 item.done.set_result(outcome.standings[item.claim.workspace_id])

@@ -109,7 +109,7 @@ class Messages:
         what a client was told is what is billed, whatever is killed in between."""
         assert reply.entry is not None
         reply.account(reply.outcome)
-        await self._services.ledger.settled(reply.entry, reply.outcome)
+        await self._services.limits.settled(reply.entry, reply.outcome)
 
     # ------------------------------------------------------------------------------------------ the reply
 

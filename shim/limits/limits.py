@@ -134,6 +134,12 @@ class Limits:
         if standing is not None:
             self._note(principal.workspace_id, standing)
 
+    async def settled(self, entry: Entry, status: str) -> None:
+        """Returns when the entry is settled in the database, or when that has failed: it is then tried again."""
+        standing = await self._ledger.settled(entry, status)
+        if standing is not None:
+            self._note(entry.workspace_id, standing)
+
     async def reserve_tokens(self, principal: Principal, tokens: int, request_id: str) -> Reservation:
         """Reserves `tokens` for work whose usage row is written when it has ended (`usage_rows.record`).
 

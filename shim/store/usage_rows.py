@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -93,14 +94,16 @@ class UsageRows:
         changed: Sequence[UsageRow],
         claims: Sequence[Claim] = (),
         released: Sequence[str] = (),
+        looks: Iterable[tuple[str, int]] = (),
     ) -> Decision:
         """One transaction: brings `changed` up to date, settles those that have ended, lets go of the reservations
         `released`, then decides `claims` in order and inserts the rows `reserved` whose claim was not refused; and
-        shows that this process is alive. What is in both is new and ended already: it is inserted first."""
+        shows that this process is alive. What is in both is new and ended already: it is inserted first. The decision
+        also says how the workspaces of `looks` stand on their days after all this."""
         try:
-            return self._save(reserved, changed, claims, released, _settle_running)
+            return self._save(reserved, changed, claims, released, looks, _settle_running)
         except _SettledBefore:
-            return self._save(reserved, changed, claims, released, _settle)
+            return self._save(reserved, changed, claims, released, looks, _settle)
 
     def _save(
         self,
@@ -108,6 +111,7 @@ class UsageRows:
         changed: Sequence[UsageRow],
         claims: Sequence[Claim],
         released: Sequence[str],
+        looks: Iterable[tuple[str, int]],
         settle: Callable[[Connection, Sequence[UsageRow]], None],
     ) -> Decision:
         new, claimed = {row.request_id for row in reserved}, {claim.id for claim in claims}
@@ -127,12 +131,13 @@ class UsageRows:
                 connection.execute(_INSERT, accepted)
             bring_up_to_date(connection, [row for row in changed if row.request_id in new])
             quotas.release(connection, [claim_id for claim_id in released if claim_id in claimed])
+            seen = {workspace: quotas.standing(connection, workspace, day) for workspace, day in looks}
             beat = time.monotonic()
             if beat - self._beat >= BEAT_S:
                 self._show_life(connection)
         if beat - self._beat >= BEAT_S:
             self._beat = beat
-        return decision
+        return replace(decision, standings={**decision.standings, **seen}) if seen else decision
 
     def _show_life(self, connection: Connection) -> None:
         now = now_ms()

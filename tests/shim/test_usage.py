@@ -166,10 +166,10 @@ class SlowRows(UsageRows):
         self.saves: list[int] = []
         self.go = threading.Event()
 
-    def save(self, reserved: Any, changed: Any, claims: Any = (), released: Any = ()) -> Decision:
+    def save(self, reserved: Any, changed: Any, *more: Any) -> Decision:
         if not self.go.is_set() and reserved:
             assert self.go.wait(20)
-        saved = super().save(reserved, changed, claims, released)
+        saved = super().save(reserved, changed, *more)
         if reserved:
             self.saves.append(len(reserved))
         return saved
@@ -197,11 +197,11 @@ def test_settled_rows_are_written_again_until_they_are(store: Store) -> None:
     class FailingRows(UsageRows):
         failures = 0
 
-        def save(self, reserved: Any, changed: Any, claims: Any = (), released: Any = ()) -> Decision:
+        def save(self, reserved: Any, changed: Any, *more: Any) -> Decision:
             if changed and self.failures < 2:
                 self.failures += 1
                 raise OperationalError("UPDATE", {}, Exception("database is locked"))
-            return super().save(reserved, changed, claims, released)
+            return super().save(reserved, changed, *more)
 
     failing = FailingRows(store.database, "proc_1")
     ledger = UsageLedger(failing, YEAR)
