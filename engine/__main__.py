@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Runs the process; the exit status."""
     die_with_parent()
+    gc.disable()  # until all is imported: collections would walk over it again and again
     parser = argparse.ArgumentParser(prog="python -m aiexport_edge.engine", description="The gRPC engine.")
     parser.add_argument("--config", type=Path, help="configuration file (default ./aiexport-edge.toml if it is there)")
     parser.add_argument("--state", type=Path, help="state directory (default: the user's data directory)")
@@ -87,6 +89,8 @@ def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: st
     from aiexport_edge.engine.server.progress import StartProgress
     from aiexport_edge.proto.tracing import TracingError
 
+    gc.freeze()
+    gc.enable()
     logs.set_up(config.telemetry.log_level, config.telemetry.log_format)
     engine = config.engine
     server = ServerConfig(

@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     """Serve one parent; the exit status."""
     die_with_parent()  # the kernel's word for it, also in the middle of a step; else the socket's end tells
     _prepare_process()
+    gc.disable()  # until all is loaded: collections walk over what is imported, a quarter of a second in all
     # Before torch is imported: OpenMP threads that spin at barriers are 10× slower where event loops share the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
@@ -124,6 +125,7 @@ def _serve(config: CoreConfig, runner: StepRunner[Any], channel: Channel, suspec
     ]
     channel.send(encode_from_core(Ready(models, loop.stats())))
     gc.freeze()  # what is loaded stays: no collection walks over it between steps
+    gc.enable()
     loop.run()
 
 
