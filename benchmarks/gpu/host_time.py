@@ -1,5 +1,5 @@
-"""Part f: what the host needs for a step, how long the device waits for it between steps, and whether the host ever waits
-for the device where it must not.
+"""Part f: what the host needs for a step, how long the device waits for it between steps, and whether the host ever
+waits for the device where it must not.
 """
 
 from __future__ import annotations
