@@ -24,11 +24,11 @@ from aiexport_edge.engine.structured.schema import schema_grammar
 
 ANY_OBJECT = b""  # the grammar of `json_object`; any other is the text of a JSON Schema
 MAX_SCHEMA_BYTES = 64 << 10
-MAX_STATES = 40_000
+MAX_STATES = 10_000  # 60 ms of a thread, which holds the interpreter most of that time
 MAX_LARK_CHARACTERS = 1 << 20
 MAX_SHORTEST_BYTES = 16 << 10
 MAX_KEPT = 256  # compiled grammars
-MAX_KEPT_STATES = 500_000
+MAX_KEPT_STATES = 200_000
 MAX_WAITING = 64  # grammars to compile at once, over all tenants
 
 T = TypeVar("T")

@@ -138,8 +138,10 @@ class _Compiler:
             value = self._expression(declared, at(place, f"properties.{name[:40]}"), depth + 1)
             if value is None and name in required:
                 return None
-            members.append((None if value is None else _member(key(name), value), name in required))
-        other = None if others is None else _member(other_names, others)
+            members.append(
+                (None if value is None else self._rule(_member(key(name), value), "member"), name in required)
+            )
+        other = None if others is None else self._rule(_member(other_names, others), "member")
         if not names and other is not None and least <= 1:
             self_contained = _listed("{", other, "}", least, most)
             return None if self_contained is None else self._rule(self_contained, "object")

@@ -165,7 +165,7 @@ def check_suite(edge: Edge, entries: list[dict[str, Any]], per_schema: int) -> c
     ends: collections.Counter[str] = collections.Counter()
     replies = asyncio.run(ask_all(edge, [body for _, body in asked]))
     for (schema, body), (text, reason, num_tokens) in zip(asked, replies, strict=True):
-        validator_for(schema)(schema).validate(json.loads(text))
+        validator_for(schema, default=Draft202012Validator)(schema).validate(json.loads(text))
         assert num_tokens <= body["max_tokens"]
         ends[reason] += 1
     return ends
