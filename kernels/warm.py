@@ -9,7 +9,7 @@ import importlib
 import time
 from pathlib import Path
 
-OPERATIONS = ("norm", "swiglu", "rope", "attention", "sampler")
+OPERATIONS = ("norm", "swiglu", "rope", "attention", "sampler", "program")
 
 
 def warm() -> Path:
