@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiexport_edge.shim.address_policy import AddressPolicy, Forbidden, is_public, read_address, read_url
@@ -101,12 +101,14 @@ def test_addresses_of_the_open_internet_are() -> None:
     assert PUBLIC.check("https://hooks.example.com/a?b=c").path == "/a?b=c"
 
 
+@settings(deadline=None)
 @given(st.ip_addresses(v=4))
 def test_a_carrier_is_never_worth_more_than_what_it_carries(address: ipaddress.IPv4Address) -> None:
     if not is_public(address):
         assert not any(PUBLIC.allows("h", ipaddress.ip_address(each)) for each in carriers(str(address)))
 
 
+@settings(deadline=None)
 @given(st.ip_addresses(v=4))
 def test_numbers_are_read_as_the_c_library_reads_them(address: ipaddress.IPv4Address) -> None:
     number = int(address)

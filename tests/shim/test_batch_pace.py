@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiexport_edge.shim.batches.pace import FIRST_WINDOW, MAX_WINDOW, Pace
@@ -52,6 +52,7 @@ def test_refusals_close_longer_and_longer_until_one_starts() -> None:
     assert pace.open_at == now + 0.25
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.lists(st.tuples(st.integers(0, 200), st.integers(0, 3), st.floats(0, 3)), max_size=60))
 def test_the_window_stays_within_its_bounds(bound: int, moves: list[tuple[int, int, float]]) -> None:
     """Whatever the engine does: at least one is tried when it is open, never more than the bound wait."""

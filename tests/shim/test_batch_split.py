@@ -54,7 +54,7 @@ def read(body: bytes, cuts: list[int], *, max_value_bytes: int = 1 << 20) -> tup
     return elements, members
 
 
-@settings(max_examples=120)
+@settings(max_examples=120, deadline=None)
 @given(JSON, st.lists(JSON, max_size=6), st.lists(st.integers(0, 10_000), max_size=12), st.data())
 def test_the_parts_are_those_of_the_whole(extra: Any, elements: list[Any], cuts: list[int], data: Any) -> None:
     ascii_only = data.draw(st.booleans())
@@ -66,7 +66,7 @@ def test_the_parts_are_those_of_the_whole(extra: Any, elements: list[Any], cuts:
     assert members == {name: value for name, value in document.items() if name != "requests"}
 
 
-@settings(max_examples=120)
+@settings(max_examples=120, deadline=None)
 @given(
     st.binary(max_size=80) | st.text('{}[]",:\\ 1tnrequests', max_size=80).map(str.encode), st.lists(st.integers(0, 99))
 )

@@ -314,10 +314,10 @@ def test_nothing_but_a_2xx_is_heard(code: int) -> None:
 
 
 def test_nobody_there() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    with pytest.raises(NotDelivered, match="no connection"):
-        send(f"http://127.0.0.1:{port}/")
+    with socket.socket() as deaf:  # it has the port and does not listen
+        deaf.bind(("127.0.0.1", 0))
+        with pytest.raises(NotDelivered, match="no connection"):
+            send(f"http://127.0.0.1:{deaf.getsockname()[1]}/")
 
 
 @pytest.fixture
