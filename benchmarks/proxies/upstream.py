@@ -35,8 +35,9 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
         await _send(send, b"application/json", json.dumps(_whole(num_words)).encode())
         return
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
-    for _ in range(num_words):
-        await send({"type": "http.response.body", "body": _chunk({"content": _WORD}, None), "more_body": True})
+    for number in range(num_words):  # LiteLLM takes a word that comes again and again for a fault
+        chunk = _chunk({"content": f"{_WORD} {number}"}, None)
+        await send({"type": "http.response.body", "body": chunk, "more_body": True})
     await send({"type": "http.response.body", "body": _chunk({}, "length") + b"data: [DONE]\n\n"})
 
 
