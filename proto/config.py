@@ -446,6 +446,7 @@ def _limits(table: _Table, base: Path) -> LimitsConfig:
     config = LimitsConfig(
         redis_url=table.take("redis_url", limits.redis_url, ""),
         redis_password_file=table.take("redis_password_file", values.path(base), None),
+        redis_timeout=table.take("redis_timeout", parse_duration, timedelta(seconds=1)),
     )
     table.end()
     if config.redis_password_file is not None and not config.redis_url:

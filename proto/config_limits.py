@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,10 +22,14 @@ MAX_BATCH_SIZE = 10_000
 
 @dataclass(frozen=True, slots=True)
 class LimitsConfig:
-    """`redis_url` is "" where the machine itself (or PostgreSQL, where that is the store) counts the calls."""
+    """`redis_url` is "" where the machine itself (or PostgreSQL, where that is the store) counts the calls.
+
+    `redis_timeout`: how long a call waits for Redis before the machine counts it by itself.
+    """
 
     redis_url: str
     redis_password_file: Path | None
+    redis_timeout: timedelta
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ def test_the_published_plans(tmp_path: Path) -> None:
         "pro": (600, 10_000_000, 5_000),
         "enterprise": (None, None, 10_000),
     }
-    assert config.limits == LimitsConfig("", None)
+    assert config.limits == LimitsConfig("", None, timedelta(seconds=1))
     assert config.store.retention == timedelta(days=29)
 
 
@@ -39,13 +39,13 @@ def test_what_is_written_holds_and_is_shown(tmp_path: Path) -> None:
         '[plans.free]\nrequests_per_minute = "unlimited"\ntokens_per_day = 5\nbatch_size = 1\n'
         "[plans.enterprise]\nrequests_per_minute = 1000\n"
         '[limits]\nredis_url = "redis://cache:6379/0"\nredis_password_file = "secret"\n'
-        '[store]\nretention = "7d"\n'
+        'redis_timeout = "9s"\n[store]\nretention = "7d"\n'
     )
     config = load(file, tmp_path / "state")
     free, enterprise = config.plans["free"], config.plans["enterprise"]
     assert (free.requests_per_minute, free.tokens_per_day, free.batch_size) == (None, 5, 1)
     assert (enterprise.requests_per_minute, enterprise.tokens_per_day) == (1000, None)
-    assert config.limits == LimitsConfig("redis://cache:6379/0", tmp_path / "secret")
+    assert config.limits == LimitsConfig("redis://cache:6379/0", tmp_path / "secret", timedelta(seconds=9))
     assert config.store.retention == timedelta(days=7)
     shown = tmp_path / "shown.toml"
     shown.write_text(to_toml(config))

@@ -19,8 +19,7 @@ from aiexport_edge.shim.limits.shared_window import SharedWindow
 from aiexport_edge.shim.limits.window import WINDOW_S, Taken
 from aiexport_edge.shim.store.keys import new_id
 
-TIMEOUT_S = 0.25  # a call waits for Redis no longer
-RETRY_S = 1.0
+RETRY_S = 5.0
 
 # KEYS: the workspace's calls, a sorted set by time. ARGV: limit, window in microseconds, the call's mark. Calls that
 # lie ahead go too: the server's clock has been set back, and would count them for as long.
@@ -63,8 +62,10 @@ def why_silent(url: str, password_file: Path | None) -> str | None:
 class RedisWindow:
     """Counts in the Redis at `url`, in `local` while that is away."""
 
-    def __init__(self, url: str, password_file: Path | None, local: SharedWindow) -> None:
-        """Raises `ModuleNotFoundError` without the client, `OSError` where the password can't be read."""
+    def __init__(self, url: str, password_file: Path | None, local: SharedWindow, *, timeout_s: float = 1.0) -> None:
+        """A call waits for Redis no longer than `timeout_s`.
+
+        Raises `ModuleNotFoundError` without the client, `OSError` where the password can't be read."""
         from redis.asyncio import Redis
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
@@ -73,14 +74,15 @@ class RedisWindow:
         self._redis = Redis.from_url(
             url,
             password=_password(password_file),
-            socket_timeout=TIMEOUT_S,
-            socket_connect_timeout=TIMEOUT_S,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
             retry=Retry(NoBackoff(), 1),  # a connection that Redis has closed meanwhile is opened again at once
             client_name="aiexport-edge",
         )
         self._errors: tuple[type[Exception], ...] = (RedisError, OSError, TimeoutError)
         self._script: Any = self._redis.register_script(_TAKE)
         self._local = local
+        self._timeout_s = timeout_s
         self._away_until: float | None = None  # by the monotonic clock; None: it answers
 
     async def take(self, workspace_id: str, limit: int) -> Taken:
@@ -88,7 +90,7 @@ class RedisWindow:
             mark = new_id("call_")
             arguments = (limit, int(WINDOW_S * 1e6), mark)
             try:
-                async with asyncio.timeout(TIMEOUT_S):
+                async with asyncio.timeout(self._timeout_s):
                     answer = await self._script(keys=[_key(workspace_id)], args=arguments)
             except self._errors as error:
                 self._lost(error)
@@ -110,7 +112,7 @@ class RedisWindow:
         if self._away_until is not None:
             return  # what it still counts lapses within the minute
         try:
-            async with asyncio.timeout(TIMEOUT_S):
+            async with asyncio.timeout(self._timeout_s):
                 await self._redis.zrem(_key(workspace_id), member)
         except self._errors as error:
             self._lost(error)

@@ -163,8 +163,8 @@ class SharedWindow:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._rings: dict[str, _Ring] = {}
+        self._open_lock()
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         try:
             self._prune()
@@ -207,8 +207,25 @@ class SharedWindow:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 await asyncio.sleep(0 if attempt < _EAGER_ATTEMPTS else _PATIENT_S)
-            else:
+                continue
+            if self._is_there():
                 return
+            os.close(self._lock)
+            self._open_lock()
+
+    def _open_lock(self) -> None:
+        self._directory.mkdir(mode=0o700, exist_ok=True)
+        self._lock = os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._inode = os.fstat(self._lock).st_ino
+        self._rings.clear()
+
+    def _is_there(self) -> bool:
+        """Whether the files are still those that a new process would find: systemd removes what a user has in shared
+        memory when the user logs out (`RemoveIPC=`)."""
+        try:
+            return os.stat(self._directory / "lock").st_ino == self._inode
+        except FileNotFoundError:
+            return False
 
     def _ring(self, workspace_id: str, limit: int) -> _Ring:
         """Raises `OSError` where the shared memory is full."""

@@ -22,7 +22,9 @@ def open_window(config: Config, database: Engine, threads: Executor) -> Window:
             from aiexport_edge.shim.limits.redis_window import RedisWindow
 
             local = SharedWindow(shared_directory(config.state))
-            return RedisWindow(config.limits.redis_url, config.limits.redis_password_file, local)
+            limits = config.limits
+            timeout_s = limits.redis_timeout.total_seconds()
+            return RedisWindow(limits.redis_url, limits.redis_password_file, local, timeout_s=timeout_s)
         if database.dialect.name == "postgresql":
             from aiexport_edge.shim.limits.postgres_window import PostgresWindow
 

@@ -149,7 +149,7 @@ def pair(
         url = postgres.url(postgres.new_database())
     elif request.param == "redis":
         redis: RedisServer = request.getfixturevalue("redis")
-        more = f'[limits]\nredis_url = "{redis.url}"\n'
+        more = f'[limits]\nredis_url = "{redis.url}"\nredis_timeout = "60s"\n'
     config = _configured(tmp_path, url, more)
     store = open_store(url)
     store.create_workspace("acme", "enterprise")

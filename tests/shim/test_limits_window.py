@@ -44,7 +44,7 @@ def make_window(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Wind
         def on_redis() -> Window:
             machine = tmp_path / f"machine-{next(count)}"
             machine.mkdir()
-            return RedisWindow(server.url, None, SharedWindow(machine))
+            return RedisWindow(server.url, None, SharedWindow(machine), timeout_s=60)
 
         yield on_redis
     else:
@@ -227,6 +227,26 @@ def test_files_in_which_nothing_counts_are_removed(tmp_path: Path, monkeypatch: 
     asyncio.run(run())
 
 
+def test_files_that_somebody_removes(tmp_path: Path) -> None:
+    """Who ran before and who starts after meet again in new ones."""
+
+    async def run() -> None:
+        directory = tmp_path / "shared"
+        first = SharedWindow(directory)
+        assert (await first.take("ws_a", 5)).remaining == 4
+        shutil.rmtree(directory)
+        second = SharedWindow(directory)
+        assert (await second.take("ws_a", 5)).remaining == 4
+        assert (await first.take("ws_a", 5)).remaining == 3
+        shutil.rmtree(directory)
+        assert (await first.take("ws_a", 5)).remaining == 4
+        assert (await second.take("ws_a", 5)).remaining == 3
+        for window in (first, second):
+            await window.close()
+
+    asyncio.run(run())
+
+
 def test_the_shared_directory_is_private_and_the_state_directorys(tmp_path: Path) -> None:
     one, other = shared_directory(tmp_path / "one"), shared_directory(tmp_path / "other")
     try:
@@ -252,7 +272,7 @@ def test_redis_goes_away_and_comes_back(
         machines = []
         for name in ("one", "two"):
             (tmp_path / name).mkdir()
-            machines.append(RedisWindow(redis.url, None, SharedWindow(tmp_path / name)))
+            machines.append(RedisWindow(redis.url, None, SharedWindow(tmp_path / name), timeout_s=60))
         one, two = machines
         for _ in range(4):
             assert (await one.take("ws_a", 5)).mark is not None
@@ -279,14 +299,13 @@ def test_redis_goes_away_and_comes_back(
     assert not any(str(tmp_path) in message for message in messages)
 
 
-def test_a_redis_that_hangs_is_one_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aiexport_edge.shim.limits.redis_window.TIMEOUT_S", 0.05)
+def test_a_redis_that_hangs_is_one_that_is_away(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(tmp_path / "silent.sock"))
         silent.listen()
 
         async def run() -> None:
-            window = RedisWindow(f"unix://{tmp_path}/silent.sock", None, SharedWindow(tmp_path))
+            window = RedisWindow(f"unix://{tmp_path}/silent.sock", None, SharedWindow(tmp_path), timeout_s=0.05)
             assert (await window.take("ws_a", 5)).remaining == 4
             await window.close()
 
