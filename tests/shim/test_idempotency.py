@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -188,10 +189,13 @@ def test_while_the_first_runs_the_second_is_a_409(make_engine: Engines, make_shi
     assert len(engine.seen.submitted) == 1
 
 
-def test_many_at_once_run_once(make_engine: Engines, make_shim: Shims) -> None:
-    """Over two processes: one is done, the others hear 409 or get its reply."""
+def test_many_at_once_run_once(make_engine: Engines, make_shim: Shims, store_url: str) -> None:
+    """Over two shims: one is done, the others hear 409 or get its reply."""
     engine = make_engine()
-    shims = [make_shim(engine), make_shim(engine)]
+    shims = [
+        make_shim(engine, configure=lambda config: replace(config, store=replace(config.store, url=store_url)))
+        for _ in range(2)
+    ]
     key = new_key()
 
     async def all_at_once() -> list[httpx.Response]:
