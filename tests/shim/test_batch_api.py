@@ -13,8 +13,10 @@ from typing import Any
 import httpx
 import pytest
 from sqlalchemy import select, update
+from standardwebhooks import Webhook
 from support.scripted_engine import ScriptedEngine
 from support.shim_server import HAIKU, SONNET, ShimServer
+from support.webhook_receiver import receiving
 
 from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.proto.config import Config
@@ -24,6 +26,7 @@ from aiexport_edge.shim.store import batch_sweep
 from aiexport_edge.shim.store.database import read, write
 from aiexport_edge.shim.store.rows import now_ms
 from aiexport_edge.shim.store.schema import batch_bodies, batch_items, batches, usage
+from aiexport_edge.shim.store.webhook_rows import WebhookRows
 
 Shim = Callable[..., ShimServer]
 Engine = Callable[..., ScriptedEngine]
@@ -382,6 +385,38 @@ def test_a_batch_expires(client: httpx.Client, engine: ScriptedEngine) -> None:
     assert end["status"] == "expired"
     assert [line["result"]["type"] for line in results(client, batch)] == ["succeeded"] + ["expired"] * 30
     engine.wait_for(lambda seen: len(seen.aborted) >= 1, "what ran is aborted")
+
+
+def test_each_end_is_told_once(make_shim: Shim, engine: ScriptedEngine) -> None:
+    """Whichever it is, with the batch as it ended, signed."""
+
+    def calling(config: Config) -> Config:
+        return replace(config, webhooks=replace(config.webhooks, allow=("127.0.0.1",)))
+
+    shim = make_shim(engine, configure=calling)
+    with receiving() as receiver, shim.client() as client:
+        done = ended(client, create(client, body(), webhook_url=receiver.url))
+        engine.hold_starts(True)
+        canceled = create(client, body(), webhook_url=receiver.url)
+        client.delete(f"/v2/batch/{canceled['id']}/cancel").raise_for_status()
+        canceled = ended(client, canceled)
+        expired = create(client, body(), webhook_url=receiver.url)
+        with write(shim.store.database) as connection:
+            connection.execute(update(batches).where(batches.c.id == expired["id"]).values(expires_at=now_ms()))
+        expired = ended(client, expired)
+        heard = receiver.wait(3)
+        rows = WebhookRows(shim.store.database, shim.services.secrets)
+        until(lambda: {each.state for each in rows.deliveries()} == {"delivered"}, "all are noted")
+    events = [Webhook(rows.secret("acme")).verify(each.body, each.headers) for each in heard]
+    assert sorted((event["type"], event["data"]["id"]) for event in events) == [
+        ("batch.canceled", canceled["id"]),
+        ("batch.completed", done["id"]),
+        ("batch.expired", expired["id"]),
+    ]
+    for event in events:
+        assert event["data"] in (done, canceled, expired)
+        assert event["timestamp"] == event["data"]["ended_at"]
+    assert len({each.headers["webhook-id"] for each in heard}) == 3
 
 
 @pytest.mark.parametrize("gone", ["workspace", "key"])
