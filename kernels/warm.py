@@ -19,9 +19,8 @@ def warm() -> Path:
     from aiexport_edge.kernels.cpu import dot
     from aiexport_edge.kernels.cpu.jit import CACHE_DIRECTORY
 
-    if dot.HAS_BFLOAT16 and dot.HAS_INT8:
+    if dot.HAS_BFLOAT16 or dot.HAS_INT8:
         importlib.import_module("aiexport_edge.kernels.cpu.products")
-
     return CACHE_DIRECTORY
 
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from aiexport_edge.kernels.cpu.dot import COLUMNS, MOST_ROWS, bfloat16_tile, int8_tile
+from aiexport_edge.kernels.cpu.dot import COLUMNS, HAS_BFLOAT16, HAS_INT8, MOST_ROWS, Tile, bfloat16_tile, int8_tile
 from aiexport_edge.kernels.cpu.jit import inner, kernel
 from aiexport_edge.kernels.cpu.memory import (
     BFLOAT16,
@@ -40,10 +40,29 @@ GROUP = 128  # inputs of a row that share a scale
 PACKED_AT_ONCE = 1 << 22  # numbers
 LARGE_PAGE = 2 << 20  # bytes
 
-_float_1, _float_2, _float_3, _float_4, _float_5, _float_6 = (bfloat16_tile(rows) for rows in range(1, 7))
-_float_7, _float_8, _float_9, _float_10, _float_11, _float_12 = (bfloat16_tile(rows) for rows in range(7, 13))
-_int_1, _int_2, _int_3, _int_4, _int_5, _int_6 = (int8_tile(rows) for rows in range(1, 7))
-_int_7, _int_8, _int_9, _int_10, _int_11, _int_12 = (int8_tile(rows) for rows in range(7, 13))
+
+@inner
+def _no_float_tile(left: int, right: int, out: int, depth: int) -> None:
+    """Stands for the product on processors that do not multiply bfloat16 pairs; never called there."""
+
+
+@inner
+def _no_int_tile(left: int, right: int, out: int, depth: int, factors: int) -> None:
+    """Stands for the product on processors that do not multiply int8 quadruples; never called there."""
+
+
+def _float(rows: int) -> Tile:
+    return bfloat16_tile(rows) if HAS_BFLOAT16 else _no_float_tile
+
+
+def _int(rows: int) -> Tile:
+    return int8_tile(rows) if HAS_INT8 else _no_int_tile
+
+
+_float_1, _float_2, _float_3, _float_4, _float_5, _float_6 = (_float(rows) for rows in range(1, 7))
+_float_7, _float_8, _float_9, _float_10, _float_11, _float_12 = (_float(rows) for rows in range(7, 13))
+_int_1, _int_2, _int_3, _int_4, _int_5, _int_6 = (_int(rows) for rows in range(1, 7))
+_int_7, _int_8, _int_9, _int_10, _int_11, _int_12 = (_int(rows) for rows in range(7, 13))
 
 
 @inner
