@@ -219,6 +219,28 @@ def test_what_cannot_be_promised_is_refused(edge: Edge) -> None:
             assert reply.json()["error"]["param"] == param, reply.text
 
 
+def test_in_a_batch(edge: Edge) -> None:
+    rng = random.Random(7)
+    bodies = [body_of(rng) for _ in range(12)] + [
+        message("Describe a person.", model=SONNET, response_format=JSON_SCHEMA)
+    ]
+    with edge.client() as client:
+        created = client.post("/v2/batch", json={"requests": bodies})
+        assert created.status_code == 202, created.text
+        path = f"/v2/batch/{created.json()['id']}"
+        wait_until(lambda: client.get(path).json()["status"] == "completed", "the batch has ended", 120)
+        lines = client.get(f"{path}/results").text.splitlines()
+    assert len(lines) == len(bodies)
+    for body, line in zip(bodies, lines, strict=True):
+        result = json.loads(line)["result"]
+        assert result["type"] == "succeeded", result
+        last = body["messages"][-1]
+        text = (last["content"] if last["role"] == "assistant" else "") + result["message"]["content"][0]["text"]
+        document = json.loads(text)
+        assert isinstance(document, dict)
+    Draft202012Validator(SCHEMA).validate(document)
+
+
 def test_replies_survive_their_core_and_their_engine(tmp_path: Path) -> None:
     """Both are killed while many replies are under way: each goes on, and is the one that it would have been."""
     edge = start(tmp_path / "state")
