@@ -202,7 +202,7 @@ class OursInt8(Ours):
 
 
 class VLLM(Server):
-    """vLLM's CPU build, as its CPU guide has it: tcmalloc and libiomp preloaded, threads bound, room for keys and values given."""
+    """vLLM's CPU build, as its CPU guide has it: two libraries preloaded, threads bound, room for keys and values."""
 
     name = "vllm"
 
