@@ -333,7 +333,7 @@ def test_any_order_of_events_answers_and_bills_once(
         answered[each.leased.index] += 1
     check(store.database, batch.id)
     assert rows.get(batch.id, None).ended_at is not None
-    assert set(answered.values()) <= {1}
+    assert max(answered.values(), default=0) <= 1
 
 
 def expire(database: Engine, batch_id: str, *, really: bool) -> None:
