@@ -81,10 +81,10 @@ def test_headers_and_refusal(shim: ShimServer) -> None:
             assert refused.status_code == 429
             assert refused.json()["error"]["type"] == "rate_limit_error"
             assert "3 requests a minute" in refused.json()["error"]["message"]
-            assert 50 < int(refused.headers["retry-after"]) <= 60
+            assert 0 < int(refused.headers["retry-after"]) <= 60
             assert "x-should-retry" not in refused.headers
             assert limits_of(refused)["remaining-requests"] == 0
-            assert 50 < limits_of(refused)["reset-requests"] <= 60
+            assert 0 < limits_of(refused)["reset-requests"] <= 60
         # Whoever is not let in at the door is neither counted nor told anything.
         for headers in ({"X-API-Key": "axp_live_" + "x" * 43}, {"X-API-Key": ""}):
             reply = client.get("/v2/models", headers=headers)

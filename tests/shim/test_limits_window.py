@@ -64,7 +64,7 @@ def test_exactly_the_limit_passes(make_window: Windows) -> None:
         for taken in found:
             if taken.mark is None:
                 assert taken.remaining == 0
-                assert 50 < taken.retry_after_s <= taken.reset_s <= 60
+                assert 0 < taken.retry_after_s <= taken.reset_s <= 60
         assert (await windows[0].take("ws_b", 5)).remaining == 4  # another workspace has its own
         # One is given back: one more passes, whoever asks.
         assert let_in[0].mark is not None
