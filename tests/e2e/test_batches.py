@@ -6,9 +6,11 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +184,31 @@ def test_ten_thousand_requests_survive_ten_kills(tmp_path: Path) -> None:
     kills = ["shim", "shim", "shim", "engine", "engine", "engine", "core", "core", "core", "supervisor"]
     random.Random(11).shuffle(kills)
     run_batch_through_kills(tmp_path, 10_000, kills, seed=12)
+
+
+@pytest.mark.prove
+def test_the_largest_batch_is_taken_in_without_holding_it(tmp_path: Path) -> None:
+    """10,000 requests in 250 MB: the shim grows by a small part of that."""
+    config = tmp_path / "edge.toml"
+    config.write_text("[shim]\nworkers = 1\n")
+    edge = start(tmp_path / "state", config)
+    try:
+        (shim,) = part(edge, "aiexport_edge.shim.server")
+        filler = "x" * 24_900
+
+        def pieces() -> Iterator[bytes]:
+            yield b'{"requests":['
+            for i in range(10_000):
+                body = {"model": HAIKU, "max_tokens": 1, "messages": [{"role": "user", "content": f"{i} {filler}"}]}
+                yield (b"," if i else b"") + json.dumps(body).encode()
+            yield b"]}"
+
+        with edge.client() as client:
+            reply = client.post("/v2/batch", content=pieces())
+            assert reply.status_code == 202, reply.text
+            peak = int(re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{shim.pid}/status").read_text())[0]) >> 10
+            assert reply.json()["request_counts"]["total"] == 10_000
+            client.delete(f"/v2/batch/{reply.json()['id']}/cancel").raise_for_status()
+        assert peak < 160, f"{peak} MiB"
+    finally:
+        edge.stop()
