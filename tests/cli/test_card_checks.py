@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -37,13 +38,13 @@ def smi(directory: Path, cards: list[tuple[str, str]]) -> None:
     put(directory, "nvidia-smi", f'case "$1" in *name*) printf "{names}\\n";; *) printf "{capabilities}\\n";; esac')
 
 
-def one(checks: object) -> Check:
-    (check,) = checks  # type: ignore[misc]
+def one(checks: Iterable[Check]) -> Check:
+    (check,) = checks
     return check
 
 
-def named(name: str, checks: object) -> Check:
-    return next(check for check in checks if check.name == name)  # type: ignore[attr-defined]
+def named(name: str, checks: Iterable[Check]) -> Check:
+    return next(check for check in checks if check.name == name)
 
 
 def test_cards_and_what_they_can(programs: Path) -> None:

@@ -148,7 +148,9 @@ def test_constrained_requests_draw_under_their_masks(tmp_path: Path) -> None:
 def test_logits_that_are_not_numbers_fail_their_request_alone(overlaps: bool, tmp_path: Path) -> None:
     """A damaged row of the embedding: whoever has that token fails, soon or when it comes."""
     runner = runner_of([save("qwen3", tmp_path)], overlaps=overlaps)
-    runner._models[0].decoder.embedding[7] = float("nan")
+    embedding = runner._models[0].decoder.embedding
+    assert embedding is not None
+    embedding[7] = float("nan")
     scheduler = Scheduler(
         PagePool(runner.num_pages),
         revisions=["a"],
@@ -160,7 +162,8 @@ def test_logits_that_are_not_numbers_fail_their_request_alone(overlaps: bool, tm
     for handle, prompt in enumerate([[5, 6, 8], [5, 7, 8], [9, 9, 7], [9, 4]]):
         scheduler.add(make_request(add_request(handle, prompt, max_tokens=3), arrival=handle))
     pipeline = Pipeline(scheduler=scheduler, runner=runner, suspects=FakeSuspects())
-    reasons, told = {}, set()
+    reasons: dict[int, int] = {}
+    told: set[int] = set()
     while pipeline.busy:
         report = pipeline.advance()
         if report is not None:

@@ -51,6 +51,7 @@ def test_embeddings_or_ids_and_any_rows(tmp_path: Path) -> None:
     none = decoder.forward(replace(batch, rows=torch.tensor([], dtype=torch.int64)), kv_caches)
     assert none.shape == (0, config.hidden_size)
 
+    assert decoder.embedding is not None
     embeds = decoder.embedding[batch.input_ids]
     given = decoder.forward(replace(batch, input_ids=None, inputs_embeds=embeds), kv_caches)
     torch.testing.assert_close(decoder.logits(given), expected, rtol=0, atol=1e-4)
