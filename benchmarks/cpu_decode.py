@@ -29,7 +29,7 @@ from aiexport_edge.engine.core.plan import Chunk, ModelPlan, StepPlan
 from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel, Priority, Sampling
 from aiexport_edge.engine.core.request import Request
 from aiexport_edge.engine.core.runner import Runner, make_runner
-from aiexport_edge.engine.models.decoder import Decoder
+from aiexport_edge.engine.models.decoder import Decoder, Mlp
 from aiexport_edge.engine.models.loader import load_model
 from aiexport_edge.kernels.linear import PackedLinear
 from benchmarks.peers.machine import commit, describe
@@ -66,7 +66,8 @@ def products_alone(decoder: Decoder, rows: int) -> Callable[[], None]:
     """All products of one step, one after the other."""
     products: list[PackedLinear] = []
     for layer in decoder.layers:
-        products += [layer.qkv, layer.o, layer.gate_up, layer.down]
+        assert isinstance(layer.mlp, Mlp)
+        products += [layer.qkv, layer.o, layer.mlp.gate_up, layer.mlp.down]
     calls = [(product, None) for product in products] + [(decoder.head, torch.float32)]
     inputs = {product.in_features: torch.randn(rows, product.in_features).to(product.dtype) for product, _ in calls}
 

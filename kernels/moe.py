@@ -6,6 +6,9 @@ to sum to one where the model says so. Every token is served: no capacity, nothi
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from functools import partial
+
 import torch
 
 from aiexport_edge.kernels.linear import PackedLinear
@@ -62,39 +65,39 @@ class Experts:
 
     def __init__(
         self,
-        gate_up: torch.Tensor,
-        down: torch.Tensor,
+        experts: Iterable[tuple[Sequence[torch.Tensor], torch.Tensor]],
         *,
         dtype: torch.dtype,
         deterministic: bool,
         quantize: str = "none",
     ) -> None:
-        """gate_up [E, 2*I, H], each expert's gate rows first; down [E, H, I]; in any float dtype."""
-        self.num_experts, self.hidden_size = down.shape[:2]
+        """`experts`: of each, the parts of gate_up [2*I, H] to be stacked (gate rows first), and down [H, I].
+
+        In any float dtype; taken one by one, so that what is read from files need not be there all at once.
+        """
         self._deterministic = deterministic
-        self._on_gpu = gate_up.is_cuda
-        if self._on_gpu:
-            assert quantize == "none", "experts are quantized on CPUs only"
-            self._gate_up, self._down = gate_up.to(dtype).contiguous(), down.to(dtype).contiguous()
-            return
-        self._packed = [
-            tuple(
-                PackedLinear(weight, dtype=dtype, deterministic=deterministic, quantize=quantize)
-                for weight in (gate_up[expert], down[expert])
-            )
-            for expert in range(self.num_experts)
-        ]
+        self._packed: list[tuple[PackedLinear, PackedLinear]] = []
+        on_gpu: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for gate_up, down in experts:
+            self.hidden_size = down.shape[0]
+            if down.is_cuda:
+                assert quantize == "none", "experts are quantized on CPUs only"
+                on_gpu.append((torch.cat(list(gate_up)).to(dtype), down.to(dtype)))
+            else:
+                pack = partial(PackedLinear, dtype=dtype, deterministic=deterministic, quantize=quantize)
+                self._packed.append((pack(gate_up), pack(down)))
+        self._stacked = tuple(torch.stack(each) for each in zip(*on_gpu, strict=True)) if on_gpu else None
 
     def __call__(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """x [T, H], weights float32 and experts int32 [T, k] from `route` -> [T, H] in x's dtype."""
-        if self._on_gpu:
+        if self._stacked is not None:
             from aiexport_edge.kernels.gpu import moe as gpu
 
-            return gpu.moe_mlp(x, weights, experts, self._gate_up, self._down, batch_invariant=self._deterministic)
+            return gpu.moe_mlp(x, weights, experts, *self._stacked, batch_invariant=self._deterministic)
         num_tokens, top_k = experts.shape
         slots = experts.flatten()
         order = torch.argsort(slots, stable=True)
-        counts = torch.bincount(slots, minlength=self.num_experts).tolist()
+        counts = torch.bincount(slots, minlength=len(self._packed)).tolist()
         parts = torch.empty((num_tokens * top_k, self.hidden_size), dtype=torch.float32)
         start = 0
         for expert, count in enumerate(counts):

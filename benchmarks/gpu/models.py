@@ -17,7 +17,7 @@ from aiexport_edge.engine.core.accelerator import Accelerator, CudaAccelerator
 from aiexport_edge.engine.core.protocol import CoreConfig
 from aiexport_edge.engine.core.runner import Runner, make_runner
 from aiexport_edge.engine.models.config import ModelConfig
-from aiexport_edge.engine.models.decoder import Decoder, Layer
+from aiexport_edge.engine.models.decoder import Decoder, Layer, Mlp
 from aiexport_edge.engine.models.loader import LoadedModel
 from aiexport_edge.engine.models.rope import cos_sin_table
 from aiexport_edge.kernels.linear import PackedLinear
@@ -100,8 +100,7 @@ def random_model(
             k_norm=ones(config.head_dim) if config.qk_norm else None,
             o=product(hidden, q_rows),
             post_attention_norm=ones(hidden),
-            gate_up=product(2 * inner, hidden),
-            down=product(hidden, inner),
+            mlp=Mlp(product(2 * inner, hidden), product(hidden, inner)),
             sliding_window=0,
         )
         for _ in range(config.num_layers)

@@ -45,6 +45,20 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True)
+class Mixture:
+    """The mixtures of experts of a model: how many each token takes, and in which layers they stand for the MLP.
+
+    `normalize`: the weights of a token's experts sum to one.
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int  # of an expert
+    normalize: bool
+    layers: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A model's shape. Sizes in elements, lengths in tokens.
 
@@ -73,6 +87,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     dtype: str | None
     stop_ids: tuple[int, ...]
+    mixture: Mixture | None = None
 
     @classmethod
     def load(cls, directory: Path | str) -> ModelConfig:
@@ -239,6 +254,30 @@ def _model_config(values: _Values, architecture: str, family: Family, stop_ids: 
         tie_word_embeddings=tie_word_embeddings,
         dtype=_dtype(values),
         stop_ids=stop_ids,
+        mixture=_mixture(values, num_layers) if family.mixture else None,
+    )
+
+
+def _mixture(values: _Values, num_layers: int) -> Mixture | None:
+    """None where every layer is dense."""
+    key = "num_experts" if values.values.get("num_experts") is not None else "num_local_experts"  # transformers 5
+    num_experts = values.integer(key, minimum=0)
+    step = values.integer("decoder_sparse_step", default=1)
+    dense = values.values.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
+        raise values.error("mlp_only_layers", f"is {dense!r}; a list of layer numbers is needed")
+    layers = frozenset(layer for layer in range(num_layers) if (layer + 1) % step == 0 and layer not in dense)
+    if not num_experts or not layers:
+        return None
+    top_k = values.integer("num_experts_per_tok")
+    if top_k > num_experts:
+        raise values.error("num_experts_per_tok", f"is {top_k}, more than the {num_experts} experts there are")
+    return Mixture(
+        num_experts=num_experts,
+        top_k=top_k,
+        intermediate_size=values.integer("moe_intermediate_size"),
+        normalize=values.flag("norm_topk_prob"),
+        layers=layers,
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aiexport_edge.engine.models.decoder import Batch, Decoder, KVCache
+from aiexport_edge.engine.models.decoder import Batch, Decoder, KVCache, Mlp
 from aiexport_edge.kernels.cpu.program import Arena, Program
 
 MOST_ROWS = 256  # beyond, Python's share of a step is small
@@ -89,5 +89,7 @@ def can_record(decoder: Decoder) -> bool:
     """Whether every operation of a decode is a kernel of ours: a library's launches are not taken down."""
     products = [decoder.head]
     for layer in decoder.layers:
-        products += [layer.qkv, layer.o, layer.gate_up, layer.down]
+        if not isinstance(layer.mlp, Mlp):
+            return False  # which experts are read is known only while the step runs
+        products += [layer.qkv, layer.o, layer.mlp.gate_up, layer.mlp.down]
     return all(product.is_own for product in products)

@@ -1,4 +1,4 @@
-"""The one decoder: Llama, Mistral, Qwen2 and Qwen3 differ in its configuration, not in its code.
+"""The one decoder: Llama, Mistral, Qwen2, Qwen3 and Qwen3-MoE differ in its configuration, not in its code.
 
 Owns the order of operations; every operation is a kernel, and whatever depends on the device is theirs. Knows no
 requests and no page accounting: a `Batch` says where each token's keys and values are written and read.
@@ -16,6 +16,7 @@ from aiexport_edge.engine.models.config import ModelConfig
 from aiexport_edge.kernels.decode_attention import decode_attention, plan_decode
 from aiexport_edge.kernels.gather import gather_rows
 from aiexport_edge.kernels.linear import PackedLinear
+from aiexport_edge.kernels.moe import Experts, route
 from aiexport_edge.kernels.paged_attention import paged_attention
 from aiexport_edge.kernels.qk_norm_rope import qk_norm_rope
 from aiexport_edge.kernels.rms_norm import add_rms_norm, rms_norm
@@ -49,6 +50,31 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class Mlp:
+    """A SwiGLU layer."""
+
+    gate_up: PackedLinear
+    down: PackedLinear
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.down(swiglu(self.gate_up(hidden)))
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureOfExperts:
+    """SwiGLU layers of which each token takes a few."""
+
+    router: PackedLinear
+    experts: Experts
+    top_k: int
+    normalize: bool
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits = self.router(hidden, out_dtype=torch.float32)
+        return self.experts(hidden, *route(logits, self.top_k, normalize=self.normalize))
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """The weights of one layer; norms [hidden] or [head_dim], products packed. `sliding_window` 0 sees everything."""
 
@@ -58,8 +84,7 @@ class Layer:
     k_norm: Tensor | None
     o: PackedLinear
     post_attention_norm: Tensor
-    gate_up: PackedLinear
-    down: PackedLinear
+    mlp: Mlp | MixtureOfExperts
     sliding_window: int
 
 
@@ -184,4 +209,4 @@ class Decoder:
 
     def _mlp(self, layer: Layer, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         hidden, residual = add_rms_norm(hidden, residual, layer.post_attention_norm, self.config.rms_norm_eps)
-        return layer.down(swiglu(layer.gate_up(hidden))), residual
+        return layer.mlp(hidden), residual

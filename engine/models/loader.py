@@ -8,7 +8,7 @@ model plus one parameter. Knows nothing of pages or requests.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from aiexport_edge.engine.models.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from aiexport_edge.engine.models.config import ModelConfig, ModelError
-from aiexport_edge.engine.models.decoder import Decoder, Layer
+from aiexport_edge.engine.models.decoder import Decoder, Layer, MixtureOfExperts, Mlp
 from aiexport_edge.engine.models.rope import cos_sin_table
 from aiexport_edge.kernels.linear import PackedLinear, supports_bf16
+from aiexport_edge.kernels.moe import Experts
 
 # Products that share their input are one: the checkpoint's rows, stacked in this order.
 FUSIONS = {
@@ -27,6 +28,7 @@ FUSIONS = {
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+ROUTER = "mlp.gate"
 HARMLESS = "rotary_emb.inv_freq"  # a table that old transformers saved; it follows from the configuration
 
 DTYPES_BY_NAME = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -110,17 +112,21 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj": (kv_rows, hidden, config.qkv_bias),
         "self_attn.v_proj": (kv_rows, hidden, config.qkv_bias),
         "self_attn.o_proj": (hidden, q_rows, config.o_bias),
+    }
+    dense = {
         "mlp.gate_proj": (inner, hidden, config.mlp_bias),
         "mlp.up_proj": (inner, hidden, config.mlp_bias),
         "mlp.down_proj": (hidden, inner, config.mlp_bias),
     }
+    sparse = _mixture_shapes(config)
     norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
     if config.qk_norm:
         norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}."
-        for product, (rows, columns, bias) in products.items():
+        mlp = sparse if config.mixture is not None and layer in config.mixture.layers else dense
+        for product, (rows, columns, bias) in (products | mlp).items():
             shapes[f"{prefix}{product}.weight"] = (rows, columns)
             if bias:
                 shapes[f"{prefix}{product}.bias"] = (rows,)
@@ -129,6 +135,19 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes[FINAL_NORM] = (hidden,)
     if not config.tie_word_embeddings:
         shapes[HEAD] = (config.vocab_size, hidden)
+    return shapes
+
+
+def _mixture_shapes(config: ModelConfig) -> dict[str, tuple[int, int, bool]]:
+    """The products of a layer that is a mixture of experts."""
+    mixture, hidden = config.mixture, config.hidden_size
+    if mixture is None:
+        return {}
+    shapes = {ROUTER: (mixture.num_experts, hidden, False)}
+    for expert in range(mixture.num_experts):
+        shapes[f"mlp.experts.{expert}.gate_proj"] = (mixture.intermediate_size, hidden, False)
+        shapes[f"mlp.experts.{expert}.up_proj"] = (mixture.intermediate_size, hidden, False)
+        shapes[f"mlp.experts.{expert}.down_proj"] = (hidden, mixture.intermediate_size, False)
     return shapes
 
 
@@ -255,6 +274,18 @@ class _Weights:
         bias_rows = self.parameter(*(f"{part}.bias" for part in parts)) if bias else None
         return self.product(weight, bias_rows, deterministic=deterministic)
 
+    def experts(self, prefix: str, num_experts: int, *, deterministic: bool) -> Experts:
+        """The layer `prefix`'s experts."""
+
+        def each() -> Iterator[tuple[list[Tensor], Tensor]]:
+            for expert in range(num_experts):
+                gate, up, down = (
+                    f"{prefix}.mlp.experts.{expert}.{part}_proj.weight" for part in ("gate", "up", "down")
+                )
+                yield self.rows(gate, up), self.rows(down)[0]
+
+        return Experts(each(), dtype=self.dtype, deterministic=deterministic, quantize=self._quantize)
+
     def product(self, weight: list[Tensor], bias: Tensor | None, *, deterministic: bool) -> PackedLinear:
         """The product with these weights' rows, packed, and quantized where that was asked for."""
         return PackedLinear(weight, bias, dtype=self.dtype, deterministic=deterministic, quantize=self._quantize)
@@ -297,6 +328,14 @@ def _layer(weights: _Weights, index: int, deterministic: bool) -> Layer:
     def linear(product: str, bias: bool) -> PackedLinear:
         return weights.linear(prefix, product, bias=bias, deterministic=deterministic)
 
+    def mlp() -> Mlp:
+        return Mlp(linear("mlp.gate_up_proj", config.mlp_bias), linear("mlp.down_proj", config.mlp_bias))
+
+    def mixture() -> MixtureOfExperts:
+        assert config.mixture is not None
+        experts = weights.experts(prefix, config.mixture.num_experts, deterministic=deterministic)
+        return MixtureOfExperts(linear(ROUTER, False), experts, config.mixture.top_k, config.mixture.normalize)
+
     return Layer(
         input_norm=norm("input_layernorm"),
         qkv=linear("self_attn.qkv_proj", config.qkv_bias),
@@ -304,7 +343,6 @@ def _layer(weights: _Weights, index: int, deterministic: bool) -> Layer:
         k_norm=norm("self_attn.k_norm") if config.qk_norm else None,
         o=linear("self_attn.o_proj", config.o_bias),
         post_attention_norm=norm("post_attention_layernorm"),
-        gate_up=linear("mlp.gate_up_proj", config.mlp_bias),
-        down=linear("mlp.down_proj", config.mlp_bias),
+        mlp=mixture() if config.mixture is not None and index in config.mixture.layers else mlp(),
         sliding_window=config.sliding_windows[index],
     )

@@ -26,6 +26,7 @@ class Family:
     mlp_bias: bool | str
     qk_norm: bool
     windowed: str
+    mixture: bool = False  # layers may be mixtures of experts
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -62,6 +63,15 @@ FAMILIES: Mapping[str, Family] = {
         windowed="some",
         defaults={"sliding_window": 4096, "max_window_layers": 28},
     ),
+    "Qwen3MoeForCausalLM": Family(
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        mlp_bias=False,
+        qk_norm=True,
+        windowed="some",
+        mixture=True,
+        defaults={"sliding_window": 4096, "max_window_layers": 28},
+    ),
 }
 
 # For directories whose config.json names only the model type.
@@ -70,4 +80,5 @@ ARCHITECTURE_OF_MODEL_TYPE: Mapping[str, str] = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }

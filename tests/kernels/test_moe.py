@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from support.kernel_cases import assert_close, randn
@@ -14,6 +16,11 @@ def make(generator: torch.Generator, dtype: torch.dtype) -> tuple[torch.Tensor, 
     return gate_up, (randn(generator, 8, 64, 48) / 7).to(dtype)
 
 
+def each(gate_up: torch.Tensor, down: torch.Tensor) -> Iterator[tuple[list[torch.Tensor], torch.Tensor]]:
+    for expert in range(len(down)):
+        yield list(gate_up[expert].chunk(2)), down[expert]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 2, 31])
 @pytest.mark.parametrize("top_k", [1, 2, 8])
@@ -22,7 +29,7 @@ def test_experts_match_the_reference(num_tokens: int, top_k: int, dtype: torch.d
     gate_up, down = make(generator, dtype)
     x = randn(generator, num_tokens, 64, dtype=dtype)
     weights, experts = route(randn(generator, num_tokens, 8), top_k, normalize=True)
-    actual = Experts(gate_up, down, dtype=dtype, deterministic=False)(x, weights, experts)
+    actual = Experts(each(gate_up, down), dtype=dtype, deterministic=False)(x, weights, experts)
     assert_close(actual, moe_mlp_reference(x, weights, experts, gate_up, down), dtype)
 
 
@@ -30,7 +37,7 @@ def test_experts_match_the_reference(num_tokens: int, top_k: int, dtype: torch.d
 def test_a_tokens_bits_do_not_depend_on_the_others(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
     gate_up, down = make(generator, dtype)
-    packed = Experts(gate_up, down, dtype=dtype, deterministic=True)
+    packed = Experts(each(gate_up, down), dtype=dtype, deterministic=True)
     x = randn(generator, 50, 64, dtype=dtype)
     weights, experts = route(randn(generator, 50, 8), 2, normalize=True)
     together = packed(x, weights, experts)

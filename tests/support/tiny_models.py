@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 PreTrainedModel = Any  # transformers' own types do not fit together
 
@@ -60,6 +60,18 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
         use_sliding_window=True,
         sliding_window=9,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SHAPE | {"head_dim": 24, "num_experts": 8},
+        num_experts_per_tok=3,
+        moe_intermediate_size=40,
+        norm_topk_prob=True,
+    ),
+    "qwen3_moe_mixed": lambda: Qwen3MoeConfig(
+        **SHAPE | {"head_dim": 16, "num_experts": 5},
+        num_experts_per_tok=2,
+        moe_intermediate_size=36,
+        mlp_only_layers=[1],
     ),
 }
 
