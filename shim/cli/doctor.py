@@ -6,7 +6,6 @@ Each check is a function that yields `Check`s; none changes anything on the mach
 from __future__ import annotations
 
 import argparse
-import fcntl
 import importlib.metadata
 import importlib.util
 import os
@@ -24,6 +23,7 @@ from aiexport_edge.shim.cli.check import OK, PROBLEM, WARNING, Check
 from aiexport_edge.shim.cli.command import CommandError, json_option, load_config, opened_store, print_json
 from aiexport_edge.shim.cli.crypto_keys import missing_master_keys
 from aiexport_edge.shim.cli.listeners import listen
+from aiexport_edge.shim.cli.own_server import serving_pid
 from aiexport_edge.shim.cli.weights import inspect_weights
 
 EPILOG = """\
@@ -194,7 +194,7 @@ def _limits(config: Config) -> Iterator[Check]:
 
 
 def _ports(config: Config) -> Iterator[Check]:
-    pid = _serving_pid(config.state)
+    pid = serving_pid(config.state)
     admin = split_address(config.admin_listen)
     for name, (host, port) in (("port", (config.shim.host, config.shim.port)), ("admin port", admin)):
         if pid is not None:
@@ -207,18 +207,3 @@ def _ports(config: Config) -> Iterator[Check]:
             yield Check(name, PROBLEM, sentence, remedy)
         else:
             yield Check(name, OK, f"{port} on {host} is free")
-
-
-def _serving_pid(state: Path) -> str | None:
-    """The pid in serve's lock file, where a `serve` holds it."""
-    try:
-        descriptor = os.open(state / "serve.lock", os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return os.pread(descriptor, 20, 0).decode(errors="replace").strip()
-    finally:
-        os.close(descriptor)
-    return None

@@ -27,11 +27,13 @@ COMMANDS = {
     "signing-keys": ("crypto_keys", "the keys that sign OAuth tokens"),
     "master-key": ("crypto_keys", "the key that the store's secrets are encrypted under"),
     "operator": ("operator_login", "the login of the admin listener"),
-    "models": ("models", "list the models, check that their files are complete"),
+    "models": ("models", "list the models, check that their files are complete, import one"),
     "usage": ("usage", "what workspaces have used, by model, key or day"),
     "batches": ("batches", "list, show, cancel and delete batches"),
     "webhooks": ("webhooks", "secrets and deliveries of webhooks"),
     "config": ("settings", "check the configuration file, show the settings that hold"),
+    "bench": ("bench", "how fast this installation is, and what its machine can do"),
+    "compare": ("compare", "replay requests at two servers and show where their replies differ in shape"),
     "doctor": ("doctor", "what is wrong with this installation, and what to do"),
 }
 

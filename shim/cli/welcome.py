@@ -71,12 +71,12 @@ async def until_ready(rest: socket.socket, *, tls: bool) -> None:
     host, port = reachable_host(rest), rest.getsockname()[1]
     while True:
         with contextlib.suppress(OSError, asyncio.TimeoutError):
-            if await asyncio.wait_for(_readyz(host, port, _own_tls() if tls else None), PROBE_TIMEOUT):
+            if await asyncio.wait_for(_readyz(host, port, own_tls() if tls else None), PROBE_TIMEOUT):
                 return
         await asyncio.sleep(PROBE_SECONDS)
 
 
-def _own_tls() -> ssl.SSLContext:
+def own_tls() -> ssl.SSLContext:
     """For talking to our own listener: its certificate names the host that clients use, not this address."""
     context = ssl.create_default_context()
     context.check_hostname = False
