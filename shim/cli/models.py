@@ -1,13 +1,13 @@
-"""`aiexport-edge models`: what the configuration serves, and whether its files are whole."""
+"""`aiexport-edge models`: what the configuration serves, whether its files are whole, and an import."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from aiexport_edge.proto.config import Config, ModelSpec, source_directory
+from aiexport_edge.shim.cli import manifest, models_import
 from aiexport_edge.shim.cli.command import (
     CommandError,
     common_options,
@@ -22,6 +22,15 @@ EPILOG = """\
 example:
   aiexport-edge models list
   aiexport-edge models verify apex-haiku-4-20250401
+  aiexport-edge models import /media/usb/Qwen2.5-0.5B-Instruct
+"""
+
+IMPORT_EPILOG = """\
+Hard-linked where that can be, else copied; code and pickles are left out. The entry for the configuration is printed.
+
+example:
+  aiexport-edge models import /media/usb/Qwen2.5-0.5B-Instruct
+  aiexport-edge models import qwen.tar.gz --to /srv/models/qwen
 """
 
 
@@ -47,6 +56,17 @@ def add_arguments(_name: str, parser: argparse.ArgumentParser) -> None:
     verify.add_argument("model_id", metavar="MODEL_ID", nargs="?", help="default: every model")
     json_option(verify)
     verify.set_defaults(run=_verify)
+    importing = actions.add_parser(
+        "import",
+        help="take a model in from a directory or an archive, offline",
+        description="Checks a Hugging Face directory or an archive of one and takes it into STATE/models, offline.",
+        epilog=IMPORT_EPILOG,
+        parents=[common_options()],
+    )
+    importing.add_argument("source", metavar="DIR_OR_ARCHIVE", type=Path, help="a directory, .tar, .tar.gz or .zip")
+    importing.add_argument("--to", metavar="DIR", type=Path, help="a new directory (default: STATE/models/NAME)")
+    json_option(importing)
+    importing.set_defaults(run=models_import.run)
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -98,16 +118,20 @@ def _directories(config: Config, model_id: str | None) -> list[tuple[str, Path]]
 
 
 def _verified(name: str, directory: Path) -> dict[str, Any]:
+    """Where the directory was imported, its files must still be what they were."""
     found = inspect_weights(directory)
+    problem, expected = found.problem, dict[str, str]()
+    try:
+        expected = manifest.read(directory)
+    except ValueError as error:
+        problem = problem or str(error)
+    files = sorted({*found.files, *(directory / file for file in expected if (directory / file).is_file())})
+    hashes = {file.name: manifest.sha256(file) for file in files}
+    problem = problem or manifest.first_difference(directory, expected, hashes)
     return {
         "weights": name,
         "directory": directory,
-        "complete": found.problem is None,
-        "problem": found.problem,
-        "files": [{"path": file, "bytes": file.stat().st_size, "sha256": _sha256(file)} for file in found.files],
+        "complete": problem is None,
+        "problem": problem,
+        "files": [{"path": file, "bytes": file.stat().st_size, "sha256": hashes[file.name]} for file in files],
     }
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

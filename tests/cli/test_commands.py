@@ -65,7 +65,7 @@ def every_help() -> list[list[str]]:
     leaves = {
         "workspaces": ("create", "list", "show", "set", "delete"),
         "keys": ("create", "list", "rotate", "revoke"),
-        "models": ("list", "verify"),
+        "models": ("list", "verify", "import"),
         "config": ("check", "show"),
     }
     return [[], *([name] for name in COMMANDS), *([name, leaf] for name, found in leaves.items() for leaf in found)]
