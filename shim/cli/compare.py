@@ -56,7 +56,7 @@ not be done.
 This installation's key is better in the environment ({KEY_VARIABLE}) than in --own-key, which others can see.
 
 example:
-  {KEY_VARIABLE}=axp_live_… aiexport-edge compare --against https://api.example.com --key axp_live_… requests.jsonl
+  aiexport-edge compare --against https://api.example.com --key axp_live_… requests.jsonl
 """
 
 PATH = re.compile(r"/[!-~]*")
