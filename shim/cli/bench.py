@@ -107,7 +107,6 @@ def _measured(config: Config, args: argparse.Namespace) -> Iterator[tuple[Server
 
 def _table(document: dict[str, Any]) -> Iterator[str]:
     facts, limits, alone, together = (document[name] for name in ("machine", "limits", "alone", "together"))
-    rate = alone["tokens_per_second_p50"]
     streams = f"{together['streams']} streams"
     rows = [
         ("processor", f"{facts['processor']}, {facts['cores']} cores, load {facts['load_average_before']} before"),
@@ -117,7 +116,7 @@ def _table(document: dict[str, Any]) -> Iterator[str]:
         ("server", f"{document['server']} ({document['note']})"),
         ("model", document["model"]),
         ("first token alone", f"{alone['first_text_ms_p50']} ms (median of {alone['replies']})"),
-        ("alone", "too short to tell" if rate is None else f"{rate} tokens/s"),
+        ("alone", f"{alone['tokens_per_second_p50']} tokens/s"),
         (f"first token, {streams}", f"{together['first_text_ms_p50']} ms (median of {together['replies']})"),
         (streams, f"{together['tokens_per_second']} tokens/s together"),
     ]
