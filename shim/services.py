@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -35,6 +36,8 @@ from aiexport_edge.shim.telemetry import Tracing
 from aiexport_edge.shim.uptime import Uptime
 from aiexport_edge.shim.usage import UsageLedger
 from aiexport_edge.shim.webhooks.sender import WebhookSender
+
+log = logging.getLogger(__name__)
 
 _MEASURE_S = 1.0
 _SPOOLED_BODIES = 4  # of batches that are taken in at one time, each of the greatest size
@@ -94,15 +97,10 @@ class Services:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         self.ledger.start()
-        tasks = [
-            asyncio.create_task(self.engines.run()),
-            asyncio.create_task(self.authenticator.run()),
-            asyncio.create_task(self.idempotency.run()),
-            asyncio.create_task(self.uptime.run()),
-            asyncio.create_task(self.batches.run()),
-            asyncio.create_task(self.webhooks.run()),
-            asyncio.create_task(self._measure()),
-        ]
+        parts = (self.engines, self.authenticator, self.idempotency, self.uptime, self.batches, self.webhooks)
+        tasks = [asyncio.create_task(running) for running in (*(part.run() for part in parts), self._measure())]
+        for task in tasks:
+            task.add_done_callback(_tell_of_end)
         try:
             yield
         finally:
@@ -129,3 +127,9 @@ class Services:
             metrics.RESUMED.inc(self.engines.num_resumed - counted)
             counted = self.engines.num_resumed
             await asyncio.sleep(_MEASURE_S)
+
+
+def _tell_of_end(task: asyncio.Task[None]) -> None:
+    """A background task ends by being cancelled alone: one that has failed would be missed by nobody until then."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("a background task has ended; restart this process", exc_info=error)

@@ -22,7 +22,7 @@ from aiexport_edge.proto.config_limits import PlanConfig
 from aiexport_edge.shim.errors import RateLimited, store_unavailable
 from aiexport_edge.shim.limits.window import Taken, Window
 from aiexport_edge.shim.store import Principal
-from aiexport_edge.shim.store.days import DAY_MS, today
+from aiexport_edge.shim.store.days import today
 from aiexport_edge.shim.store.errors import remedy
 from aiexport_edge.shim.store.quotas import Claim, Standing, read_standing
 from aiexport_edge.shim.usage import Entry, QuotaSpent, UsageLedger
@@ -55,11 +55,6 @@ class Quota:
     def retry_after_s(self) -> float:
         """Where nothing is left: until something may be."""
         return seconds_to_midnight() if self.spent else IN_FLIGHT_RETRY_S
-
-    @property
-    def resets_at_ms(self) -> int:
-        """When the next day's quota begins, in milliseconds since 1970."""
-        return (self.standing.day + 1) * DAY_MS
 
 
 class OverQuota(Exception):
