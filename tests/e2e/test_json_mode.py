@@ -72,19 +72,33 @@ def body_of(rng: random.Random) -> dict[str, Any]:
 
 
 async def ask(client: httpx.AsyncClient, body: dict[str, Any], streamed: bool) -> tuple[str, str, int]:
-    """The reply's text after its prefill, its stop reason and output tokens."""
-    if streamed:
-        reply = await stream(client, body)
-        assert reply.error is None, reply.error
-        text, reason, num_tokens = reply.text, str(reply.stop_reason), reply.usage["output_tokens"]
+    """The reply's text after its prefill, its stop reason and output tokens. A 503 is asked again, as SDKs do."""
+    for _ in range(600):
+        answer = await ask_once(client, body, streamed)
+        if answer is not None:
+            break
+        await asyncio.sleep(0.2)
     else:
-        response = await client.post("/v2/messages", json=body)
-        assert response.status_code == 200, response.text
-        whole = response.json()
-        text, reason = whole["content"][0]["text"], whole["stop_reason"]
-        num_tokens = whole["usage"]["output_tokens"]
+        raise AssertionError("no engine took it within two minutes")
+    text, reason, num_tokens = answer
     last = body["messages"][-1]
     return (last["content"] if last["role"] == "assistant" else "") + text, reason, num_tokens
+
+
+async def ask_once(client: httpx.AsyncClient, body: dict[str, Any], streamed: bool) -> tuple[str, str, int] | None:
+    """The reply's text, stop reason and output tokens; None where no engine would take it (503)."""
+    if streamed:
+        reply = await stream(client, body)
+        if reply.status == 503:
+            return None
+        assert reply.error is None, reply.error
+        return reply.text, str(reply.stop_reason), reply.usage["output_tokens"]
+    response = await client.post("/v2/messages", json=body)
+    if response.status_code == 503:
+        return None
+    assert response.status_code == 200, response.text
+    whole = response.json()
+    return whole["content"][0]["text"], whole["stop_reason"], whole["usage"]["output_tokens"]
 
 
 async def ask_all(edge: Edge, bodies: list[dict[str, Any]], at_once: int = 32) -> list[tuple[str, str, int]]:
