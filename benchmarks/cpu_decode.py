@@ -25,10 +25,11 @@ os.environ.update(threads.ENVIRONMENT)  # before torch is loaded
 
 import torch
 
+from aiexport_edge.engine.core.loading import make_runner
 from aiexport_edge.engine.core.plan import Chunk, ModelPlan, StepPlan
 from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel, Priority, Sampling
 from aiexport_edge.engine.core.request import Request
-from aiexport_edge.engine.core.runner import Runner, make_runner
+from aiexport_edge.engine.core.runner import Runner
 from aiexport_edge.engine.models.decoder import Decoder, Mlp
 from aiexport_edge.engine.models.loader import load_model
 from aiexport_edge.kernels.linear import PackedLinear

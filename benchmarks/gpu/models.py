@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from aiexport_edge.engine.core.accelerator import Accelerator, CudaAccelerator
+from aiexport_edge.engine.core.loading import make_runner
 from aiexport_edge.engine.core.protocol import CoreConfig
-from aiexport_edge.engine.core.runner import Runner, make_runner
+from aiexport_edge.engine.core.runner import Runner
 from aiexport_edge.engine.models.config import ModelConfig
 from aiexport_edge.engine.models.decoder import Decoder, Layer, Mlp
 from aiexport_edge.engine.models.loader import LoadedModel

@@ -78,8 +78,8 @@ def _start(bench: Bench, directory: Path, cache: str) -> dict[str, float]:
 def main() -> None:
     """The process that is timed."""
     directory, device = sys.argv[1:]
+    from aiexport_edge.engine.core.loading import load
     from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel
-    from aiexport_edge.engine.core.runner import load
     from benchmarks.gpu.served import Served
 
     times = {"imports": time.time()}

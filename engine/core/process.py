@@ -85,7 +85,7 @@ def _prepare_process() -> None:
 
 def _import_runner() -> None:
     with contextlib.suppress(Exception):  # `_load` comes upon the same, and tells
-        import aiexport_edge.engine.core.runner  # noqa: F401
+        import aiexport_edge.engine.core.loading  # noqa: F401
 
 
 def _load(config: CoreConfig, channel: Channel) -> StepRunner[Any] | None:
@@ -98,7 +98,7 @@ def _load(config: CoreConfig, channel: Channel) -> StepRunner[Any] | None:
         channel.send(encode_from_core(Warming(done, total)))
 
     try:
-        from aiexport_edge.engine.core.runner import load
+        from aiexport_edge.engine.core.loading import load
 
         return load(config, progress, warming)
     except ChannelClosed:

@@ -11,38 +11,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
-from aiexport_edge.engine.core.accelerator import Accelerator, CudaAccelerator
+from aiexport_edge.engine.core.accelerator import Accelerator
 from aiexport_edge.engine.core.batch import BatchBuilder, Draws
 from aiexport_edge.engine.core.decode_graphs import DecodeGraphs
 from aiexport_edge.engine.core.decode_inputs import DecodeInputs
-from aiexport_edge.engine.core.device import keep_kernels, select_device
-from aiexport_edge.engine.core.kv_memory import (
-    KVMemory,
-    ModelNeed,
-    PoolShape,
-    available_memory,
-    device_pool_bytes,
-    pool_shape,
-    smallest_shape,
-)
+from aiexport_edge.engine.core.kv_memory import KVMemory
 from aiexport_edge.engine.core.plan import Chunk, ModelPlan, StepPlan, StepResult
 from aiexport_edge.engine.core.protocol import CoreConfig
 from aiexport_edge.engine.core.request import Status
 from aiexport_edge.engine.core.warm_up import Progress, largest_steps, warm_up
-from aiexport_edge.engine.models.config import ModelError
-from aiexport_edge.engine.models.loader import LoadedModel, load_model
+from aiexport_edge.engine.models.loader import LoadedModel
 from aiexport_edge.kernels.sampler import sample
-from aiexport_edge.kernels.threads import set_num_threads
 
 if TYPE_CHECKING:
     from aiexport_edge.engine.models.decode_programs import DecodePrograms
-
-STEP_TOKENS_CPU, STEP_TOKENS_CARD = 512, 2048  # a card's products are busy from about a thousand rows on
 
 
 _NO_IDS = torch.empty(0, dtype=torch.int64)
@@ -53,7 +39,7 @@ def _nothing() -> None:
     """There is nothing to wait for."""
 
 
-def _untold(done: int, total: int) -> None:
+def untold(done: int, total: int) -> None:
     """Nobody wants to know."""
 
 
@@ -350,7 +336,7 @@ class Runner:
             )
         return programs
 
-    def warm_up(self, progress: Progress = _untold) -> None:
+    def warm_up(self, progress: Progress = untold) -> None:
         """Run every operation of every model once, in page 0, so that nothing is compiled while serving."""
         warm_up(self, self._graphs, progress)
         if self._accelerator is not None:
@@ -360,116 +346,6 @@ class Runner:
         """The steps that take the most memory, in page 0."""
         for chunks in largest_steps(self):
             self.step(StepPlan([ModelPlan(chunks[0].request.model, chunks)]))
-
-
-def load(
-    config: CoreConfig,
-    progress: Callable[[int, int, int], None] | None = None,
-    warming: Progress = _untold,
-    *,
-    keep_logits: bool = False,
-) -> Runner:
-    """Load every model of `config`, lay out the pool and warm up. `progress` is told (model, bytes done, bytes in all)
-    while weights are read, `warming` (parts done, parts in all) after that.
-
-    Raises ModelError with a sentence for the operator.
-    """
-    device = select_device(config.device)
-    if not config.max_step_tokens:
-        chosen = STEP_TOKENS_CPU if device.type == "cpu" else STEP_TOKENS_CARD
-        config = msgspec.structs.replace(config, max_step_tokens=chosen)
-    set_num_threads(config.num_threads or torch.get_num_threads())
-    accelerator = None
-    if device.type != "cpu":
-        keep_kernels(config.kernel_cache)
-        accelerator = CudaAccelerator(device)
-    models = []
-    for index, model in enumerate(config.models):
-
-        def report(done: int, total: int, index: int = index) -> None:
-            if progress is not None:
-                progress(index, done, total)
-
-        try:
-            models.append(
-                load_model(
-                    model.path,
-                    name=model.name,
-                    dtype=model.dtype,
-                    quantize=model.quantize,
-                    context_window=model.context_window,
-                    deterministic=model.deterministic,
-                    device=device,
-                    progress=report,
-                )
-            )
-        except torch.OutOfMemoryError as error:
-            raise ModelError(
-                f"the weights of model {model.name} do not fit into the memory of {device}; serve fewer or smaller "
-                "models on it, or free what other programs hold there"
-            ) from error
-    return make_runner(config, models, device, accelerator, keep_logits=keep_logits, progress=warming)
-
-
-def make_runner(
-    config: CoreConfig,
-    models: Sequence[LoadedModel],
-    device: torch.device,
-    accelerator: Accelerator | None,
-    *,
-    keep_logits: bool = False,
-    progress: Progress = _untold,
-) -> Runner:
-    """A warm runner of models that lie on `device`, over a pool that takes what memory is left. `progress` is told of
-    the warm-up: parts done, parts in all.
-
-    Raises ModelError with a sentence for the operator.
-    """
-    needs = [
-        ModelNeed(model.name, model.config.kv_bytes_per_token(model.dtype.itemsize), model.context_window)
-        for model in models
-    ]
-
-    def shape_of(pool_bytes: int, available_bytes: int = 0) -> PoolShape:
-        return pool_shape(
-            needs,
-            page_bytes=config.page_bytes,
-            pool_bytes=pool_bytes,
-            max_num_running=config.max_num_running,
-            available_bytes=available_bytes,
-        )
-
-    def run_trial() -> None:
-        memory = KVMemory(smallest_shape(needs, page_bytes=config.page_bytes), device)
-        Runner(config, models, memory, accelerator=accelerator).run_largest_steps()
-
-    if accelerator is None:
-        shape = shape_of(config.pool_bytes, available_memory())
-    else:
-        try:
-            peak_bytes = accelerator.peak_bytes(run_trial)
-        except torch.OutOfMemoryError as error:
-            raise ModelError(
-                f"a step of {config.max_step_tokens} tokens and {config.max_num_running} requests does not fit into "
-                f"the memory of {device} beside the weights; lower engine.max_step_tokens or engine.max_num_running"
-            ) from error
-        pool_bytes = device_pool_bytes(
-            wanted=config.pool_bytes,
-            share=config.memory_share,
-            free_bytes=accelerator.free_bytes(),
-            peak_bytes=peak_bytes,
-            device=str(device),
-        )
-        shape = shape_of(pool_bytes)
-    try:
-        runner = Runner(config, models, KVMemory(shape, device), keep_logits=keep_logits, accelerator=accelerator)
-        runner.warm_up(progress)
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"the memory of {device} does not do for a page pool of {shape.num_pages * shape.page_bytes} bytes, graphs "
-            "and activations; lower engine.pool_bytes, engine.max_step_tokens or engine.max_num_running"
-        ) from error
-    return runner
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:

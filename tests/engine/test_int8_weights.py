@@ -9,8 +9,8 @@ import torch
 from support.tiny_models import shared_data
 
 from aiexport_edge.engine.core.kv_memory import KVMemory, PoolShape
+from aiexport_edge.engine.core.loading import load
 from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel
-from aiexport_edge.engine.core.runner import load
 from aiexport_edge.engine.models.config import ModelError
 from aiexport_edge.engine.models.decoder import Batch
 from aiexport_edge.engine.models.loader import LoadedModel, load_model

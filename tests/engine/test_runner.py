@@ -13,8 +13,9 @@ from support.driver import Driver, load_runner
 from support.tiny_models import CONFIGS, PreTrainedModel, greedy, make, prompts, save, shared_data
 from transformers import AutoModelForCausalLM
 
+from aiexport_edge.engine.core.loading import load
 from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel, Sampling
-from aiexport_edge.engine.core.runner import Runner, load
+from aiexport_edge.engine.core.runner import Runner
 from aiexport_edge.engine.models.config import ModelError
 from aiexport_edge.kernels.linear import supports_bf16
 

@@ -16,11 +16,12 @@ from support.fake_accelerator import FakeAccelerator
 from support.fake_core import FakeSuspects, FakeTaken, add_request
 from support.tiny_models import greedy, make, prompts, save
 
+from aiexport_edge.engine.core.loading import make_runner
 from aiexport_edge.engine.core.pages import PagePool
 from aiexport_edge.engine.core.pipeline import Pipeline
 from aiexport_edge.engine.core.protocol import AddRequest, CoreConfig, FinishReason, Priority, Sampling, pack_ids
 from aiexport_edge.engine.core.request import Request, make_request
-from aiexport_edge.engine.core.runner import Runner, make_runner
+from aiexport_edge.engine.core.runner import Runner
 from aiexport_edge.engine.core.scheduler import Scheduler
 from aiexport_edge.engine.models.loader import load_model
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from aiexport_edge.engine.core.loading import load
 from aiexport_edge.engine.core.plan import Chunk, ModelPlan, StepPlan
 from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel, Priority, Sampling
 from aiexport_edge.engine.core.request import Request
-from aiexport_edge.engine.core.runner import Runner, load
+from aiexport_edge.engine.core.runner import Runner
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
 

@@ -126,9 +126,9 @@ def main() -> int:
         )
 
     # In the places of the two modules that a real core imports late, for their weight.
-    runner = types.ModuleType("aiexport_edge.engine.core.runner")
-    runner.load = load  # type: ignore[attr-defined]
-    sys.modules["aiexport_edge.engine.core.runner"] = runner
+    loading = types.ModuleType("aiexport_edge.engine.core.loading")
+    loading.load = load  # type: ignore[attr-defined]
+    sys.modules["aiexport_edge.engine.core.loading"] = loading
     sys.modules["torch"] = types.ModuleType("torch")
     from aiexport_edge.engine.core.process import main as core_main
 

@@ -14,10 +14,11 @@ import torch
 from support.fake_accelerator import FakeAccelerator
 from support.tiny_models import greedy, make, prompts, save
 
+from aiexport_edge.engine.core.loading import make_runner
 from aiexport_edge.engine.core.plan import PENDING_ID, Chunk, ModelPlan, StepPlan
 from aiexport_edge.engine.core.protocol import CoreConfig, Priority, Sampling
 from aiexport_edge.engine.core.request import Request
-from aiexport_edge.engine.core.runner import Runner, make_runner
+from aiexport_edge.engine.core.runner import Runner
 from aiexport_edge.engine.models.loader import load_model
 from aiexport_edge.kernels.gpu import (
     decode_attention,
