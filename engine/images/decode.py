@@ -1,6 +1,6 @@
 """An image file to RGB pixels, or a sentence that says what is wrong with it.
 
-Owns the limits and what every odd file becomes: EXIF orientation is applied, the first frame stands for an animation,
+Owns what every odd file becomes: EXIF orientation is applied, the first frame stands for an animation,
 transparency lies on white, 16-bit channels keep their upper half. Decoding is Pillow's; its formats beyond the four
 that the API names are never tried. Size is checked before a pixel is decoded.
 """
@@ -9,32 +9,17 @@ from __future__ import annotations
 
 import io
 import warnings
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-FORMATS = {"image/png": "PNG", "image/jpeg": "JPEG", "image/webp": "WEBP", "image/gif": "GIF"}
+from aiexport_edge.engine.images.limits import FORMATS, ImageError, ImageLimits
+from aiexport_edge.engine.images.patches import Pixels
+
 MEDIA_TYPES = {name: media_type for media_type, name in FORMATS.items()}
 _DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
 
-Pixels = NDArray[np.uint8]
-
 Image.MAX_IMAGE_PIXELS = None  # the limit is ours, and an error rather than a warning
-
-
-class ImageError(Exception):
-    """What is wrong with an image: a sentence for the client that sent it."""
-
-
-@dataclass(frozen=True, slots=True)
-class ImageLimits:
-    """What one image may be: bytes of its file, pixels, and the longer side in pixels."""
-
-    max_bytes: int = 10 << 20
-    max_pixels: int = 64_000_000
-    max_side: int = 16_384
 
 
 def decode(data: bytes, media_type: str, limits: ImageLimits) -> Pixels:

@@ -1,7 +1,7 @@
 """Pixels to the patches that a vision tower takes, as the Qwen2-VL and Qwen3-VL image processors make them.
 
 Owns the size that an image is brought to (both sides multiples of a merged square, area within bounds, shape kept as
-far as that allows) and the order of patches. Knows no files and no torch.
+far as that allows) and the order of patches. Knows no files, no Pillow and no torch.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from aiexport_edge.engine.images.decode import ImageError, Pixels
+from aiexport_edge.engine.images.limits import ImageError
 
 MOST_ASPECT = 200
 
+Pixels = NDArray[np.uint8]
 Grid = tuple[int, int]
 
 
@@ -58,15 +58,14 @@ class PatchConfig:
         return rows, columns
 
 
-def make_patches(pixels: Pixels, config: PatchConfig) -> tuple[NDArray[np.float32], Grid]:
+def patches(pixels: Pixels, config: PatchConfig) -> tuple[NDArray[np.float32], Grid]:
     """float32 [rows * columns, channels * frames * patch_size²] of uint8 [height, width, 3], and (rows, columns).
 
-    Resized bicubically, normalized by mean and std; a still image is repeated over the frames of a patch. Patches go by
-    merged squares: row of squares, column of squares, row and column within the square.
+    `pixels` have been resized (`resize.py`): both sides are multiples of a merged square. Normalized by mean and std; a
+    still image is repeated over the frames of a patch. Patches go by merged squares: row of squares, column of squares,
+    row and column within the square.
     """
-    height, width = config._resized(*pixels.shape[:2])
-    if (height, width) != pixels.shape[:2]:
-        pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+    height, width = pixels.shape[:2]
     scaled = pixels.astype(np.float32) * np.float32(1 / 255)
     normalized = (scaled - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)
     size, merge = config.patch_size, config.merge_size

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from support.tiny_models import shared_data
 
-from aiexport_edge.engine.images.decode import FORMATS, ImageError, ImageLimits, decode
+from aiexport_edge.engine.images.decode import decode
+from aiexport_edge.engine.images.limits import FORMATS, ImageError, ImageLimits
 
 LIMITS = ImageLimits()
 SUFFIXES = {".png": "image/png", ".jpg": "image/jpeg"}

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aiexport_edge.engine.images.decode import ImageError
-from aiexport_edge.engine.images.patches import PatchConfig, make_patches
+from aiexport_edge.engine.images.limits import ImageError
+from aiexport_edge.engine.images.patches import PatchConfig, patches
+from aiexport_edge.engine.images.resize import resize
 
 CONFIG = PatchConfig(
     patch_size=16,
@@ -37,10 +38,10 @@ def test_patches_match_transformers(height: int, width: int) -> None:
     )
     pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
     expected = processor(images=[pixels], return_tensors="np", input_data_format="channels_last")
-    patches, grid = make_patches(pixels, CONFIG)
+    made, grid = patches(resize(pixels, CONFIG), CONFIG)
     assert expected["image_grid_thw"].tolist() == [[1, *grid]]
     assert CONFIG.grid(height, width) == grid
-    np.testing.assert_allclose(patches, expected["pixel_values"], atol=1e-5)
+    np.testing.assert_allclose(made, expected["pixel_values"], atol=1e-5)
 
 
 def test_a_line_is_refused() -> None:
