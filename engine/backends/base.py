@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from aiexport_edge.engine.core.protocol import CoreStats, FinishReason, Priority, Sampling
+from aiexport_edge.engine.core.protocol import CoreStats, FinishReason, ImageInput, Priority, Sampling
 from aiexport_edge.engine.structured.vocabulary import Vocabulary
 
 
@@ -81,7 +81,7 @@ class StartListener(Protocol):
 class BackendRequest:
     """`model` indexes the backend's models. `output_ids` were produced by an earlier attempt and are not told again.
 
-    `prompt_ids` and `output_ids` are little-endian uint32 bytes (`core.protocol.pack_ids`).
+    `prompt_ids` and `output_ids` are little-endian uint32 bytes (`core.protocol.pack_ids`). `images` go by their start.
     """
 
     model: int
@@ -95,6 +95,7 @@ class BackendRequest:
     salt: bytes
     priority: Priority
     constraint: BackendConstraint | None = None
+    images: tuple[ImageInput, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

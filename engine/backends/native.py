@@ -384,4 +384,5 @@ def _add(handle: int, live: _Live) -> AddRequest:
         probation=live.probation,
         grammar=None if request.constraint is None else request.constraint.grammar,
         document_prefix=b"" if request.constraint is None else request.constraint.prefix,
+        images=list(request.images),
     )

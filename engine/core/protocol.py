@@ -73,6 +73,21 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     seed: int
 
 
+class ImageInput(msgspec.Struct, frozen=True, array_like=True):
+    """A picture in a prompt, already of the size that its model wants.
+
+    `prompt_ids` hold the model's image token from index `start` on, once for each merged patch. `rows` and `columns`
+    count patches and are multiples of the merge size. `pixels` is uint8 [rows * patch, columns * patch, 3], RGB.
+    `digest` is 32 bytes, BLAKE2b over grid and pixels: pictures with the same are taken for the same picture.
+    """
+
+    start: int
+    rows: int
+    columns: int
+    digest: bytes
+    pixels: bytes
+
+
 class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag="add"):
     """A request for the core. `handle` is the parent's number for it, never used twice in a core's life.
 
@@ -81,6 +96,7 @@ class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag="add"):
     that prompt and budget fit the context window. A request on `probation` was in the step that an earlier core died
     in: until it has produced a token it runs in steps of its own. With a `grammar` (`structured.compile`) the output is
     a document of it, of which the prompt holds `document_prefix`; the model's `AddVocabulary` has come before.
+    `images` go by `start`; their tokens lie in the prompt.
     """
 
     handle: int
@@ -97,6 +113,7 @@ class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag="add"):
     probation: bool = False
     grammar: bytes | None = None
     document_prefix: bytes = b""
+    images: list[ImageInput] = []
 
 
 class AddVocabulary(msgspec.Struct, frozen=True, array_like=True, tag="vocabulary"):

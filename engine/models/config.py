@@ -6,20 +6,18 @@ stop ids without it. Knows nothing of the weights' bytes (`loader.py`) nor of th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from aiexport_edge.engine.models.config_values import ModelError as ModelError
+from aiexport_edge.engine.models.config_values import Values, read_json
 from aiexport_edge.engine.models.registry import ARCHITECTURE_OF_MODEL_TYPE, FAMILIES, Family
+from aiexport_edge.engine.models.vision_config import VisionConfig, read_vision_config
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 DTYPES = ("float32", "float16", "bfloat16")
-
-
-class ModelError(Exception):
-    """A model directory that cannot be served: one sentence for the operator that names the file and the cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +40,7 @@ class Rope:
     attention_factor: float | None = None  # yarn; None: from factor and the two mscales
     mscale: float | None = None  # yarn
     mscale_all_dim: float | None = None  # yarn
+    mrope_section: tuple[int, int, int] | None = None  # of each half head, what turns by time, height, width
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ class ModelConfig:
     `context_window` is the longest sequence that the model is made for, prompt and output together.
     `sliding_windows` has one entry per layer: a token sees that many tokens, itself included; 0 means all.
     `dtype` is the checkpoint's as the file claims, None where it does not say.
-    `stop_ids` end a turn: generation_config.json's `eos_token_id`, else config.json's.
+    `stop_ids` end a turn: generation_config.json's `eos_token_id`, else config.json's. `vision` is of models that see.
     """
 
     architecture: str
@@ -88,18 +87,21 @@ class ModelConfig:
     dtype: str | None
     stop_ids: tuple[int, ...]
     mixture: Mixture | None = None
+    vision: VisionConfig | None = None
 
     @classmethod
     def load(cls, directory: Path | str) -> ModelConfig:
         """Read `directory`. Raises ModelError naming the file and the key that is missing or not supported."""
         directory = Path(directory)
         file = directory / "config.json"
-        raw = _read_json(file)
+        raw = read_json(file)
         nested = raw.get("text_config")
         values = {**raw, **nested} if isinstance(nested, dict) else raw
+        if "tie_word_embeddings" in raw:  # of the whole model; in the part it can be a default that nobody meant
+            values = {**values, "tie_word_embeddings": raw["tie_word_embeddings"]}
         architecture, family = _family(raw, values, file)
         return _model_config(
-            _Values({**family.defaults, **values}, file), architecture, family, _stop_ids(directory, values, file)
+            Values({**family.defaults, **values}, file), architecture, family, _stop_ids(directory, values, file)
         )
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
@@ -107,81 +109,11 @@ class ModelConfig:
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim * itemsize
 
 
-class _Values:
-    """A JSON object with typed access; every complaint names the file and the key."""
-
-    def __init__(self, values: Mapping[str, Any], file: Path, prefix: str = "") -> None:
-        self.values = values
-        self.file = file
-        self.prefix = prefix
-
-    def error(self, key: str, complaint: str) -> ModelError:
-        return ModelError(f"{self.file}: {self.prefix}{key} {complaint}")
-
-    def integer(self, key: str, *, default: int | None = None, minimum: int = 1) -> int:
-        value = self.values.get(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise self.error(key, "is missing")
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise self.error(key, f"is {value!r}; an integer of at least {minimum} is needed")
-        return value
-
-    def number(self, key: str, *, default: float | None = None) -> float:
-        value = self.optional_number(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise self.error(key, "is missing")
-        return value
-
-    def optional_number(self, key: str) -> float | None:
-        value = self.values.get(key)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise self.error(key, f"is {value!r}; a positive number is needed")
-        return float(value)
-
-    def flag(self, key: str, *, default: bool = False) -> bool:
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.error(key, f"is {value!r}; true or false is needed")
-        return value
-
-    def choice(self, key: str, supported: tuple[str, ...], *, default: str) -> str:
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if value not in supported:
-            raise self.error(key, f"is {value!r}; supported are {', '.join(supported)}")
-        return str(value)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise ModelError(f"{file} does not exist; a Hugging Face model directory has one") from None
-    except OSError as error:
-        raise ModelError(f"{file} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{file} is not a JSON object")
-    return value
-
-
 def _family(raw: Mapping[str, Any], values: Mapping[str, Any], file: Path) -> tuple[str, Family]:
     supported = ", ".join(FAMILIES)
     names = raw.get("architectures") or values.get("architectures")
     if names is None:
-        model_type = values.get("model_type")
+        model_type = raw.get("model_type") or values.get("model_type")
         names = [ARCHITECTURE_OF_MODEL_TYPE.get(str(model_type), model_type)]
     if not isinstance(names, list):
         raise ModelError(f"{file}: architectures is {names!r}; a list with one of {supported} is needed")
@@ -195,7 +127,7 @@ def _stop_ids(directory: Path, values: Mapping[str, Any], file: Path) -> tuple[i
     generation = directory / "generation_config.json"
     ids = None
     if generation.exists():
-        ids = _read_json(generation).get("eos_token_id")
+        ids = read_json(generation).get("eos_token_id")
         if ids is not None:
             file = generation
     if ids is None:
@@ -208,7 +140,7 @@ def _stop_ids(directory: Path, values: Mapping[str, Any], file: Path) -> tuple[i
     return tuple(dict.fromkeys(listed))
 
 
-def _model_config(values: _Values, architecture: str, family: Family, stop_ids: tuple[int, ...]) -> ModelConfig:
+def _model_config(values: Values, architecture: str, family: Family, stop_ids: tuple[int, ...]) -> ModelConfig:
     if values.values.get("quantization_config") is not None:
         raise values.error("quantization_config", "is set; quantized checkpoints are not supported, use the 16-bit one")
     values.choice("hidden_act", ("silu",), default="silu")
@@ -229,7 +161,9 @@ def _model_config(values: _Values, architecture: str, family: Family, stop_ids: 
     if head_dim % 2:
         raise values.error("head_dim", f"is {head_dim}; rotary embeddings need an even one")
     max_position_embeddings = values.integer("max_position_embeddings")
-    rope = _rope(values, max_position_embeddings)
+    rope = _rope(values, max_position_embeddings, axes=family.vision)
+    if family.vision:
+        rope = replace(rope, mrope_section=_mrope_section(values, head_dim))
     context_window = max_position_embeddings
     if rope.kind == "yarn":  # directories may give the length before or after the extension
         context_window = max(context_window, int(rope.factor * rope.original_max_position_embeddings))
@@ -255,10 +189,15 @@ def _model_config(values: _Values, architecture: str, family: Family, stop_ids: 
         dtype=_dtype(values),
         stop_ids=stop_ids,
         mixture=_mixture(values, num_layers) if family.mixture else None,
+        vision=read_vision_config(
+            values, hidden_size=hidden_size, num_layers=num_layers, vocab_size=values.integer("vocab_size")
+        )
+        if family.vision
+        else None,
     )
 
 
-def _mixture(values: _Values, num_layers: int) -> Mixture | None:
+def _mixture(values: Values, num_layers: int) -> Mixture | None:
     """None where every layer is dense."""
     key = "num_experts" if values.values.get("num_experts") is not None else "num_local_experts"  # transformers 5
     num_experts = values.integer(key, minimum=0)
@@ -281,11 +220,11 @@ def _mixture(values: _Values, num_layers: int) -> Mixture | None:
     )
 
 
-def _bias(values: _Values, bias: bool | str) -> bool:
+def _bias(values: Values, bias: bool | str) -> bool:
     return values.flag(bias) if isinstance(bias, str) else bias
 
 
-def _dtype(values: _Values) -> str | None:
+def _dtype(values: Values) -> str | None:
     key = "dtype" if values.values.get("dtype") is not None else "torch_dtype"  # the second until transformers 4.56
     dtype = values.values.get(key)
     if isinstance(dtype, str):
@@ -295,7 +234,7 @@ def _dtype(values: _Values) -> str | None:
     raise values.error(key, f"is {dtype!r}; supported are {', '.join(DTYPES)}")
 
 
-def _sliding_windows(values: _Values, family: Family, num_layers: int) -> tuple[int, ...]:
+def _sliding_windows(values: Values, family: Family, num_layers: int) -> tuple[int, ...]:
     full = (0,) * num_layers
     if family.windowed == "no":
         return full
@@ -325,8 +264,8 @@ def _sliding_windows(values: _Values, family: Family, num_layers: int) -> tuple[
     return tuple(window if layer >= first else 0 for layer in range(num_layers))
 
 
-def _rope(values: _Values, max_position_embeddings: int) -> Rope:
-    """Both layouts: `rope_theta` with `rope_scaling` (transformers 4), and `rope_parameters` holding all (5)."""
+def _rope_parameters(values: Values) -> Values:
+    """Both layouts: `rope_scaling` beside `rope_theta` (transformers 4), and `rope_parameters` holding all (5)."""
     key = "rope_parameters" if values.values.get("rope_parameters") is not None else "rope_scaling"
     parameters = values.values.get(key)
     if parameters is None:
@@ -335,14 +274,36 @@ def _rope(values: _Values, max_position_embeddings: int) -> Rope:
         raise values.error(key, f"is {parameters!r}; an object is needed")
     if any(isinstance(value, dict) for value in parameters.values()):
         raise values.error(key, "differs by layer type, which is not supported")
-    inner = _Values(parameters, values.file, prefix=f"{key}.")
+    return Values(parameters, values.file, prefix=f"{key}.")
+
+
+def _mrope_section(values: Values, head_dim: int) -> tuple[int, int, int]:
+    inner = _rope_parameters(values)
+    section = inner.values.get("mrope_section", [24, 20, 20])
+    if (
+        not isinstance(section, list)
+        or len(section) != 3
+        or not all(isinstance(size, int) and size >= 0 for size in section)
+        or sum(section) != head_dim // 2
+    ):
+        raise inner.error("mrope_section", f"is {section!r}; three sizes that sum to {head_dim // 2} are needed")
+    if not inner.flag("mrope_interleaved", default=True):
+        raise inner.error("mrope_interleaved", "is false; axes in blocks are not supported")
+    time, height, width = section
+    return time, height, width
+
+
+def _rope(values: Values, max_position_embeddings: int, *, axes: bool) -> Rope:
+    """`axes`: the family's positions may be of several axes."""
+    inner = _rope_parameters(values)
+    parameters = inner.values
     kind_key = "rope_type" if parameters.get("rope_type") is not None else "type"
     kind = inner.choice(kind_key, ROPE_KINDS, default="default")
     theta = inner.number("rope_theta", default=values.number("rope_theta", default=10000.0))
     for owner in (inner, values):
         if owner.number("partial_rotary_factor", default=1.0) != 1.0:
             raise owner.error("partial_rotary_factor", "is not 1; rotating a part of each head is not supported")
-    if parameters.get("mrope_section") is not None:
+    if parameters.get("mrope_section") is not None and not axes:
         raise inner.error("mrope_section", "is set; positions of several axes are not supported")
     if kind == "default":
         return Rope(kind=kind, theta=theta)

@@ -27,6 +27,7 @@ class Family:
     qk_norm: bool
     windowed: str
     mixture: bool = False  # layers may be mixtures of experts
+    vision: bool = False  # pictures stand in its prompts
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -72,6 +73,24 @@ FAMILIES: Mapping[str, Family] = {
         mixture=True,
         defaults={"sliding_window": 4096, "max_window_layers": 28},
     ),
+    "Qwen3VLForConditionalGeneration": Family(
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        mlp_bias=False,
+        qk_norm=True,
+        windowed="no",
+        vision=True,
+    ),
+    "Qwen3VLMoeForConditionalGeneration": Family(
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        mlp_bias=False,
+        qk_norm=True,
+        windowed="no",
+        mixture=True,
+        vision=True,
+        defaults={"norm_topk_prob": True},
+    ),
 }
 
 # For directories whose config.json names only the model type.
@@ -81,4 +100,6 @@ ARCHITECTURE_OF_MODEL_TYPE: Mapping[str, str] = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
 }

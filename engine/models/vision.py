@@ -17,41 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from aiexport_edge.engine.models.vision_config import Grid, VisionConfig
 from aiexport_edge.kernels.linear import PackedLinear
 
 LAYER_NORM_EPS = 1e-6
-
-Grid = tuple[int, int]  # patches of an image: rows, columns; both multiples of the merge size
-
-
-@dataclass(frozen=True, slots=True)
-class VisionConfig:
-    """The tower's shape. `num_positions` is the square of the learned grid's side; `patch_size` is in pixels.
-
-    `deepstack_layers` are the layers after which features are taken for the decoder's first layers, in that order.
-    """
-
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    in_channels: int
-    patch_size: int
-    temporal_patch_size: int
-    merge_size: int
-    out_hidden_size: int
-    num_positions: int
-    deepstack_layers: tuple[int, ...]
-    rope_theta: float
-
-    @property
-    def patch_elements(self) -> int:
-        """Numbers in one patch: channels, frames, rows, columns."""
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
-
-    def num_tokens(self, grid: Grid) -> int:
-        """Tokens that an image takes in the prompt."""
-        return grid[0] * grid[1] // self.merge_size**2
 
 
 @dataclass(frozen=True, slots=True)

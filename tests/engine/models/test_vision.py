@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from aiexport_edge.engine.models.vision import Grid, Merger, VisionConfig, VisionLayer, VisionTower
+from aiexport_edge.engine.models.vision import Merger, VisionLayer, VisionTower
+from aiexport_edge.engine.models.vision_config import Grid, VisionConfig
 from aiexport_edge.kernels.linear import PackedLinear
 
 CONFIG = VisionConfig(
@@ -25,6 +26,10 @@ CONFIG = VisionConfig(
     num_positions=64,
     deepstack_layers=(1, 2),
     rope_theta=10000.0,
+    image_token_id=1,
+    video_token_id=2,
+    vision_start_id=3,
+    vision_end_id=4,
 )
 
 
