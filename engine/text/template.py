@@ -102,9 +102,7 @@ class ChatTemplate:
         texts = "".join(message.text for message in messages)
         borders = sorted(self._tokenizer.border_characters)
         *stand_ins, mark = _unused_characters(len(borders) + 1, texts)
-        protect = str.maketrans(dict(zip(borders, stand_ins, strict=True)))
-        restore = str.maketrans(dict(zip(stand_ins, borders, strict=True)))
-        turns = [{"role": message.role, "content": message.text.translate(protect)} for message in messages]
+        turns = [{"role": message.role, "content": _replace(message.text, borders, stand_ins)} for message in messages]
         prefill = messages[-1].role == "assistant"
         if prefill:
             # The blank tells whether the template trims: then the prefill is trimmed as well (as `transformers` does).
@@ -120,7 +118,7 @@ class ChatTemplate:
             rendered = rendered[:end].replace(mark, "")
             if trims:
                 rendered = rendered.rstrip()
-        return self._tokenizer.alias(rendered).translate(restore)
+        return _replace(self._tokenizer.alias(rendered), stand_ins, borders)
 
     def _call(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
         assert self._template is not None
@@ -177,6 +175,16 @@ def _unused_characters(count: int, text: str) -> list[str]:
             used.add(character)
             found.append(character)
     return found
+
+
+def _replace(text: str, characters: Sequence[str], by: Sequence[str]) -> str:
+    """Each of `characters` by its counterpart; no counterpart is among `characters`.
+
+    `str.translate` would look at every character, without letting other threads run: 0.2 s for 200 K tokens.
+    """
+    for old, new in zip(characters, by, strict=True):
+        text = text.replace(old, new)
+    return text
 
 
 class _RefusedError(jinja2.TemplateError):
