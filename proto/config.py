@@ -20,10 +20,12 @@ from aiexport_edge.proto import config_limits as limits
 from aiexport_edge.proto import config_values as values
 from aiexport_edge.proto.config_admin import AdminConfig, read_admin
 from aiexport_edge.proto.config_batches import BatchesConfig, read_batches
+from aiexport_edge.proto.config_images import ImagesConfig, read_images
 from aiexport_edge.proto.config_limits import PLAN_DEFAULTS, LimitsConfig, PlanConfig
 from aiexport_edge.proto.config_telemetry import TelemetryConfig, read_telemetry
 from aiexport_edge.proto.config_tls import TlsConfig, read_tls
 from aiexport_edge.proto.config_values import DEMO, FAMILIES
+from aiexport_edge.proto.config_vllm import VllmConfig, read_backend, refuse_what_vllm_lacks
 from aiexport_edge.proto.config_webhooks import WebhooksConfig, read_webhooks
 from aiexport_edge.proto.units import join_address, parse_duration, parse_size
 
@@ -76,7 +78,10 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class WeightsSpec:
-    """One loaded model. `name` is what the engine's gRPC calls it; `source` is "demo" or an absolute directory."""
+    """One loaded model. `name` is what the engine's gRPC calls it; `source` is "demo" or an absolute directory.
+
+    `vllm` None: the native backend serves it.
+    """
 
     name: str
     source: str
@@ -84,6 +89,7 @@ class WeightsSpec:
     quantize: str  # what weights are rounded to while they are loaded
     context_window: int  # tokens; 0: the model's own
     deterministic: bool
+    vllm: VllmConfig | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +109,7 @@ class ModelSpec:
     created_at: datetime  # in UTC
     deterministic: bool
     json_mode: bool  # whether `response_format` may ask for JSON
+    vllm: VllmConfig | None  # None: the native backend serves it
     weights: str
 
     @property
@@ -153,6 +160,7 @@ class Config:
     telemetry: TelemetryConfig
     batches: BatchesConfig
     webhooks: WebhooksConfig
+    images: ImagesConfig
 
     @property
     def admin_listen(self) -> str:
@@ -229,6 +237,10 @@ def check_sources(config: Config) -> None:
 # ---------------------------------------------------------------------------------------------------- reading
 
 
+# What two entries must agree in to be served by one set of weights: the fields of a `WeightsSpec` but its name.
+_Shared = tuple[str, str, str, int, bool, VllmConfig | None]
+
+
 class _Table:
     """One TOML table while it is read: `take` each key that may be there, then `end`, which refuses all others."""
 
@@ -249,6 +261,10 @@ class _Table:
             return parse(self._raw[key])
         except ValueError as problem:
             raise self.error(key, str(problem)) from None
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._raw
 
     def table(self, key: str) -> _Table:
         empty: dict[str, Any] = {}
@@ -279,6 +295,7 @@ def _read(root: _Table, file: Path | None, state: Path) -> Config:
     telemetry = read_telemetry(root.table("telemetry"))
     batches = read_batches(root.table("batches"))
     webhooks = read_webhooks(root.table("webhooks"), base)
+    images = read_images(root.table("images"))
     root.end()
     if not admin.listen and shim.port == 65535:
         raise ConfigError(file, "shim.port", "leaves no port + 1 for the admin listener; set admin.listen")
@@ -297,6 +314,7 @@ def _read(root: _Table, file: Path | None, state: Path) -> Config:
         telemetry=telemetry,
         batches=batches,
         webhooks=webhooks,
+        images=images,
     )
 
 
@@ -332,7 +350,7 @@ def _models(
 ) -> tuple[tuple[ModelSpec, ...], tuple[WeightsSpec, ...]]:
     entries = root.take("models", values.tables, list(_DEMO_MODELS))
     models: list[ModelSpec] = []
-    weights: dict[tuple[str, str, str, int, bool], WeightsSpec] = {}
+    weights: dict[_Shared, WeightsSpec] = {}
     seen: dict[str, int] = {}
     for index, raw in enumerate(entries):
         table = _Table(root.file, f"models.{index}", raw)
@@ -349,7 +367,7 @@ def _model(
     table: _Table,
     base: Path,
     engine_deterministic: bool | None,
-    weights: dict[tuple[str, str, str, int, bool], WeightsSpec],
+    weights: dict[_Shared, WeightsSpec],
 ) -> ModelSpec:
     nothing: tuple[str, ...] = ()
     ids = table.take("ids", values.model_ids, nothing)
@@ -363,16 +381,19 @@ def _model(
     input_per_million = table.take("input_per_million", values.price, 0.0)
     output_per_million = table.take("output_per_million", values.price, 0.0)
     created_at = table.take("created_at", values.time, datetime(2025, 4, 1, tzinfo=UTC))
-    default = engine_deterministic if engine_deterministic is not None else source == DEMO
+    vllm = read_backend(table, base)
+    default = engine_deterministic if engine_deterministic is not None else source == DEMO and vllm is None
     deterministic = table.take("deterministic", values.boolean, default)
     json_mode = table.take("json_mode", values.boolean, family != "haiku")
     table.end()
+    if vllm is not None:
+        refuse_what_vllm_lacks(table, deterministic=deterministic, quantize=quantize)
     for key, value in (("ids", ids), ("family", family), ("source", source)):
         if not value:
             raise table.error(key, f"is missing; {_MODEL_REMEDIES[key]}")
     if context_window and max_output_tokens > context_window:
         raise table.error("max_output_tokens", f"must be at most the context_window, {context_window}")
-    shared = (source, dtype, quantize, context_window, deterministic)
+    shared = (source, dtype, quantize, context_window, deterministic, vllm)
     if shared not in weights:
         weights[shared] = WeightsSpec(_weights_name(source, weights.values()), *shared)
     return ModelSpec(
@@ -389,6 +410,7 @@ def _model(
         created_at=created_at,
         deterministic=deterministic,
         json_mode=json_mode,
+        vllm=vllm,
         weights=weights[shared].name,
     )
 

@@ -12,11 +12,14 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from aiexport_edge.proto.config import Config
+from aiexport_edge.proto.config import Config, ModelSpec
 from aiexport_edge.proto.config_limits import UNLIMITED
+from aiexport_edge.proto.config_vllm import NATIVE, VLLM
 from aiexport_edge.proto.units import format_duration, format_size
 
-_SIZES = frozenset({"page_bytes", "pool_bytes", "max_body_bytes", "inflight_body_bytes"})
+_SIZES = frozenset({"page_bytes", "pool_bytes", "max_body_bytes", "inflight_body_bytes", "kv_cache_bytes"})
+_AUTO = frozenset({"deterministic", "eager"})  # where they are None
+_ABSENT = frozenset({"redis_url", "quantization", "gpus"})  # where they are empty
 _LIMITS = frozenset({"requests_per_minute", "tokens_per_day"})
 _SECTIONS = ("engine", "shim", "batches", "webhooks", "limits", "store", "admin", "tls", "telemetry")
 
@@ -27,7 +30,7 @@ def effective(config: Config) -> dict[str, Any]:
     sections["admin"]["listen"] = config.admin_listen
     sections["shim"]["engines"] = list(config.engine_addresses)
     sections["plans"] = {name: _section(plan) for name, plan in config.plans.items()}
-    sections["models"] = [_section(model, leave_out=("weights",)) for model in config.models]
+    sections["models"] = [_model(model) for model in config.models]
     return sections
 
 
@@ -40,8 +43,18 @@ def to_toml(config: Config) -> str:
     for name, plan in sections["plans"].items():
         lines += _toml_table(f"[plans.{name}]", plan)
     for model in sections["models"]:
+        vllm = model.pop("vllm", None)
         lines += _toml_table("[[models]]", model)
+        if vllm is not None:
+            lines += _toml_table("[models.vllm]", vllm)
     return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _model(model: ModelSpec) -> dict[str, Any]:
+    section = _section(model, leave_out=("weights", "vllm"))
+    if model.vllm is None:
+        return section | {"backend": NATIVE}
+    return section | {"backend": VLLM, "vllm": _section(model.vllm)}
 
 
 def _section(value: Any, leave_out: Iterable[str] = ()) -> dict[str, Any]:
@@ -52,11 +65,11 @@ def _section(value: Any, leave_out: Iterable[str] = ()) -> dict[str, Any]:
 def _plain(name: str, value: Any) -> Any:
     if name in _SIZES:
         return format_size(value) if value else "auto"
-    if (name == "deterministic" and value is None) or (name == "max_step_tokens" and not value):
+    if (name in _AUTO and value is None) or (name == "max_step_tokens" and not value):
         return "auto"
     if name in _LIMITS and value is None:
         return UNLIMITED
-    if name == "redis_url" and not value:
+    if name in _ABSENT and not value:
         return None
     if isinstance(value, timedelta):
         return format_duration(value)
