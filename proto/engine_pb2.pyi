@@ -70,11 +70,23 @@ MODEL_LOADING: ModelState
 MODEL_READY: ModelState
 MODEL_FAILED: ModelState
 
+class Image(_message.Message):
+    __slots__ = ("upload_id", "data", "media_type")
+    UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    MEDIA_TYPE_FIELD_NUMBER: _ClassVar[int]
+    upload_id: str
+    data: bytes
+    media_type: str
+    def __init__(self, upload_id: _Optional[str] = ..., data: _Optional[bytes] = ..., media_type: _Optional[str] = ...) -> None: ...
+
 class ContentBlock(_message.Message):
-    __slots__ = ("text",)
+    __slots__ = ("text", "image")
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
     text: str
-    def __init__(self, text: _Optional[str] = ...) -> None: ...
+    image: Image
+    def __init__(self, text: _Optional[str] = ..., image: _Optional[_Union[Image, _Mapping]] = ...) -> None: ...
 
 class Message(_message.Message):
     __slots__ = ("role", "content")
@@ -330,6 +342,44 @@ class GenerateEvent(_message.Message):
     delta: Delta
     finished: Finished
     def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping]] = ..., started: _Optional[_Union[Started, _Mapping]] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
+
+class ImageHeader(_message.Message):
+    __slots__ = ("media_type", "num_bytes")
+    MEDIA_TYPE_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    media_type: str
+    num_bytes: int
+    def __init__(self, media_type: _Optional[str] = ..., num_bytes: _Optional[int] = ...) -> None: ...
+
+class UploadEnd(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class UploadEvent(_message.Message):
+    __slots__ = ("model", "header", "chunk", "end")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    header: ImageHeader
+    chunk: bytes
+    end: UploadEnd
+    def __init__(self, model: _Optional[str] = ..., header: _Optional[_Union[ImageHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ..., end: _Optional[_Union[UploadEnd, _Mapping]] = ...) -> None: ...
+
+class UploadedImage(_message.Message):
+    __slots__ = ("id", "prompt_tokens")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    prompt_tokens: int
+    def __init__(self, id: _Optional[str] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
+
+class UploadedImages(_message.Message):
+    __slots__ = ("images",)
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    images: _containers.RepeatedCompositeFieldContainer[UploadedImage]
+    def __init__(self, images: _Optional[_Iterable[_Union[UploadedImage, _Mapping]]] = ...) -> None: ...
 
 class CountTokensRequest(_message.Message):
     __slots__ = ("model", "chat", "text")

@@ -44,6 +44,11 @@ class EngineStub:
                 request_serializer=aiexport__edge_dot_proto_dot_engine__pb2.ClientEvent.SerializeToString,
                 response_deserializer=aiexport__edge_dot_proto_dot_engine__pb2.StepOutputs.FromString,
                 _registered_method=True)
+        self.UploadImages = channel.stream_stream(
+                '/aiexport.edge.v1.Engine/UploadImages',
+                request_serializer=aiexport__edge_dot_proto_dot_engine__pb2.UploadEvent.SerializeToString,
+                response_deserializer=aiexport__edge_dot_proto_dot_engine__pb2.UploadedImages.FromString,
+                _registered_method=True)
         self.CountTokens = channel.unary_unary(
                 '/aiexport.edge.v1.Engine/CountTokens',
                 request_serializer=aiexport__edge_dot_proto_dot_engine__pb2.CountTokensRequest.SerializeToString,
@@ -85,6 +90,19 @@ class EngineServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UploadImages(self, request_iterator, context):
+        """Pictures for a request that is submitted next: decoded here and brought to the size that the model wants.
+
+        Rules: for each picture an ImageHeader, then its file in chunks of at most 1 MiB, num_bytes in all; after the last one
+        the client asks by `end`. The answer is one UploadedImages, and the images are there for as long as the call is open (at
+        most some minutes): the client ends it when the Submit or CountTokens that names them has been answered. A request
+        holds what it names until it ends, also past the call. One picture that cannot be taken refuses the call and lets the
+        others go: INVALID_ARGUMENT with `field` `images.N`; RESOURCE_EXHAUSTED or UNAVAILABLE where there is no room now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CountTokens(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -115,6 +133,11 @@ def add_EngineServicer_to_server(servicer, server):
                     servicer.Session,
                     request_deserializer=aiexport__edge_dot_proto_dot_engine__pb2.ClientEvent.FromString,
                     response_serializer=aiexport__edge_dot_proto_dot_engine__pb2.StepOutputs.SerializeToString,
+            ),
+            'UploadImages': grpc.stream_stream_rpc_method_handler(
+                    servicer.UploadImages,
+                    request_deserializer=aiexport__edge_dot_proto_dot_engine__pb2.UploadEvent.FromString,
+                    response_serializer=aiexport__edge_dot_proto_dot_engine__pb2.UploadedImages.SerializeToString,
             ),
             'CountTokens': grpc.unary_unary_rpc_method_handler(
                     servicer.CountTokens,
@@ -186,6 +209,33 @@ class Engine:
             '/aiexport.edge.v1.Engine/Session',
             aiexport__edge_dot_proto_dot_engine__pb2.ClientEvent.SerializeToString,
             aiexport__edge_dot_proto_dot_engine__pb2.StepOutputs.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadImages(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/aiexport.edge.v1.Engine/UploadImages',
+            aiexport__edge_dot_proto_dot_engine__pb2.UploadEvent.SerializeToString,
+            aiexport__edge_dot_proto_dot_engine__pb2.UploadedImages.FromString,
             options,
             channel_credentials,
             insecure,
