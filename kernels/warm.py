@@ -9,7 +9,7 @@ import importlib
 import time
 from pathlib import Path
 
-OPERATIONS = ("norm", "swiglu", "rope", "attention", "sampler", "program")
+OPERATIONS = ("norm", "swiglu", "rope", "attention", "sampler", "lora", "program")
 
 
 def warm() -> Path:
@@ -20,7 +20,7 @@ def warm() -> Path:
     from aiexport_edge.kernels.cpu.jit import CACHE_DIRECTORY
 
     if dot.HAS_BFLOAT16 or dot.HAS_INT8:
-        importlib.import_module("aiexport_edge.kernels.cpu.products")
+        importlib.import_module("aiexport_edge.kernels.cpu.int4_products")
     return CACHE_DIRECTORY
 
 

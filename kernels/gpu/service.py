@@ -14,6 +14,7 @@ import torch
 from aiexport_edge.kernels.gpu import (
     decode_attention,
     gather,
+    lora,
     moe,
     paged_attention,
     qk_norm_rope,
@@ -23,6 +24,7 @@ from aiexport_edge.kernels.gpu import (
     swiglu,
 )
 from aiexport_edge.kernels.gpu.launch import Architecture, Launch
+from aiexport_edge.kernels.lora import LoraTable
 
 MAX_CONTEXT = 32768
 SCALE = 0.1
@@ -220,6 +222,30 @@ def moe_cases(architecture: Architecture, dtype: torch.dtype, *, num_tokens: tup
             yield Case(name, f"{detail}, {count} tokens", launch, wide=name not in many[:3])
 
 
+def lora_cases(shape: Shape, dtype: torch.dtype, *, num_tokens: tuple[int, ...]) -> Iterator[Case]:
+    """Adapters of rank 64 on a product of one part and on one of three."""
+    detail = f"{shape.name} {str(dtype).removeprefix('torch.')}"
+    heads = [shape.num_q_heads, shape.num_kv_heads, shape.num_kv_heads]
+    for part_sizes in ([shape.hidden_size], [num_heads * shape.head_dim for num_heads in heads]):
+        table = LoraTable.empty(
+            num_slots=8,
+            max_rank=64,
+            in_features=shape.hidden_size,
+            part_sizes=part_sizes,
+            dtype=dtype,
+            device=torch.device("meta"),
+        )
+        for count in num_tokens:
+            launches = lora.add_lora_launches(
+                _meta(count, sum(part_sizes), dtype=dtype),
+                _meta(count, shape.hidden_size, dtype=dtype),
+                _meta(count, dtype=torch.int32),
+                table,
+            )
+            for name, launch in zip(("lora shrink", "lora expand"), launches, strict=True):
+                yield Case(name, f"{detail}, {count} tokens, {len(part_sizes)} parts", launch)
+
+
 def representative_cases(architecture: Architecture) -> Iterator[Case]:
     """Each kernel at least once, in a minute or so for three architectures."""
     for shape in REPRESENTATIVE:
@@ -227,6 +253,7 @@ def representative_cases(architecture: Architecture) -> Iterator[Case]:
     yield from row_cases(QWEN3_8B, torch.bfloat16)
     yield from sampler_cases(architecture, QWEN3_8B, masked=True)
     yield from moe_cases(architecture, torch.bfloat16, num_tokens=(1, 256))
+    yield from lora_cases(QWEN3_8B, torch.bfloat16, num_tokens=(1, 256))
 
 
 def service_cases(architecture: Architecture) -> Iterator[Case]:
@@ -238,6 +265,8 @@ def service_cases(architecture: Architecture) -> Iterator[Case]:
         yield from attention_cases(architecture, QWEN3_8B, dtype, batches=(1, 256))
         yield from attention_cases(architecture, QWEN3_8B, dtype, fp8=True)
     yield from row_cases(QWEN3_8B, torch.float16)
+    for dtype in (torch.bfloat16, torch.float16):
+        yield from lora_cases(QWEN3_8B, dtype, num_tokens=(1, 256, 2048))
     for masked in (False, True):
         yield from sampler_cases(architecture, QWEN3_8B, masked=masked, batches=(1, 64))
         yield from moe_cases(architecture, torch.float16 if masked else torch.bfloat16, num_tokens=(1, 64, 256, 8192))
