@@ -17,11 +17,21 @@ from aiexport_edge.proto.config_limits import UNLIMITED
 from aiexport_edge.proto.config_vllm import NATIVE, VLLM
 from aiexport_edge.proto.units import format_duration, format_size
 
-_SIZES = frozenset({"page_bytes", "pool_bytes", "max_body_bytes", "inflight_body_bytes", "kv_cache_bytes"})
+_SIZES = frozenset(
+    {
+        "page_bytes",
+        "pool_bytes",
+        "max_body_bytes",
+        "inflight_body_bytes",
+        "kv_cache_bytes",
+        "max_bytes",
+        "held_bytes",
+    }
+)
 _AUTO = frozenset({"deterministic", "eager"})  # where they are None
 _ABSENT = frozenset({"redis_url", "quantization", "gpus"})  # where they are empty
 _LIMITS = frozenset({"requests_per_minute", "tokens_per_day"})
-_SECTIONS = ("engine", "shim", "batches", "webhooks", "limits", "store", "admin", "tls", "telemetry")
+_SECTIONS = ("engine", "shim", "batches", "webhooks", "images", "limits", "store", "admin", "tls", "telemetry")
 
 
 def effective(config: Config) -> dict[str, Any]:
