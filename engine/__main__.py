@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: str, ready_fd: int | None) -> int:
     """Configures the core, imports the rest, serves."""
     from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel
+    from aiexport_edge.engine.models.window import yarn_of
 
     core_config = CoreConfig(
         models=[
@@ -66,8 +67,10 @@ def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: st
                 deterministic=fact.deterministic,
                 revision=fact.revision,
                 quantize=weights.quantize,
+                yarn_factor=0.0 if yarn is None else yarn.factor,
+                yarn_original=0 if yarn is None else yarn.original,
             )
-            for fact, weights in zip(facts, config.weights, strict=True)
+            for fact, weights, yarn in zip(facts, config.weights, map(yarn_of, config.weights), strict=True)
         ],
         device=config.engine.device,
         page_bytes=config.engine.page_bytes,
@@ -120,6 +123,7 @@ def _facts(config: Config) -> list[ModelFacts]:
     """What the directories say. Raises `ModelError` and `ConfigError`."""
     from aiexport_edge.engine.models.config import ModelConfig
     from aiexport_edge.engine.models.revision import model_revision
+    from aiexport_edge.engine.models.window import served_window, yarn_of
     from aiexport_edge.engine.server.facts import ModelFacts
     from aiexport_edge.proto.config import check_sources, source_directory
 
@@ -127,14 +131,15 @@ def _facts(config: Config) -> list[ModelFacts]:
     facts = []
     for weights in config.weights:
         directory = source_directory(weights.source)
-        model = ModelConfig.load(directory)
-        window = min(weights.context_window or model.context_window, model.context_window)
+        yarn = yarn_of(weights)
+        model = ModelConfig.load(directory, yarn=yarn)
+        window = served_window(config, weights, model)
         limits = [spec.max_output_tokens or min(8192, window) for spec in config.models if spec.weights == weights.name]
         facts.append(
             ModelFacts(
                 name=weights.name,
                 directory=directory,
-                revision=model_revision(directory, quantize=weights.quantize),
+                revision=model_revision(directory, quantize=weights.quantize, yarn=yarn),
                 vocab_size=model.vocab_size,
                 context_window=window,
                 max_output_tokens=min(max(limits), window),

@@ -22,6 +22,7 @@ from aiexport_edge.proto.config_admin import AdminConfig, read_admin
 from aiexport_edge.proto.config_batches import BatchesConfig, read_batches
 from aiexport_edge.proto.config_images import ImagesConfig, read_images
 from aiexport_edge.proto.config_limits import PLAN_DEFAULTS, LimitsConfig, PlanConfig
+from aiexport_edge.proto.config_rope import RopeScaling, rope_scaling
 from aiexport_edge.proto.config_telemetry import TelemetryConfig, read_telemetry
 from aiexport_edge.proto.config_tls import TlsConfig, read_tls
 from aiexport_edge.proto.config_values import DEMO, FAMILIES
@@ -90,6 +91,7 @@ class WeightsSpec:
     context_window: int  # tokens; 0: the model's own
     deterministic: bool
     vllm: VllmConfig | None
+    rope_scaling: RopeScaling | None  # in the place of the checkpoint's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ class ModelSpec:
     deterministic: bool
     json_mode: bool  # whether `response_format` may ask for JSON
     vllm: VllmConfig | None  # None: the native backend serves it
+    rope_scaling: RopeScaling | None
     weights: str
 
     @property
@@ -238,7 +241,7 @@ def check_sources(config: Config) -> None:
 
 
 # What two entries must agree in to be served by one set of weights: the fields of a `WeightsSpec` but its name.
-_Shared = tuple[str, str, str, int, bool, VllmConfig | None]
+_Shared = tuple[str, str, str, int, bool, VllmConfig | None, RopeScaling | None]
 
 
 class _Table:
@@ -381,6 +384,7 @@ def _model(
     input_per_million = table.take("input_per_million", values.price, 0.0)
     output_per_million = table.take("output_per_million", values.price, 0.0)
     created_at = table.take("created_at", values.time, datetime(2025, 4, 1, tzinfo=UTC))
+    scaling: RopeScaling | None = table.take("rope_scaling", rope_scaling, None)
     vllm = read_backend(table, base)
     default = engine_deterministic if engine_deterministic is not None else source == DEMO and vllm is None
     deterministic = table.take("deterministic", values.boolean, default)
@@ -388,12 +392,14 @@ def _model(
     table.end()
     if vllm is not None:
         refuse_what_vllm_lacks(table, deterministic=deterministic, quantize=quantize)
+        if scaling is not None:
+            raise table.error("rope_scaling", "is of the native backend; for vLLM write it into the model's config.json")
     for key, value in (("ids", ids), ("family", family), ("source", source)):
         if not value:
             raise table.error(key, f"is missing; {_MODEL_REMEDIES[key]}")
     if context_window and max_output_tokens > context_window:
         raise table.error("max_output_tokens", f"must be at most the context_window, {context_window}")
-    shared = (source, dtype, quantize, context_window, deterministic, vllm)
+    shared = (source, dtype, quantize, context_window, deterministic, vllm, scaling)
     if shared not in weights:
         weights[shared] = WeightsSpec(_weights_name(source, weights.values()), *shared)
     return ModelSpec(
@@ -411,6 +417,7 @@ def _model(
         deterministic=deterministic,
         json_mode=json_mode,
         vllm=vllm,
+        rope_scaling=scaling,
         weights=weights[shared].name,
     )
 

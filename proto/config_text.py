@@ -14,6 +14,7 @@ from typing import Any
 
 from aiexport_edge.proto.config import Config, ModelSpec
 from aiexport_edge.proto.config_limits import UNLIMITED
+from aiexport_edge.proto.config_rope import RopeScaling
 from aiexport_edge.proto.config_vllm import NATIVE, VLLM
 from aiexport_edge.proto.units import format_duration, format_size
 
@@ -81,6 +82,8 @@ def _plain(name: str, value: Any) -> Any:
         return UNLIMITED
     if name in _ABSENT and not value:
         return None
+    if isinstance(value, RopeScaling):
+        return value.to_json()
     if isinstance(value, timedelta):
         return format_duration(value)
     if isinstance(value, datetime):
@@ -97,5 +100,7 @@ def _toml_table(header: str, values: dict[str, Any]) -> list[str]:
 def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
     # JSON writes strings, numbers and booleans as TOML does, but leaves DEL as it is
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -24,7 +24,7 @@ from aiexport_edge.engine.core.kv_memory import (
 from aiexport_edge.engine.core.protocol import CoreConfig
 from aiexport_edge.engine.core.runner import Runner, untold
 from aiexport_edge.engine.core.warm_up import Progress
-from aiexport_edge.engine.models.config import ModelError
+from aiexport_edge.engine.models.config import ModelError, Yarn
 from aiexport_edge.engine.models.loader import LoadedModel, load_model
 from aiexport_edge.kernels.threads import set_num_threads
 
@@ -68,6 +68,7 @@ def load(
                     quantize=model.quantize,
                     context_window=model.context_window,
                     deterministic=model.deterministic,
+                    yarn=Yarn(model.yarn_factor, model.yarn_original) if model.yarn_factor else None,
                     device=device,
                     progress=report,
                 )

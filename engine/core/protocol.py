@@ -34,7 +34,8 @@ class CoreModel(msgspec.Struct, frozen=True, array_like=True):
 
     `dtype` is "float32", "bfloat16", "float16" or "auto": a float32 checkpoint stays so, a 16-bit one is bfloat16
     where the device multiplies it, else float32. `quantize` is "none" or "int8": weights rounded while they are loaded.
-    `context_window` is in tokens, prompt and output together, and already resolved by the parent.
+    `context_window` is in tokens, prompt and output together, and already resolved by the parent. `yarn_factor`, where
+    it is not 0, and `yarn_original` are the operator's `Yarn`.
     """
 
     name: str
@@ -44,6 +45,8 @@ class CoreModel(msgspec.Struct, frozen=True, array_like=True):
     deterministic: bool
     revision: str
     quantize: str = "none"
+    yarn_factor: float = 0.0
+    yarn_original: int = 0
 
 
 class CoreConfig(msgspec.Struct, frozen=True, array_like=True):

@@ -58,6 +58,16 @@ class Mixture:
 
 
 @dataclass(frozen=True, slots=True)
+class Yarn:
+    """An operator's wish for a longer context than `config.json` gives: YaRN by `factor` over `original` tokens, 0 for
+    its `max_position_embeddings`.
+    """
+
+    factor: float
+    original: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """A model's shape. Sizes in elements, lengths in tokens.
 
@@ -90,8 +100,11 @@ class ModelConfig:
     vision: VisionConfig | None = None
 
     @classmethod
-    def load(cls, directory: Path | str) -> ModelConfig:
-        """Read `directory`. Raises ModelError naming the file and the key that is missing or not supported."""
+    def load(cls, directory: Path | str, *, yarn: Yarn | None = None) -> ModelConfig:
+        """Read `directory`, with `yarn` in the place of its own scaling.
+
+        Raises ModelError naming the file and the key that is missing or not supported.
+        """
         directory = Path(directory)
         file = directory / "config.json"
         raw = read_json(file)
@@ -99,6 +112,8 @@ class ModelConfig:
         values = {**raw, **nested} if isinstance(nested, dict) else raw
         if "tie_word_embeddings" in raw:  # of the whole model; in the part it can be a default that nobody meant
             values = {**values, "tie_word_embeddings": raw["tie_word_embeddings"]}
+        if yarn is not None:
+            values = _with_yarn(values, yarn, file)
         architecture, family = _family(raw, values, file)
         return _model_config(
             Values({**family.defaults, **values}, file), architecture, family, _stop_ids(directory, values, file)
@@ -107,6 +122,22 @@ class ModelConfig:
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes that one token's keys and values of all layers take, `itemsize` bytes an element."""
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim * itemsize
+
+
+def _with_yarn(values: Mapping[str, Any], yarn: Yarn, file: Path) -> dict[str, Any]:
+    """As if `config.json` had said so: what else stands beside its scaling (base, sections of axes) stays."""
+    parameters = _rope_parameters(Values(values, file))
+    kind = parameters.values.get("rope_type") or parameters.values.get("type") or "default"
+    if kind not in ("default", "yarn"):
+        raise parameters.error("rope_type", f"is {kind!r}: the model has a scaling of its own; leave rope_scaling out")
+    original = yarn.original or Values(values, file).integer("max_position_embeddings")
+    said = {"rope_type": "yarn", "factor": yarn.factor, "original_max_position_embeddings": original}
+    kept = {key: value for key, value in parameters.values.items() if key not in ("type", *said)}
+    return {
+        **values,
+        parameters.prefix.removesuffix("."): {**kept, **said},
+        "original_max_position_embeddings": original,
+    }
 
 
 def _family(raw: Mapping[str, Any], values: Mapping[str, Any], file: Path) -> tuple[str, Family]:

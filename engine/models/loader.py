@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from aiexport_edge.engine.models.checkpoint import DTYPES, Checkpoint, open_checkpoint
-from aiexport_edge.engine.models.config import ModelConfig, ModelError
+from aiexport_edge.engine.models.config import ModelConfig, ModelError, Yarn
 from aiexport_edge.engine.models.decoder import Decoder, Layer, MixtureOfExperts, Mlp
 from aiexport_edge.engine.models.rope import cos_sin_table
 from aiexport_edge.kernels.linear import PackedLinear, supports_bf16
@@ -57,16 +57,17 @@ def load_model(
     context_window: int = 0,
     deterministic: bool = False,
     device: torch.device | None = None,
+    yarn: Yarn | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
-    """Read `directory`. `context_window` 0 is the model's own; `progress` is told bytes done and in all. `quantize`
+    """Read `directory`. `context_window` 0 is the model's own, `yarn` extends that; `progress` is told bytes done and in all. `quantize`
     "int8" rounds the products' weights to 8 bits while they are packed, on a CPU.
 
     Raises ModelError with a sentence for the operator.
     """
     directory = Path(directory)
     device = device or torch.device("cpu")
-    config = ModelConfig.load(directory)
+    config = ModelConfig.load(directory, yarn=yarn)
     if context_window > config.context_window:
         raise ModelError(
             f"{directory}: a context window of {context_window} tokens is more than the model's {config.context_window}"
