@@ -13,12 +13,11 @@ import inspect
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
-import platformdirs
 from numba.core import compiler, types
 from numba.extending import intrinsic
 
@@ -55,6 +54,15 @@ def _copy_tree(source: Path, target: Path) -> None:
                 raise
 
 
+def _places(beside: Path) -> Iterator[Path]:
+    if wanted := os.environ.get("NUMBA_CACHE_DIR"):
+        yield Path(wanted)
+    yield beside
+    import platformdirs  # vLLM's environment, where some of these kernels run too, does not have it
+
+    yield platformdirs.user_cache_path("aiexport-edge")
+
+
 def find_cache_directory() -> Path:
     """NUMBA_CACHE_DIR, beside the code, the user's cache directory, or a directory of this process alone.
 
@@ -64,10 +72,7 @@ def find_cache_directory() -> Path:
     code = [numba.__version__.encode(), *(source.read_bytes() for source in _SOURCES)]
     name = f"kernels-{hashlib.sha256(bytes(1).join(code)).hexdigest()[:16]}"
     beside = _HERE / "__pycache__"
-    places = [beside, platformdirs.user_cache_path("aiexport-edge")]
-    if wanted := os.environ.get("NUMBA_CACHE_DIR"):
-        places.insert(0, Path(wanted))
-    place = next((place for place in places if _is_writable(place)), None)
+    place = next((place for place in _places(beside) if _is_writable(place)), None)
     if place is None:
         place = Path(tempfile.mkdtemp(prefix="aiexport-edge-"))
         atexit.register(shutil.rmtree, place, ignore_errors=True)
