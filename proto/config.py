@@ -33,9 +33,10 @@ from aiexport_edge.proto.units import join_address, parse_duration, parse_size
 T = TypeVar("T")
 
 DEFAULT_FILE = "aiexport-edge.toml"
+ROUTINGS = ("prefix", "least-load", "round-robin")
 PLANS = ("free", "pro", "enterprise")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANTIZATIONS = ("none", "int8")
+QUANTIZATIONS = ("none", "int8", "int4", "fp8")
 
 
 class ConfigError(Exception):
@@ -73,6 +74,7 @@ class EngineConfig:
     deterministic: bool | None  # None: as each model's source has it
     tls_cert: Path | None
     tls_key: Path | None
+    client_ca: Path | None  # clients must show a certificate of it
     token_file: Path | None
     drain: timedelta  # how long running requests may go on after SIGTERM
 
@@ -122,14 +124,21 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class ShimConfig:
-    """`[shim]`. `engines` are gRPC addresses (HOST:PORT or unix:PATH); the CA and token are for those with TLS."""
+    """`[shim]`. `engines` are gRPC addresses (HOST:PORT, unix:PATH, or dns:///HOST:PORT for every address that the name
+    has, looked up again every `engine_resolve`); CA, certificate, key and token are for those on other machines.
+    `routing`: how one of them is chosen.
+    """
 
     host: str
     port: int
     workers: int
     engines: tuple[str, ...]
     engine_ca: Path | None
+    engine_cert: Path | None
+    engine_key: Path | None
     engine_token_file: Path | None
+    engine_resolve: timedelta
+    routing: str
     max_body_bytes: int
     inflight_body_bytes: int
     max_connections: int  # of one worker process
@@ -338,6 +347,7 @@ def _engine(table: _Table, base: Path) -> EngineConfig:
         deterministic=table.take("deterministic", values.auto_boolean, None),
         tls_cert=table.take("tls_cert", values.path(base), None),
         tls_key=table.take("tls_key", values.path(base), None),
+        client_ca=table.take("client_ca", values.path(base), None),
         token_file=table.take("token_file", values.path(base), None),
         drain=table.take("drain", parse_duration, timedelta(seconds=30)),
     )
@@ -345,6 +355,8 @@ def _engine(table: _Table, base: Path) -> EngineConfig:
     if (engine.tls_cert is None) != (engine.tls_key is None):
         missing = "tls_key" if engine.tls_key is None else "tls_cert"
         raise table.error(missing, "is missing; tls_cert and tls_key go together")
+    if engine.client_ca is not None and engine.tls_cert is None:
+        raise table.error("tls_cert", "is missing; client_ca is for clients that connect over TLS")
     return engine
 
 
@@ -439,9 +451,13 @@ def _shim(table: _Table, base: Path) -> ShimConfig:
         host=table.take("host", values.host, "127.0.0.1"),
         port=table.take("port", values.integer(1, 65535), 8400),
         workers=table.take("workers", values.integer(1, 256), 1),
-        engines=table.take("engines", values.grpc_addresses, nothing),
+        engines=table.take("engines", values.grpc_targets, nothing),
         engine_ca=table.take("engine_ca", values.path(base), None),
+        engine_cert=table.take("engine_cert", values.path(base), None),
+        engine_key=table.take("engine_key", values.path(base), None),
         engine_token_file=table.take("engine_token_file", values.path(base), None),
+        engine_resolve=table.take("engine_resolve", parse_duration, timedelta(seconds=10)),
+        routing=table.take("routing", values.one_of(ROUTINGS), ROUTINGS[0]),
         max_body_bytes=table.take("max_body_bytes", parse_size, 32 << 20),
         inflight_body_bytes=table.take("inflight_body_bytes", parse_size, 256 << 20),
         max_connections=table.take("max_connections", values.integer(1, 1 << 20), 4096),
@@ -449,6 +465,9 @@ def _shim(table: _Table, base: Path) -> ShimConfig:
         drain=table.take("drain", parse_duration, timedelta(seconds=30)),
     )
     table.end()
+    if (shim.engine_cert is None) != (shim.engine_key is None):
+        missing = "engine_key" if shim.engine_key is None else "engine_cert"
+        raise table.error(missing, "is missing; engine_cert and engine_key go together")
     if shim.inflight_body_bytes < shim.max_body_bytes:
         raise table.error("inflight_body_bytes", "must be at least max_body_bytes, or a body of that size never fits")
     return shim

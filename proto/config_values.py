@@ -15,6 +15,7 @@ from typing import Any
 
 from aiexport_edge.proto.units import parse_size, split_address
 
+DNS = "dns:///"  # before a name that stands for all addresses it resolves to
 DEMO = "demo"  # the source that stands for the model that comes with the product
 FAMILIES = ("opus", "sonnet", "haiku")
 MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
@@ -143,10 +144,28 @@ def grpc_address(value: object) -> str:
     return address
 
 
-def grpc_addresses(value: object) -> tuple[str, ...]:
+def grpc_target(value: object) -> str:
+    """An address, or dns:///HOST:PORT (the name syntax of gRPC, without an authority): all that the name resolves to."""
+    target = text(value)
+    if not target.startswith("dns:"):
+        return grpc_address(target)
+    try:
+        if not target.startswith(DNS):
+            raise ValueError
+        split_address(target.removeprefix(DNS))
+    except ValueError:
+        raise ValueError(f'must be "dns:///HOST:PORT", not {value!r}') from None
+    return target
+
+
+def grpc_targets(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not value:
-        raise ValueError('must be a list of addresses such as ["127.0.0.1:50051"]')
-    return tuple(grpc_address(item) for item in value)
+        raise ValueError('must be a list of addresses such as ["127.0.0.1:50051"] or ["dns:///engines.internal:50051"]')
+    targets = tuple(grpc_target(item) for item in value)
+    for target in targets:
+        if targets.count(target) > 1:
+            raise ValueError(f'"{target}" is there twice')
+    return targets
 
 
 def origins(value: object) -> tuple[str, ...]:
