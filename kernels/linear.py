@@ -1,26 +1,32 @@
 """Matrix products: weights packed once for the processor; cuBLAS on a GPU.
 
-On a CPU they are our own (`kernels.cpu.products`) where it multiplies bfloat16 pairs but has no tile unit, and for int8
-weights; else oneDNN's, through torch. A library chooses its loops by the number of rows, so a row's bits change with
-the batch that it is in. In deterministic mode a library's rows are cut and padded into tiles of a few sizes; which
-sizes give a row the same bits is found by trial, once per shape, since it differs between processors, dtypes and
-shapes. Our own products need none of that. Knows nothing of models.
+On a CPU they are our own (`kernels.cpu`) where it multiplies bfloat16 pairs but has no tile unit, and for weights in
+eight and four bits; else oneDNN's, through torch. A library chooses its loops by the number of rows, so a row's bits
+change with the batch that it is in. In deterministic mode a library's rows are cut and padded into tiles of a few
+sizes; which sizes give a row the same bits is found by trial, once per shape, since it differs between processors,
+dtypes and shapes. Our own products need none of that. Knows nothing of models.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol, runtime_checkable
 
 import torch
 
-from aiexport_edge.kernels.quantization import quantize_int8
+from aiexport_edge.kernels.quantization import (
+    Fp8Weight,
+    Int4Weight,
+    QuantizedWeight,
+    Weight,
+    quantize_fp8,
+    quantize_int4,
+    quantize_int8,
+    stack,
+)
 
-if TYPE_CHECKING:
-    from aiexport_edge.kernels.cpu.products import PackedWeight
-
-QUANTIZATIONS = ("none", "int8")
+QUANTIZATIONS = ("none", "int8", "int4", "fp8")
 INT8_BLOCK = 64
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -134,9 +140,22 @@ def _find_tiling(
     return next((tiling for tiling in TILINGS[:-1] if agrees(tiling)), TILINGS[-1])
 
 
+class OwnProduct(Protocol):
+    """A weight in a packing of our own. `multiply` runs kernels whose launches can be recorded."""
+
+    def multiply(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """x [M, K] -> [M, N] in `dtype`."""
+        ...
+
+
+@runtime_checkable
+class _Gathers(Protocol):
+    def gather(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor: ...
+
+
 def _pack_own(
     parts: Sequence[torch.Tensor], bias: torch.Tensor | None, dtype: torch.dtype, *, quantized: bool
-) -> PackedWeight | None:
+) -> OwnProduct | None:
     """The weight in our own packing, None where this processor's products are a library's."""
     if parts[0].device.type != "cpu":
         return None
@@ -149,6 +168,25 @@ def _pack_own(
     from aiexport_edge.kernels.cpu.products import PackedWeight
 
     return PackedWeight(parts, bias, quantized=quantized)
+
+
+def _quantized(parts: Sequence[Weight], dtype: torch.dtype, quantize: str) -> QuantizedWeight | None:
+    """The weight in four bits or FP8: as it came, or rounded as `quantize` asks; None where it is neither."""
+    if all(isinstance(part, torch.Tensor) for part in parts) and quantize not in ("int4", "fp8"):
+        return None
+    weight = stack(parts, dtype)
+    if isinstance(weight, torch.Tensor):
+        return quantize_int4(weight) if quantize == "int4" else quantize_fp8(weight) if quantize == "fp8" else None
+    return weight
+
+
+def _pack_four_bits(weight: QuantizedWeight, bias: torch.Tensor | None) -> OwnProduct | None:
+    """A weight in four bits in our own packing, None where this processor lacks the products, and for FP8."""
+    if weight.device.type != "cpu" or not isinstance(weight, Int4Weight):
+        return None
+    from aiexport_edge.kernels.cpu import int4_products
+
+    return int4_products.PackedInt4(weight, bias) if int4_products.fits(weight) else None
 
 
 def _pack_quantized(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> tuple[Product, Product]:
@@ -176,26 +214,37 @@ class PackedLinear:
     Where the processor has no products of `dtype`, the weight is packed in float32 and x is converted. With
     `deterministic`, the bits of a row of y depend on that row of x alone: not on other rows, its place among them or
     the number of threads. Set that number before (`aiexport_edge.kernels.threads.set_num_threads`). With `quantize`
-    "int8", on a CPU, W is rounded to 8 bits with a scale per output.
+    W is rounded (`kernels.quantization`): "int8" with a scale per output, "int4" with a scale and a zero per 32 inputs,
+    "fp8" to E4M3 with a scale per output. A CPU has products in int8 and int4; FP8 it decodes into `dtype`.
     """
 
     def __init__(
         self,
-        weight: torch.Tensor | Sequence[torch.Tensor],
+        weight: Weight | Sequence[Weight],
         bias: torch.Tensor | None = None,
         *,
         dtype: torch.dtype,
         deterministic: bool,
         quantize: str = "none",
     ) -> None:
-        """weight [N, K], or parts of it to be stacked along N, bias [N], in any float dtype."""
+        """weight [N, K], or parts of it to be stacked along N, in any float dtype or quantized; bias [N], any float."""
         assert quantize in QUANTIZATIONS
-        parts = [weight] if isinstance(weight, torch.Tensor) else list(weight)
-        self.out_features, self.in_features = sum(part.shape[0] for part in parts), parts[0].shape[1]
+        given = [weight] if isinstance(weight, torch.Tensor | Int4Weight | Fp8Weight) else list(weight)
+        self.out_features, self.in_features = sum(part.shape[0] for part in given), given[0].shape[1]
         self.dtype = dtype
         self.deterministic = deterministic
         self._tiling: tuple[int, ...] = ()
         self._gather: Product | None = None
+        self._own: OwnProduct | None = None
+        quantized = _quantized(given, dtype, quantize)
+        if quantized is not None:
+            self._own = _pack_four_bits(quantized, bias)
+            if self._own is not None:
+                return
+            given, quantize = [quantized.dequantize(dtype)], "none"
+        del quantized, weight
+        parts = [part if isinstance(part, torch.Tensor) else part.dequantize(dtype) for part in given]
+        del given
         self._own = _pack_own(parts, bias, dtype, quantized=quantize == "int8")
         if self._own is not None:
             return
@@ -223,11 +272,11 @@ class PackedLinear:
     @property
     def gathers(self) -> bool:
         """Whether `gather` gives the weight's rows, so that an embedding that is tied to it need not be kept."""
-        return self._own is not None or self._gather is not None
+        return isinstance(self._own, _Gathers) or self._gather is not None
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows `ids` (int64 [T]) of W as products have them, [T, K] in `dtype`."""
-        if self._own is not None:
+        if isinstance(self._own, _Gathers):
             return self._own.gather(ids, self.dtype)
         assert self._gather is not None
         return self._gather(ids).to(self.dtype)

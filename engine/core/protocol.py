@@ -33,8 +33,8 @@ class CoreModel(msgspec.Struct, frozen=True, array_like=True):
     """One set of weights to serve: a Hugging Face directory. `revision` is a content hash and goes into prefix hashes.
 
     `dtype` is "float32", "bfloat16", "float16" or "auto": a float32 checkpoint stays so, a 16-bit one is bfloat16
-    where the device multiplies it, else float32. `quantize` is "none" or "int8": weights rounded while they are loaded.
-    `context_window` is in tokens, prompt and output together, and already resolved by the parent. `yarn_factor`, where
+    where the device multiplies it, else float32. `quantize` is what weights are rounded to while they are loaded:
+    "none", "int8", "int4" or "fp8". `context_window` is in tokens, prompt and output together, and already resolved by the parent. `yarn_factor`, where
     it is not 0, and `yarn_original` are the operator's `Yarn`.
     """
 

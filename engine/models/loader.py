@@ -15,10 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from aiexport_edge.engine.images.preprocessor import load_patch_config
 from aiexport_edge.engine.models.checkpoint import DTYPES, Checkpoint, open_checkpoint
-from aiexport_edge.engine.models.config import ModelConfig, ModelError, Yarn
+from aiexport_edge.engine.models.config import Mixture, ModelConfig, ModelError, Yarn
 from aiexport_edge.engine.models.decoder import Decoder, Layer, MixtureOfExperts, Mlp
 from aiexport_edge.engine.models.rope import cos_sin_table
+from aiexport_edge.engine.models.vision import VisionTower
+from aiexport_edge.engine.models.vision_loader import PREFIX as TOWER
+from aiexport_edge.engine.models.vision_loader import load_tower, tower_shapes
 from aiexport_edge.kernels.linear import PackedLinear, supports_bf16
 from aiexport_edge.kernels.moe import Experts
 
@@ -29,6 +33,10 @@ FUSIONS = {
 }
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 ROUTER = "mlp.gate"
+# One tensor each for all experts of a layer, as Qwen3-VL's mixtures have them.
+FUSED_GATE_UP, FUSED_DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+HEAD_ROUNDING = {"none": "none", "int8": "int8", "int4": "int8", "fp8": "none"}
+SERVED_BYTES = {"int8": 1.0, "int4": 0.5, "fp8": 1.0}  # of a number, scales aside
 HARMLESS = "rotary_emb.inv_freq"  # a table that old transformers saved; it follows from the configuration
 
 DTYPES_BY_NAME = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -38,7 +46,9 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to run. `weight_bytes` counts its parameters once, in the dtype they are served in."""
+    """A model ready to run. `weight_bytes` counts its parameters once, in the dtype they are served in. `tower` is of
+    models that see.
+    """
 
     name: str
     config: ModelConfig
@@ -46,6 +56,7 @@ class LoadedModel:
     dtype: torch.dtype
     context_window: int
     weight_bytes: int
+    tower: VisionTower | None = None
 
 
 def load_model(
@@ -61,7 +72,7 @@ def load_model(
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Read `directory`. `context_window` 0 is the model's own, `yarn` extends that; `progress` is told bytes done and in all. `quantize`
-    "int8" rounds the products' weights to 8 bits while they are packed, on a CPU.
+    ("int8", "int4", "fp8") rounds the products' weights while they are packed, on a CPU.
 
     Raises ModelError with a sentence for the operator.
     """
@@ -77,6 +88,9 @@ def load_model(
     with open_checkpoint(directory) as checkpoint:
         weights = _Weights(checkpoint, config, dtype=dtype, quantize=quantize, device=device, progress=progress)
         decoder = _build(weights, context_window or config.context_window, deterministic)
+        tower = None
+        if config.vision is not None:
+            tower = load_tower(weights, config.vision, load_patch_config(directory), deterministic=deterministic)
     return LoadedModel(
         name=name,
         config=config,
@@ -84,6 +98,7 @@ def load_model(
         dtype=weights.dtype,
         context_window=context_window or config.context_window,
         weight_bytes=weights.nbytes,
+        tower=tower,
     )
 
 
@@ -105,7 +120,9 @@ def serving_dtype(requested: str, checkpoint: torch.dtype, device: torch.device)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that the checkpoint must hold, by its Hugging Face name."""
+    """Every tensor that the checkpoint must hold, by its Hugging Face name; of a model that sees, the decoder's by the
+    names that they have in a model of text alone.
+    """
     hidden, inner = config.hidden_size, config.intermediate_size
     q_rows, kv_rows = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
     products = {
@@ -131,11 +148,17 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}{product}.weight"] = (rows, columns)
             if bias:
                 shapes[f"{prefix}{product}.bias"] = (rows,)
+        if mlp is sparse and config.mixture is not None and config.vision is not None:
+            num_experts, expert_inner = config.mixture.num_experts, config.mixture.intermediate_size
+            shapes[f"{prefix}{FUSED_GATE_UP}"] = (num_experts, 2 * expert_inner, hidden)
+            shapes[f"{prefix}{FUSED_DOWN}"] = (num_experts, hidden, expert_inner)
         for norm, size in norms.items():
             shapes[f"{prefix}{norm}.weight"] = (size,)
     shapes[FINAL_NORM] = (hidden,)
     if not config.tie_word_embeddings:
         shapes[HEAD] = (config.vocab_size, hidden)
+    if config.vision is not None:
+        shapes |= tower_shapes(config.vision)
     return shapes
 
 
@@ -145,7 +168,7 @@ def _mixture_shapes(config: ModelConfig) -> dict[str, tuple[int, int, bool]]:
     if mixture is None:
         return {}
     shapes = {ROUTER: (mixture.num_experts, hidden, False)}
-    for expert in range(mixture.num_experts):
+    for expert in range(mixture.num_experts if config.vision is None else 0):
         shapes[f"mlp.experts.{expert}.gate_proj"] = (mixture.intermediate_size, hidden, False)
         shapes[f"mlp.experts.{expert}.up_proj"] = (mixture.intermediate_size, hidden, False)
         shapes[f"mlp.experts.{expert}.down_proj"] = (hidden, mixture.intermediate_size, False)
@@ -156,11 +179,11 @@ def _check(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, str]:
     """Hold the headers against `expected_shapes`. Returns the checkpoint's name of every expected tensor."""
     expected = expected_shapes(config)
     present = {name for name in checkpoint.entries if not name.endswith(HARMLESS)}
-    names = {name: name for name in expected}
+    names = {name: _own_name(name, config) for name in expected}
     if config.tie_word_embeddings:
-        if EMBEDDING not in present and HEAD in present:
+        if names[EMBEDDING] not in present and HEAD in present:
             names[EMBEDDING] = HEAD  # one tensor of two names: some writers keep the other one
-        present.discard(HEAD if names[EMBEDDING] == EMBEDDING else "")
+        present.discard(HEAD if names[EMBEDDING] != HEAD else "")
     missing = [name for name, source in names.items() if source not in present]
     left_over = sorted(present - set(names.values()))
     problems = []
@@ -172,13 +195,25 @@ def _check(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, str]:
         raise ModelError(f"{checkpoint.directory}: {'; '.join(problems)}")
     for name, source in names.items():
         entry = checkpoint.entries[source]
-        if entry.shape != expected[name]:
+        if entry.shape != expected[name] and not _is_transposed(name, entry.shape, expected[name]):
             raise ModelError(
                 f"{entry.file}: {source} has shape {list(entry.shape)}, config.json asks for {list(expected[name])}"
             )
         if entry.dtype not in DTYPES:
             raise ModelError(f"{entry.file}: {source} is {entry.dtype}; supported are {', '.join(DTYPES)}")
     return names
+
+
+def _own_name(name: str, config: ModelConfig) -> str:
+    """A decoder's tensor in the checkpoint of a model that sees lies a level deeper."""
+    if config.vision is None or name.startswith(TOWER) or not name.startswith("model."):
+        return name
+    return f"model.language_model.{name.removeprefix('model.')}"
+
+
+def _is_transposed(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Fused experts come in both orders: as they were released, and as transformers 5 has them in memory."""
+    return name.endswith((FUSED_GATE_UP, FUSED_DOWN)) and shape == (expected[0], expected[2], expected[1])
 
 
 def _listed(names: list[str]) -> str:
@@ -222,9 +257,8 @@ class _Weights:
         embedding = checkpoint.entries[self._names[EMBEDDING]]
         self.dtype = serving_dtype(dtype, DTYPES[embedding.dtype], device)
         item_bytes = self.dtype.itemsize
-        product_bytes = 1 if quantize == "int8" else item_bytes
         self.nbytes = sum(
-            math.prod(entry.shape) * (product_bytes if self._is_product(name) else item_bytes)
+            int(math.prod(entry.shape) * SERVED_BYTES.get(self.rounding(name), item_bytes))
             for name, entry in zip(self._names, entries, strict=True)
         )
         self._bytes_done = 0
@@ -232,11 +266,19 @@ class _Weights:
         self._progress = progress
         self._report()
 
-    def _is_product(self, name: str) -> bool:
-        """Whether the tensor is a product's weight: of two dimensions, and no embedding that is only looked up."""
-        return len(self._checkpoint.entries[self._names[name]].shape) == 2 and (
-            name != EMBEDDING or self.config.tie_word_embeddings
-        )
+    def rounding(self, name: str) -> str:
+        """What the tensor is rounded to while it is packed, "none" where it is no product's weight.
+
+        A router stays as it is, since a small error there chooses another expert, and so does an embedding that is only
+        looked up. The head, which is the embedding where the two are tied, is what drawing tokens is most sensitive to:
+        int8 where all else becomes int4, and not rounded to FP8.
+        """
+        is_head = name == (EMBEDDING if self.config.tie_word_embeddings else HEAD)
+        if is_head:
+            return HEAD_ROUNDING[self._quantize]
+        dimensions = len(self._checkpoint.entries[self._names[name]].shape)
+        is_product = dimensions in (2, 3) and name != EMBEDDING and not name.startswith(TOWER)
+        return self._quantize if is_product and not name.endswith(f".{ROUTER}.weight") else "none"
 
     def parameter(self, *names: str) -> Tensor:
         """The tensors `names` stacked along their first axis."""
@@ -273,7 +315,7 @@ class _Weights:
         parts = [f"{prefix}.{part}" for part in FUSIONS.get(product, (product,))]
         weight = self.rows(*(f"{part}.weight" for part in parts))
         bias_rows = self.parameter(*(f"{part}.bias" for part in parts)) if bias else None
-        return self.product(weight, bias_rows, deterministic=deterministic)
+        return self.product(weight, bias_rows, self.rounding(f"{parts[0]}.weight"), deterministic=deterministic)
 
     def experts(self, prefix: str, num_experts: int, *, deterministic: bool) -> Experts:
         """The layer `prefix`'s experts."""
@@ -287,9 +329,35 @@ class _Weights:
 
         return Experts(each(), dtype=self.dtype, deterministic=deterministic, quantize=self._quantize)
 
-    def product(self, weight: list[Tensor], bias: Tensor | None, *, deterministic: bool) -> PackedLinear:
-        """The product with these weights' rows, packed, and quantized where that was asked for."""
-        return PackedLinear(weight, bias, dtype=self.dtype, deterministic=deterministic, quantize=self._quantize)
+    def fused_experts(self, prefix: str, mixture: Mixture, *, deterministic: bool) -> Experts:
+        """The layer `prefix`'s experts, out of one tensor for all: [experts, rows, columns] or each transposed."""
+        sources = [self._names[f"{prefix}.{name}"] for name in (FUSED_GATE_UP, FUSED_DOWN)]
+        entries = [self._checkpoint.entries[source] for source in sources]
+        hidden, inner = self.config.hidden_size, mixture.intermediate_size
+        as_is = [entries[0].shape[1:] == (2 * inner, hidden), entries[1].shape[1:] == (hidden, inner)]
+        gate_up, down = (self._checkpoint.tensor(source) for source in sources)
+
+        def own(tensor: Tensor) -> Tensor:
+            tensor = (tensor if all(as_is) else tensor.t()).contiguous()
+            return tensor if self.device.type == "cpu" else tensor.to(self.device, self.dtype)
+
+        def each() -> Iterator[tuple[list[Tensor], Tensor]]:
+            for expert in range(mixture.num_experts):
+                yield list(own(gate_up[expert]).chunk(2)), own(down[expert])
+                self._bytes_done += sum(entry.nbytes for entry in entries) // mixture.num_experts
+                self._report()
+
+        return Experts(each(), dtype=self.dtype, deterministic=deterministic, quantize=self._quantize)
+
+    def plain_product(self, prefix: str, *, deterministic: bool) -> PackedLinear:
+        """The product `prefix`, never rounded: rows by whatever is behind them."""
+        (weight,) = self.rows(f"{prefix}.weight")
+        bias = self.parameter(f"{prefix}.bias")
+        return PackedLinear([weight.flatten(1)], bias, dtype=self.dtype, deterministic=deterministic)
+
+    def product(self, weight: list[Tensor], bias: Tensor | None, rounding: str, *, deterministic: bool) -> PackedLinear:
+        """The product with these weights' rows, packed, and rounded."""
+        return PackedLinear(weight, bias, dtype=self.dtype, deterministic=deterministic, quantize=rounding)
 
     def _report(self) -> None:
         if self._progress is not None:
@@ -302,11 +370,11 @@ def _build(weights: _Weights, max_positions: int, deterministic: bool) -> Decode
     norm = weights.parameter(FINAL_NORM)
     if config.tie_word_embeddings:
         rows = weights.rows(EMBEDDING)
-        head = weights.product(rows, None, deterministic=deterministic)
+        head = weights.product(rows, None, weights.rounding(EMBEDDING), deterministic=deterministic)
         # An embedding that the head gives back would lie in memory twice.
         embedding = None if head.gathers else weights.own(rows[0])
     else:
-        head = weights.product(weights.rows(HEAD), None, deterministic=deterministic)
+        head = weights.product(weights.rows(HEAD), None, weights.rounding(HEAD), deterministic=deterministic)
         embedding = weights.parameter(EMBEDDING)
     return Decoder(
         config,
@@ -334,7 +402,10 @@ def _layer(weights: _Weights, index: int, deterministic: bool) -> Layer:
 
     def mixture() -> MixtureOfExperts:
         assert config.mixture is not None
-        experts = weights.experts(prefix, config.mixture.num_experts, deterministic=deterministic)
+        if config.vision is not None:
+            experts = weights.fused_experts(prefix, config.mixture, deterministic=deterministic)
+        else:
+            experts = weights.experts(prefix, config.mixture.num_experts, deterministic=deterministic)
         return MixtureOfExperts(linear(ROUTER, False), experts, config.mixture.top_k, config.mixture.normalize)
 
     return Layer(

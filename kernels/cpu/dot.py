@@ -135,6 +135,83 @@ def int8_tile(num_rows: int) -> Tile:
     return function
 
 
+def int4_tile(num_rows: int) -> Tile:
+    """out[rows, 32] = left @ (right - zeros) * scales, in float32, over all groups of the depth, the first one first.
+
+    left: signed bytes, words [2 * depth, rows]. right: 4-bit codes, words [depth, 32]; the low halves of a word's bytes
+    belong to left's word 2 * d, the high halves to the next. A group is `words` words of right. Of each group
+    `factors` holds int32 [rows], the sum of the row's bytes with its sign turned, then float32 [rows], the row's
+    scale; `scales` float32 [32] and `zeros` uint8 [32] are the columns'.
+    """
+
+    @simd.operation(simd.none, *[simd.int64] * 8)
+    def tile(
+        builder: Any, left: Any, right: Any, out: Any, groups: Any, words: Any, factors: Any, scales: Any, zeros: Any
+    ) -> None:
+        cells = _cells(num_rows)
+        octets = ir.VectorType(ir.IntType(8), LANES)
+        halves, four = simd.constant(WORDS, 0x0F0F0F0F), simd.constant(WORDS, 4)
+
+        def output(row: int, column: int) -> Any:
+            return memory.pointer(builder, _at(builder, out, 4 * (row * COLUMNS + column)), FLOATS)
+
+        def past(address: Any, size: Any, index: Any) -> Any:
+            return builder.add(address, builder.mul(size, index))
+
+        for cell in cells:
+            builder.store(simd.constant(FLOATS, 0.0), output(*cell), align=4)
+        sums = {cell: cgutils.alloca_once(builder, WORDS) for cell in cells}  # type: ignore[no-untyped-call]
+        right_bytes = builder.mul(words, ir.Constant(I64, 4 * COLUMNS))
+        left_bytes = builder.mul(words, ir.Constant(I64, 8 * num_rows))
+        with cgutils.for_range(builder, groups) as outer:
+            facts = past(factors, ir.Constant(I64, 8 * num_rows), outer.index)
+            group_right = past(right, right_bytes, outer.index)
+            group_left = past(left, left_bytes, outer.index)
+            group_zeros = past(zeros, ir.Constant(I64, COLUMNS), outer.index)
+            group_scales = past(scales, ir.Constant(I64, 4 * COLUMNS), outer.index)
+
+            def item(form: Any, index: int, facts: Any = facts) -> Any:
+                place = memory.pointer(builder, _at(builder, facts, 4 * index), form)
+                return builder.load(place, align=4, typ=form)
+
+            offsets = [simd.broadcast(builder, item(I32, row), WORDS) for row in range(num_rows)]
+            for column in range(0, COLUMNS, LANES):
+                place = memory.pointer(builder, _at(builder, group_zeros, column), octets)
+                own = builder.zext(builder.load(place, align=1, typ=octets), WORDS)
+                for row in range(num_rows):
+                    builder.store(builder.mul(own, offsets[row]), sums[row, column])
+            with cgutils.for_range(builder, words) as inner:
+                columns = past(group_right, ir.Constant(I64, 4 * COLUMNS), inner.index)
+                rows = past(group_left, ir.Constant(I64, 8 * num_rows), inner.index)
+                _ask_ahead(builder, columns)
+                codes = {
+                    column: memory.read(builder, _at(builder, columns, 4 * column), WORDS)
+                    for column in range(0, COLUMNS, LANES)
+                }
+                for part in range(2):
+                    rights = {
+                        column: builder.and_(builder.lshr(value, four) if part else value, halves)
+                        for column, value in codes.items()
+                    }
+                    for row in range(num_rows):
+                        place = memory.pointer(builder, _at(builder, rows, 4 * (part * num_rows + row)), I32)
+                        factor = simd.broadcast(builder, builder.load(place, align=4, typ=I32), WORDS)
+                        for column, values in rights.items():
+                            cell = sums[row, column]
+                            builder.store(dot_int8(builder, builder.load(cell), values, factor), cell)
+            for row in range(num_rows):
+                scale = simd.broadcast(builder, item(simd.F32, num_rows + row), FLOATS)
+                for column in range(0, COLUMNS, LANES):
+                    own = memory.read(builder, _at(builder, group_scales, 4 * column))
+                    value = builder.sitofp(builder.load(sums[row, column]), FLOATS)
+                    before = builder.load(output(row, column), align=4, typ=FLOATS)
+                    total = simd.fused(builder, value, builder.fmul(own, scale), before)
+                    builder.store(total, output(row, column), align=4)
+
+    function: Tile = tile
+    return function
+
+
 def pair_tile(num_rows: int) -> Tile:
     """out[rows, 32] (+)= left @ right in float32, over bfloat16 pairs; `start` 0: from zero. Strides are in bytes.
 

@@ -37,6 +37,7 @@ from aiexport_edge.kernels.cpu.words import quantize_lanes, quantize_unsigned, s
 from aiexport_edge.kernels.threads import empty, launch
 
 GROUP = 128  # inputs of a row that share a scale
+OFFSET = 128  # of stored weights in int8
 PACKED_AT_ONCE = 1 << 22  # numbers
 LARGE_PAGE = 2 << 20  # bytes
 
@@ -122,7 +123,7 @@ def _int_tile(rows: int, left: int, right: int, out: int, depth: int, factors: i
 
 
 @inner
-def _tile_rows(num_rows: int) -> int:
+def tile_rows(num_rows: int) -> int:
     """Rows of all tiles but the last: as few tiles as can be, of about one size."""
     tiles = (num_rows + MOST_ROWS - 1) // MOST_ROWS
     return (num_rows + tiles - 1) // tiles
@@ -178,7 +179,7 @@ def arrange_rows(
     control: int, scratch: int, num_units: int, x: int, num_rows: int, row_bytes: int, depth: int, target: int
 ) -> None:
     """Words [num_rows, depth] to tiles. A unit is a tile."""
-    most = _tile_rows(num_rows)
+    most = tile_rows(num_rows)
     unit = begin(control)
     while unit < num_units:
         rows = min(most, num_rows - unit * most)
@@ -200,40 +201,52 @@ def quantize_rows(
     num_rows: int,
     width: int,
     depth: int,
+    group: int,
+    offset: int,
+    order: int,
     target: int,
     factors: int,
 ) -> None:
-    """Rows of `width` numbers to tiles of int8 words, and what `int8_tile` wants to know of each group and row."""
-    most = _tile_rows(num_rows)
-    groups = (width + GROUP - 1) // GROUP
+    """Rows of `width` numbers to tiles of int8 words, and what products want to know of each `group` of each row.
+
+    That is int32 [rows], the sum of the rounded numbers times -`offset`, and float32 [rows], their scale. `order`:
+    int64 [width], which number of a row comes where; 0: as they lie.
+    """
+    most = tile_rows(num_rows)
+    groups = (width + group - 1) // group
     item = 4 if dtype == 0 else 2
-    wide, words = scratch, scratch + 4 * (groups * GROUP)
+    wide, words = scratch, scratch + 4 * (groups * group)
     unit = begin(control)
     while unit < num_units:
         rows = min(most, num_rows - unit * most)
         tile, facts = target + unit * most * depth * 4, factors + unit * most * groups * 8
         for row in range(rows):
-            for i in range(width // LANES * LANES, groups * GROUP, LANES):
+            for i in range(width // LANES * LANES, groups * group, LANES):
                 store(wide + 4 * i, splat(np.float32(0.0)))
-            widen(dtype, x + (unit * most + row) * width * item, wide, width)
-            for group in range(groups):
+            if order == 0:
+                widen(dtype, x + (unit * most + row) * width * item, wide, width)
+            else:
+                widen(dtype, x + (unit * most + row) * width * item, words + group, width)
+                for i in range(width):
+                    set_float32(wide, i, get_float32(words + group, get_int64(order, i)))
+            for number in range(groups):
                 largest = splat(np.float32(1e-30))
-                for i in range(group * GROUP, (group + 1) * GROUP, LANES):
+                for i in range(number * group, (number + 1) * group, LANES):
                     largest = maximum(absolute(load(wide + 4 * i)), largest)
                 peak = max_lanes(largest)
                 total = 0
-                for i in range(0, GROUP, LANES):
-                    total += quantize_lanes(wide + 4 * (group * GROUP + i), np.float32(127.0) / peak, words + i)
-                for word in range(min(GROUP // 4, depth - group * (GROUP // 4))):
-                    set_int32(tile, (group * (GROUP // 4) + word) * rows + row, get_int32(words, word))
-                set_int32(facts + 8 * group * rows, row, -128 * total)
-                set_float32(facts + 8 * group * rows, rows + row, peak / np.float32(127.0))
+                for i in range(0, group, LANES):
+                    total += quantize_lanes(wide + 4 * (number * group + i), np.float32(127.0) / peak, words + i)
+                for word in range(min(group // 4, depth - number * (group // 4))):
+                    set_int32(tile, (number * (group // 4) + word) * rows + row, get_int32(words, word))
+                set_int32(facts + 8 * number * rows, row, -offset * total)
+                set_float32(facts + 8 * number * rows, rows + row, peak / np.float32(127.0))
         unit = next_unit(control)
     end(control)
 
 
 @inner
-def _write_tile(
+def write_tile(
     sums: int, rows: int, scales: int, bias: int, out: int, out_dtype: int, out_bytes: int, columns: int
 ) -> None:
     """float32 [rows, 32] times scales (0: none) plus bias (0: none) to the result's rows, `columns` of them."""
@@ -264,7 +277,7 @@ def multiply_bfloat16(
     num_outputs: int,
 ) -> None:
     """Tiles of rows times panels, to [num_rows, num_outputs]."""
-    most = _tile_rows(num_rows)
+    most = tile_rows(num_rows)
     item = 4 if out_dtype == 0 else 2
     unit = begin(control)
     while unit < num_units:
@@ -275,7 +288,7 @@ def multiply_bfloat16(
             place = out + (row * num_outputs + first) * item
             own_bias = bias + 4 * first if bias != 0 else 0
             columns = min(COLUMNS, num_outputs - first)
-            _write_tile(scratch, rows, 0, own_bias, place, out_dtype, num_outputs * item, columns)
+            write_tile(scratch, rows, 0, own_bias, place, out_dtype, num_outputs * item, columns)
         unit = next_unit(control)
     end(control)
 
@@ -297,7 +310,7 @@ def multiply_int8(
     num_outputs: int,
 ) -> None:
     """Tiles of quantized rows times panels, to [num_rows, num_outputs]."""
-    most = _tile_rows(num_rows)
+    most = tile_rows(num_rows)
     item = 4 if out_dtype == 0 else 2
     words = GROUP // 4
     groups = (depth + words - 1) // words
@@ -316,7 +329,7 @@ def multiply_int8(
             place = out + (row * num_outputs + first) * item
             own_bias = bias + 4 * first if bias != 0 else 0
             columns = min(COLUMNS, num_outputs - first)
-            _write_tile(scratch, rows, scales + 4 * first, own_bias, place, out_dtype, num_outputs * item, columns)
+            write_tile(scratch, rows, scales + 4 * first, own_bias, place, out_dtype, num_outputs * item, columns)
         unit = next_unit(control)
     end(control)
 
@@ -368,7 +381,7 @@ class PackedWeight:
         per_word = 4 if quantized else 2
         self._depth = -(-self.width // per_word)
         padded_outputs = -(-self.num_outputs // COLUMNS) * COLUMNS
-        self._panels = _allocate(padded_outputs * self._depth * 4)
+        self._panels = allocate(padded_outputs * self._depth * 4)
         self._scales = torch.zeros(padded_outputs) if quantized else None
         self._bias = None
         if bias is not None:
@@ -496,7 +509,7 @@ class PackedWeight:
         tiles = empty((num_rows, self._depth), torch.int32)
         launch(
             arrange_rows,
-            -(-num_rows // _rows_of(num_rows)),
+            -(-num_rows // rows_of(num_rows)),
             0.3 * tiles.numel(),
             0,
             x.data_ptr(),
@@ -514,7 +527,7 @@ class PackedWeight:
         factors = empty((num_rows, groups, 2), torch.int32)
         launch(
             quantize_rows,
-            -(-num_rows // _rows_of(num_rows)),
+            -(-num_rows // rows_of(num_rows)),
             0.5 * x.numel(),
             (4 * GROUP + 1) * groups + GROUP,
             x.data_ptr(),
@@ -522,18 +535,21 @@ class PackedWeight:
             num_rows,
             self.width,
             self._depth,
+            GROUP,
+            OFFSET,
+            0,
             tiles.data_ptr(),
             factors.data_ptr(),
         )
         return tiles, factors
 
 
-def _rows_of(num_rows: int) -> int:
-    """As `_tile_rows` has it."""
+def rows_of(num_rows: int) -> int:
+    """As `tile_rows` has it."""
     return -(-num_rows // -(-num_rows // MOST_ROWS))
 
 
-def _allocate(num_bytes: int) -> torch.Tensor:
+def allocate(num_bytes: int) -> torch.Tensor:
     """uint8 [num_bytes], zero, in large pages of the system where it has them: fewer faults while it is filled."""
     memory = mmap.mmap(-1, max(1, num_bytes))
     if num_bytes >= LARGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):

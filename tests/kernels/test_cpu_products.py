@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.kernel_cases import assert_close, randn
@@ -9,7 +11,7 @@ from support.kernel_cases import assert_close, randn
 from aiexport_edge.kernels import linear, threads
 from aiexport_edge.kernels.cpu import dot
 from aiexport_edge.kernels.linear import PackedLinear, linear_reference
-from aiexport_edge.kernels.quantization import quantize_int8
+from aiexport_edge.kernels.quantization import quantize_fp8, quantize_int4, quantize_int8
 
 SHAPES = [(64, 64), (192, 64), (512, 172), (1000, 300), (33, 2500), (1, 7), (3, 1)]
 ROWS = (0, 1, 2, 5, 12, 13, 25, 40)
@@ -110,9 +112,52 @@ def test_threads_change_no_bit() -> None:
     generator = torch.Generator().manual_seed(6)
     weight = randn(generator, 333, 200)
     x = randn(generator, 30, 200, dtype=torch.bfloat16)
-    for quantize in ("none", "int8"):
+    for quantize in ("none", "int8", "int4"):
         several = PackedLinear(weight, dtype=torch.bfloat16, deterministic=True, quantize=quantize)(x)
         threads.set_num_threads(1)
         one = PackedLinear(weight, dtype=torch.bfloat16, deterministic=True, quantize=quantize)(x)
         threads.set_num_threads(3)
         assert torch.equal(one, several)
+
+
+@pytest.mark.parametrize("group", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize(("out_features", "in_features"), SHAPES)
+def test_int4_weights_against_their_float_values(out_features: int, in_features: int, group: int) -> None:
+    """Rows are rounded to int8 per group; that alone is between the two."""
+    generator = torch.Generator().manual_seed(7)
+    weight, bias = randn(generator, out_features, in_features), randn(generator, out_features)
+    rounded = quantize_int4(weight, group)
+    if out_features == 1000:  # codes in an order of their own, as GPTQ leaves them
+        rounded = replace(rounded, order=torch.randperm(in_features, generator=generator))
+    product = PackedLinear(rounded, bias, dtype=torch.float32, deterministic=True)
+    assert product.is_own == dot.HAS_INT8
+    x = randn(generator, max(ROWS), in_features)
+    whole = product(x)
+    expected = linear_reference(x, rounded.dequantize(), bias)
+    assert (whole - expected).norm() <= 0.01 * expected.norm()
+    for num_rows in ROWS:
+        assert torch.equal(product(x[:num_rows]), whole[:num_rows])
+
+
+def test_int4_of_several_parts_is_one() -> None:
+    generator = torch.Generator().manual_seed(8)
+    parts = [quantize_int4(randn(generator, rows, 96)) for rows in (32, 40, 5)]
+    x = randn(generator, 3, 96)
+    product = PackedLinear(parts, dtype=torch.float32, deterministic=True)
+    expected = linear_reference(x, torch.cat([part.dequantize() for part in parts]))
+    assert (product(x) - expected).norm() <= 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("quantize", ["int4", "fp8"])
+def test_rounding_to_few_bits(quantize: str) -> None:
+    """What `quantize` asks for is what its function in `quantization` gives."""
+    generator = torch.Generator().manual_seed(9)
+    weight, x = randn(generator, 100, 70), randn(generator, 4, 70)
+    rounded = quantize_int4(weight) if quantize == "int4" else quantize_fp8(weight)
+    product = PackedLinear(weight, dtype=torch.float32, deterministic=True, quantize=quantize)
+    expected = linear_reference(x, rounded.dequantize())
+    assert (product(x) - expected).norm() <= 0.01 * expected.norm()
+    error = (rounded.dequantize() - weight).norm() / weight.norm()
+    assert error <= {"int4": 0.09, "fp8": 0.03}[quantize]
+    row = torch.zeros(1, 70)
+    assert not (quantize_int4(row) if quantize == "int4" else quantize_fp8(row)).dequantize().any()

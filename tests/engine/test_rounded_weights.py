@@ -1,7 +1,8 @@
-"""int8 weights against the same model's own dtype, on models that were trained: what rounding costs is stated here."""
+"""Rounded weights against the same model's own dtype, on models that were trained: what rounding costs is stated here."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,16 @@ from aiexport_edge.engine.models.revision import model_revision
 DEMO = Path(__file__).resolve().parents[2] / "engine" / "demo" / "model"
 NUM_TOKENS, NUM_TEXTS = 96, 3
 
-# Of the next token's distribution: mean Kullback-Leibler divergence in nats, and how often the likeliest stays so.
-MOST_DIVERGENCE, LEAST_AGREEMENT = 0.004, 0.94
+# Of the next token's distribution: mean Kullback-Leibler divergence in nats, and how often the likeliest stays so. The
+# smaller model is 64 wide and has nothing to spare.
+LIMITS = {
+    ("model", "int8"): (0.002, 0.97),
+    ("model", "int4"): (0.04, 0.94),
+    ("model", "fp8"): (0.004, 0.96),
+    ("stories260K", "int8"): (0.004, 0.94),
+    ("stories260K", "int4"): (0.25, 0.72),
+    ("stories260K", "fp8"): (0.025, 0.90),
+}
 
 
 @pytest.fixture(params=["demo", "stories260K"])
@@ -53,8 +62,10 @@ def logits_of(model: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
     return model.decoder.logits(model.decoder.forward(batch, caches))
 
 
-def drawn_texts(model: LoadedModel) -> list[torch.Tensor]:
+@functools.cache
+def drawn_texts(directory: Path) -> list[torch.Tensor]:
     """Texts of the model's own, drawn at temperature 1: what it was trained on looks like them."""
+    model = load_model(directory)
     generator = torch.Generator().manual_seed(0)
     texts = []
     for _ in range(NUM_TEXTS):
@@ -66,17 +77,19 @@ def drawn_texts(model: LoadedModel) -> list[torch.Tensor]:
     return texts
 
 
-def test_distributions_hardly_change(directory: Path) -> None:
+@pytest.mark.parametrize("quantize", ["int8", "int4", "fp8"])
+def test_distributions_hardly_change(directory: Path, quantize: str) -> None:
     plain = load_model(directory)
-    rounded = load_model(directory, quantize="int8")
+    rounded = load_model(directory, quantize=quantize)
     divergence, agreement = [], []
-    for ids in drawn_texts(plain):
+    for ids in drawn_texts(directory):
         before = torch.log_softmax(logits_of(plain, ids), dim=-1)
         after = torch.log_softmax(logits_of(rounded, ids), dim=-1)
         divergence.append((before.exp() * (before - after)).sum(-1).mean())
         agreement.append((before.argmax(-1) == after.argmax(-1)).float().mean())
-    assert torch.stack(divergence).mean() <= MOST_DIVERGENCE
-    assert torch.stack(agreement).mean() >= LEAST_AGREEMENT
+    most_divergence, least_agreement = LIMITS[directory.name, quantize]
+    assert torch.stack(divergence).mean() <= most_divergence
+    assert torch.stack(agreement).mean() >= least_agreement
 
 
 def test_rounded_weights_are_smaller() -> None:
