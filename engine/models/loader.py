@@ -120,9 +120,12 @@ def serving_dtype(requested: str, checkpoint: torch.dtype, device: torch.device)
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that the checkpoint must hold, by its Hugging Face name; of a model that sees, the decoder's by the
-    names that they have in a model of text alone.
-    """
+    """Every tensor that the checkpoint must hold, by its Hugging Face name."""
+    return {_own_name(name, config): shape for name, shape in _shapes(config).items()}
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The same, the decoder's by the names that they have in a model of text alone."""
     hidden, inner = config.hidden_size, config.intermediate_size
     q_rows, kv_rows = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
     products = {
@@ -177,7 +180,7 @@ def _mixture_shapes(config: ModelConfig) -> dict[str, tuple[int, int, bool]]:
 
 def _check(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, str]:
     """Hold the headers against `expected_shapes`. Returns the checkpoint's name of every expected tensor."""
-    expected = expected_shapes(config)
+    expected = _shapes(config)
     present = {name for name in checkpoint.entries if not name.endswith(HARMLESS)}
     names = {name: _own_name(name, config) for name in expected}
     if config.tie_word_embeddings:

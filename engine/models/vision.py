@@ -1,23 +1,29 @@
-"""The vision tower of Qwen3-VL: patches of images to features that stand where image tokens are.
+"""The vision tower of Qwen3-VL: pixels of a picture to features that stand where its image tokens are.
 
-    patches ─embed + interpolated positions─▶ layers (2-D rotary, attention within an image) ─merge 2x2─▶ features
-                                                  └─ after some layers, merged too ─▶ DeepStack features
+    pixels ─patches, embedded + interpolated positions─▶ layers (2-D rotary, full attention) ─merge 2x2─▶ features
+                                                            └─ after some layers, merged too ─▶ DeepStack features
 
-Attention has no cache and no causal order, so this is plain PyTorch over packed products; one layer of one group of
-images at a time (`Encoding.advance`), so that whoever runs it can do other work in between. Knows no files.
-Qwen3-VL technical report, 2025; DeepStack: L. Meng et al., 2024 (arXiv 2406.04334).
+A picture goes through in units of work that are alike: one block of its patches through one layer. A block attends to
+all keys and values of its layer, and leaves its own of the next layer, which is why there are two of these buffers:
+
+    qkv of layer n, all blocks ──▶ block 0: attention, MLP ──▶ hidden, and its qkv of layer n + 1 in the other buffer
+                                   block 1: …
+
+So whoever runs it can stop after any unit, and only a block's activations exist at once. Blocks are cut by their number
+of patches alone: bits do not depend on how the units are spread over steps. Plain PyTorch over packed products. Knows
+no files. Qwen3-VL technical report, 2025; DeepStack: L. Meng et al., 2024 (arXiv 2406.04334).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from aiexport_edge.engine.models.vision_config import Grid, VisionConfig
+from aiexport_edge.engine.models.vision_config import Grid, VisionConfig, encoding_work
 from aiexport_edge.kernels.linear import PackedLinear
 
 LAYER_NORM_EPS = 1e-6
@@ -54,14 +60,14 @@ class Merger:
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What images become, one after the other: [M, out_hidden_size], and for each DeepStack layer as much again."""
+    """What a picture becomes: [M, out_hidden_size], and for each DeepStack layer as much again."""
 
     tokens: Tensor
     deepstack: tuple[Tensor, ...]
 
 
 class VisionTower:
-    """Weights and the order of operations. `activation` is the layers' own: GELU in its tanh form in every release."""
+    """Weights, and what each operation is."""
 
     def __init__(
         self,
@@ -72,50 +78,57 @@ class VisionTower:
         layers: Sequence[VisionLayer],
         merger: Merger,
         deepstack_mergers: Sequence[Merger],
-        activation: Callable[[Tensor], Tensor],
+        mean: Sequence[float],
+        std: Sequence[float],
+        block_patches: int,
     ) -> None:
-        """positions [num_positions, hidden_size], rows of the learned grid one after the other."""
+        """positions [num_positions, hidden_size], rows of the learned grid one after the other, in the tower's dtype.
+        `mean` and `std` normalize the three channels; `block_patches` is a multiple of merge_size².
+        """
         self.config = config
+        self.block_patches = block_patches
+        self.dtype = positions.dtype
+        self.device = positions.device
+        self.layers = tuple(layers)
+        self.merger = merger
+        self.deepstack_mergers = tuple(deepstack_mergers)
         self._patch_embedding = patch_embedding
         self._positions = positions
-        self._layers = tuple(layers)
-        self._merger = merger
-        self._deepstack_mergers = tuple(deepstack_mergers)
-        self._activation = activation
+        self._mean = torch.tensor(mean, dtype=torch.float32, device=self.device)[:, None, None, None]
+        self._std = torch.tensor(std, dtype=torch.float32, device=self.device)[:, None, None, None]
 
-    def begin(self, patches: Tensor, grids: Sequence[Grid]) -> Encoding:
-        """Start on images. patches [N, patch_elements] in the tower's dtype, of `grids` one after the other.
+    def begin(self, pixels: Tensor) -> Encoding:
+        """Start on a picture: uint8 [rows * patch_size, columns * patch_size, 3] on the tower's device."""
+        return Encoding(self, pixels)
 
-        Within an image, patches go by merged squares: row of squares, column of squares, row and column in the square.
-        """
-        config = self.config
-        assert patches.shape == (sum(rows * columns for rows, columns in grids), config.patch_elements)
-        places = torch.cat([_places(grid, config.merge_size) for grid in grids]).to(patches.device)
-        hidden = self._patch_embedding(patches)
-        interpolated = torch.cat([self._interpolate(grid) for grid in grids])
-        hidden = hidden + interpolated.to(hidden.dtype)
-        return Encoding(self, hidden, self._rotation(places), [rows * columns for rows, columns in grids])
-
-    def encode(self, patches: Tensor, grids: Sequence[Grid]) -> Features:
+    def encode(self, pixels: Tensor) -> Features:
         """All at once; see `begin`."""
-        encoding = self.begin(patches, grids)
-        while encoding.advance():
-            pass
+        encoding = self.begin(pixels)
+        encoding.advance(encoding.num_units)
         return encoding.features
 
-    def _interpolate(self, grid: Grid) -> Tensor:
-        """float32 [rows * columns, hidden_size]: the learned grid stretched bilinearly to this one."""
-        side = round(self.config.num_positions**0.5)
-        device = self._positions.device
-        (low_y, high_y, part_y), (low_x, high_x, part_x) = (_stretch(size, side, device) for size in grid)
-        learned = self._positions.float().view(side, side, -1)
-        part_y, part_x = part_y[:, None, None], part_x[None, :, None]
-        rows = [learned[y][:, low_x] * (1 - part_x) + learned[y][:, high_x] * part_x for y in (low_y, high_y)]
-        whole = rows[0] * (1 - part_y) + rows[1] * part_y
-        return _by_squares(whole, self.config.merge_size)
+    def embed(self, patches: Tensor, places: Tensor, grid: Grid) -> Tensor:
+        """What goes into the first layer, [n, hidden_size], of uint8 patches [n, 3, patch_size, patch_size]."""
+        config = self.config
+        size = (patches.shape[0], 3, config.temporal_patch_size, config.patch_size, config.patch_size)
+        scaled = patches[:, :, None].float() * (1 / 255)  # a still picture is in every frame alike
+        normalized = ((scaled - self._mean) / self._std).to(self.dtype).expand(size)
+        return self._patch_embedding(normalized.reshape(size[0], -1)) + self._interpolate(places, grid).to(self.dtype)
 
-    def _rotation(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin float32 [N, 1, head_dim] of places [N, 2]: rows turn the first quarter, columns the second."""
+    def _interpolate(self, places: Tensor, grid: Grid) -> Tensor:
+        """float32 [n, hidden_size]: the learned grid stretched bilinearly to this one, at `places` [n, 2]."""
+        side = round(self.config.num_positions**0.5)
+        low_y, high_y, part_y = _stretch(places[:, 0], grid[0], side)
+        low_x, high_x, part_x = _stretch(places[:, 1], grid[1], side)
+        learned = self._positions
+
+        def row(y: Tensor) -> Tensor:
+            return learned[y * side + low_x].float() * (1 - part_x) + learned[y * side + high_x].float() * part_x
+
+        return row(low_y) * (1 - part_y) + row(high_y) * part_y
+
+    def rotation(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin float32 [n, 1, head_dim] of places [n, 2]: rows turn the first quarter, columns the second."""
         head_dim = self.config.hidden_size // self.config.num_heads
         quarter = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=places.device)
         frequencies = self.config.rope_theta ** -(quarter / (head_dim // 2))
@@ -123,75 +136,104 @@ class VisionTower:
         angles = torch.cat((angles, angles), dim=1)[:, None]
         return angles.cos(), angles.sin()
 
-    def _layer(self, index: int, hidden: Tensor, rotation: tuple[Tensor, Tensor], lengths: Sequence[int]) -> Tensor:
-        layer, config = self._layers[index], self.config
-        weight, bias = layer.attention_norm
-        normed = functional.layer_norm(hidden, weight.shape, weight, bias, LAYER_NORM_EPS)
-        q, k, v = layer.qkv(normed).view(hidden.shape[0], 3, config.num_heads, -1).unbind(1)
-        q, k = _rotate(q, rotation), _rotate(k, rotation)
-        attended = []
-        for one_q, one_k, one_v in zip(*(torch.split(each, list(lengths)) for each in (q, k, v)), strict=True):
-            heads = (each.transpose(0, 1)[None] for each in (one_q, one_k, one_v))
-            attended.append(functional.scaled_dot_product_attention(*heads)[0].transpose(0, 1))
-        hidden = hidden + layer.out(torch.cat(attended).reshape(hidden.shape[0], -1))
-        weight, bias = layer.mlp_norm
-        normed = functional.layer_norm(hidden, weight.shape, weight, bias, LAYER_NORM_EPS)
-        return hidden + layer.down(self._activation(layer.up(normed)))
-
 
 class Encoding:
-    """Images on their way through the tower. `features` is there once `advance` has returned False."""
+    """A picture on its way through the tower. `features` is there once all of `num_units` are done."""
 
-    features: Features
-
-    def __init__(
-        self, tower: VisionTower, hidden: Tensor, rotation: tuple[Tensor, Tensor], lengths: Sequence[int]
-    ) -> None:
+    def __init__(self, tower: VisionTower, pixels: Tensor) -> None:
+        config, size = tower.config, tower.config.patch_size
+        self.grid = (pixels.shape[0] // size, pixels.shape[1] // size)
+        self.num_units = encoding_work(config, self.grid, tower.block_patches).num_units
         self._tower = tower
-        self._hidden = hidden
-        self._rotation = rotation
-        self._lengths = lengths
         self._next = 0
-        self._deepstack: list[Tensor] = []
+        num_patches = self.grid[0] * self.grid[1]
+        self._patches = _patches(pixels, size, config.merge_size)
+        self._places = _places(self.grid, config.merge_size).to(tower.device)
+        self._hidden = torch.empty((num_patches, config.hidden_size), dtype=tower.dtype, device=tower.device)
+        shape = (num_patches, 3, config.num_heads, config.hidden_size // config.num_heads)
+        self._qkv = [torch.empty(shape, dtype=tower.dtype, device=tower.device) for _ in range(2)]
+        num_tokens = config.num_tokens(self.grid)
+        outputs = torch.empty(
+            (1 + len(config.deepstack_layers), num_tokens, config.out_hidden_size),
+            dtype=tower.dtype,
+            device=tower.device,
+        )
+        self._features = Features(outputs[0], tuple(outputs[1:]))
 
-    def advance(self) -> bool:
-        """Compute one layer, or the merge after the last; False once all is done."""
-        tower = self._tower
-        if self._next == tower.config.num_layers:
-            self.features = Features(tower._merger(self._hidden), tuple(self._deepstack))
-            return False
-        self._hidden = tower._layer(self._next, self._hidden, self._rotation, self._lengths)
-        if self._next in tower.config.deepstack_layers:
-            merger = tower._deepstack_mergers[tower.config.deepstack_layers.index(self._next)]
-            self._deepstack.append(merger(self._hidden))
-        self._next += 1
-        return True
+    @property
+    def features(self) -> Features:
+        """What came out."""
+        assert self._next == self.num_units
+        return self._features
+
+    def advance(self, num_units: int) -> None:
+        """Do the next `num_units` of the work."""
+        block = self._tower.block_patches
+        num_blocks = -(-self._hidden.shape[0] // block)
+        assert self._next + num_units <= self.num_units
+        for unit in range(self._next, self._next + num_units):
+            layer, index = divmod(unit, num_blocks)
+            rows = slice(index * block, (index + 1) * block)
+            if layer:
+                self._pass_layer(layer - 1, rows)
+            else:
+                self._hidden[rows] = self._tower.embed(self._patches[rows], self._places[rows], self.grid)
+            if layer < len(self._tower.layers):
+                self._project(layer, rows)
+        self._next += num_units
+
+    def _project(self, index: int, rows: slice) -> None:
+        """Queries, keys and values of a layer, from what went into it."""
+        layer, qkv = self._tower.layers[index], self._qkv[index % 2][rows]
+        weight, bias = layer.attention_norm
+        normed = functional.layer_norm(self._hidden[rows], weight.shape, weight, bias, LAYER_NORM_EPS)
+        qkv.copy_(layer.qkv(normed).view(qkv.shape))
+        cos, sin = self._tower.rotation(self._places[rows])
+        for heads in (qkv[:, 0], qkv[:, 1]):
+            heads.copy_(_rotate(heads, cos, sin))
+
+    def _pass_layer(self, index: int, rows: slice) -> None:
+        tower, qkv = self._tower, self._qkv[index % 2]
+        layer, hidden = tower.layers[index], self._hidden[rows]
+        q, k, v = (each.transpose(0, 1)[None] for each in (qkv[rows, 0], qkv[:, 1], qkv[:, 2]))
+        attended = functional.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
+        hidden = hidden + layer.out(attended.reshape(hidden.shape))
+        weight, bias = layer.mlp_norm
+        normed = functional.layer_norm(hidden, weight.shape, weight, bias, LAYER_NORM_EPS)
+        hidden = hidden + layer.down(functional.gelu(layer.up(normed), approximate="tanh"))
+        self._hidden[rows] = hidden
+        merge = tower.config.merge_size**2
+        tokens = slice(rows.start // merge, rows.stop // merge)
+        if index in tower.config.deepstack_layers:
+            at = tower.config.deepstack_layers.index(index)
+            self._features.deepstack[at][tokens] = tower.deepstack_mergers[at](hidden)
+        if index == len(tower.layers) - 1:
+            self._features.tokens[tokens] = tower.merger(hidden)
 
 
-def _by_squares(whole: Tensor, merge_size: int) -> Tensor:
-    """[rows, columns, …] in the order of patches: [rows * columns, …]."""
-    rows, columns = whole.shape[:2]
-    squares = whole.view(rows // merge_size, merge_size, columns // merge_size, merge_size, *whole.shape[2:])
-    return squares.transpose(1, 2).flatten(0, 3)
+def _patches(pixels: Tensor, size: int, merge: int) -> Tensor:
+    """uint8 [N, 3, size, size] of uint8 [height, width, 3]: by rows of squares, squares, rows and columns within."""
+    rows, columns = pixels.shape[0] // (merge * size), pixels.shape[1] // (merge * size)
+    squares = pixels.view(rows, merge, size, columns, merge, size, 3)
+    return squares.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, size, size)
 
 
-def _places(grid: Grid, merge_size: int) -> Tensor:
-    """Row and column of each patch, int64 [rows * columns, 2]."""
+def _places(grid: Grid, merge: int) -> Tensor:
+    """Row and column of each patch, int64 [rows * columns, 2], in the order of `_patches`."""
     rows, columns = grid
     place = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1)
-    return _by_squares(place, merge_size)
+    return place.view(rows // merge, merge, columns // merge, merge, 2).transpose(1, 2).reshape(-1, 2)
 
 
-def _stretch(size: int, side: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """For each of `size` places the two of `side` that it lies between, and how far it is from the first."""
-    at = torch.linspace(0, side - 1, size, dtype=torch.float32, device=device)
-    low = at.long()
-    return low, (low + 1).clamp(max=side - 1), at - low
+def _stretch(at: Tensor, size: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For places int64 [n] of `size`: the two of `side` that each lies between, and how far from the first [n, 1]."""
+    stretched = torch.linspace(0, side - 1, size, dtype=torch.float32, device=at.device)[at]
+    low = stretched.long()
+    return low, (low + 1).clamp(max=side - 1), (stretched - low)[:, None]
 
 
-def _rotate(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """heads [N, num_heads, head_dim], the first half paired with the second; float32 inside."""
-    cos, sin = rotation
+def _rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """heads [n, num_heads, head_dim], the first half paired with the second; float32 inside."""
     wide = heads.float()
     first, second = wide.chunk(2, dim=-1)
     return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(heads.dtype)

@@ -48,6 +48,23 @@ class VisionConfig:
         return grid[0] * grid[1] // self.merge_size**2
 
 
+@dataclass(frozen=True, slots=True)
+class EncodingWork:
+    """What encoding a picture takes: `num_units` of work, all of about `unit_operations` (products and sums)."""
+
+    num_units: int
+    unit_operations: float
+
+
+def encoding_work(config: VisionConfig, grid: Grid, block_patches: int) -> EncodingWork:
+    """A unit is one block of patches through one layer; making a block's patches and embedding them is one more."""
+    num_patches = grid[0] * grid[1]
+    num_blocks = -(-num_patches // block_patches)
+    products = 2 * (4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size)
+    attention = 4 * config.hidden_size * num_patches
+    return EncodingWork((config.num_layers + 1) * num_blocks, (products + attention) * num_patches / num_blocks)
+
+
 def read_vision_config(values: Values, *, hidden_size: int, num_layers: int, vocab_size: int) -> VisionConfig:
     """Of the whole config.json of a model with `num_layers` decoder layers of `hidden_size`. Raises ModelError."""
 
@@ -66,9 +83,9 @@ def read_vision_config(values: Values, *, hidden_size: int, num_layers: int, voc
     deepstack = raw.get("deepstack_visual_indexes", [8, 16, 24])
     if not isinstance(deepstack, list) or not all(isinstance(i, int) and 0 <= i < depth for i in deepstack):
         raise tower.error("deepstack_visual_indexes", f"is {deepstack!r}; a list of layers below {depth} is needed")
-    if sorted(set(deepstack)) != deepstack or len(deepstack) > num_layers:
+    if sorted(set(deepstack)) != deepstack or len(deepstack) >= num_layers:
         raise tower.error(
-            "deepstack_visual_indexes", f"is {deepstack}; at most {num_layers} ascending layers are needed"
+            "deepstack_visual_indexes", f"is {deepstack}; ascending layers, fewer than {num_layers}, are needed"
         )
     width, num_heads = tower.integer("hidden_size"), tower.integer("num_heads")
     if width % num_heads or width // num_heads % 4:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch.nn import functional
 
+from aiexport_edge.engine.images.patches import PatchConfig, patches
 from aiexport_edge.engine.models.vision import Merger, VisionLayer, VisionTower
 from aiexport_edge.engine.models.vision_config import Grid, VisionConfig
 from aiexport_edge.kernels.linear import PackedLinear
@@ -31,6 +31,9 @@ CONFIG = VisionConfig(
     vision_start_id=3,
     vision_end_id=4,
 )
+
+
+PATCHES = PatchConfig(4, 2, 2, 16, 4096, (0.5, 0.4, 0.6), (0.5, 0.25, 0.4))
 
 
 def transformers_model() -> Any:
@@ -61,7 +64,7 @@ def transformers_model() -> Any:
     return model
 
 
-def tower_of(model: Any) -> VisionTower:
+def tower_of(model: Any, block_patches: int) -> VisionTower:
     weights = model.state_dict()
 
     def product(name: str) -> PackedLinear:
@@ -92,19 +95,40 @@ def tower_of(model: Any) -> VisionTower:
         layers=layers,
         merger=merger("merger"),
         deepstack_mergers=[merger(f"deepstack_merger_list.{i}") for i in range(len(CONFIG.deepstack_layers))],
-        activation=functools.partial(functional.gelu, approximate="tanh"),
+        mean=PATCHES.mean,
+        std=PATCHES.std,
+        block_patches=block_patches,
     )
 
 
-@pytest.mark.parametrize("grids", [[(2, 2)], [(8, 8)], [(12, 6)], [(4, 10), (2, 2), (14, 8)]], ids=str)
+def picture(grid: Grid) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    size = (grid[0] * CONFIG.patch_size, grid[1] * CONFIG.patch_size, 3)
+    return np.random.default_rng(grid).integers(0, 256, size, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("block_patches", [4, 16, 4096])
+@pytest.mark.parametrize("grid", [(2, 2), (8, 8), (12, 6), (4, 10), (2, 30)], ids=str)
 @torch.inference_mode()
-def test_features_match_transformers(grids: list[Grid]) -> None:
+def test_features_match_transformers(grid: Grid, block_patches: int) -> None:
     model = transformers_model()
-    generator = torch.Generator().manual_seed(2)
-    patches = torch.randn(sum(h * w for h, w in grids), CONFIG.patch_elements, generator=generator)
-    expected = model(patches, grid_thw=torch.tensor([(1, h, w) for h, w in grids]))
-    features = tower_of(model).encode(patches, grids)
+    pixels = picture(grid)
+    inputs, _ = patches(pixels, PATCHES)
+    expected = model(torch.from_numpy(inputs), grid_thw=torch.tensor([(1, *grid)]))
+    features = tower_of(model, block_patches).encode(torch.from_numpy(pixels))
     torch.testing.assert_close(features.tokens, expected.pooler_output, rtol=1e-4, atol=1e-4)
-    assert features.tokens.shape[0] == sum(CONFIG.num_tokens(grid) for grid in grids)
+    assert features.tokens.shape[0] == CONFIG.num_tokens(grid)
     for ours, theirs in zip(features.deepstack, expected.deepstack_features, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_units_can_be_spread_over_steps_as_one_likes() -> None:
+    tower = tower_of(transformers_model(), 16)
+    pixels = torch.from_numpy(picture((12, 6)))
+    whole = tower.encode(pixels)
+    encoding = tower.begin(pixels)
+    assert encoding.num_units == 5 * (CONFIG.num_layers + 1)
+    for num_units in (1, 7, 3, encoding.num_units - 11):
+        encoding.advance(num_units)
+    assert torch.equal(encoding.features.tokens, whole.tokens)
+    assert all(map(torch.equal, encoding.features.deepstack, whole.deepstack))
