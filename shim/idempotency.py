@@ -188,6 +188,12 @@ class _Attempt:
             self._recording.add(piece)
         self._stream.write(piece)
 
+    def offer(self, piece: bytes) -> bool:
+        taken = self._stream.offer(piece)
+        if taken and self._recording is not None:
+            self._recording.add(piece)
+        return taken
+
     async def room(self) -> None:
         await self._stream.room()
 

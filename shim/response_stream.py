@@ -27,6 +27,9 @@ class ResponseStream(Protocol):
     def write(self, piece: bytes) -> None:
         """A piece of the body, not empty, between its start and its last. Goes nowhere once the client has left."""
 
+    def offer(self, piece: bytes) -> bool:
+        """As `write`, unless it is full; whether it has taken it. One call where a token costs what its calls cost."""
+
     def room(self) -> Awaitable[None]:
         """Until the client has read on, or left."""
 
@@ -48,6 +51,13 @@ class ConnectionStream:
         assert cycle.chunked_encoding
         if not cycle.disconnected:
             self._write(b"%x\r\n%b\r\n" % (len(piece), piece))  # a chunk: RFC 9112, section 7.1
+
+    def offer(self, piece: bytes) -> bool:
+        if self._flow.write_paused:
+            return False
+        if not self._cycle.disconnected:
+            self._write(b"%x\r\n%b\r\n" % (len(piece), piece))
+        return True
 
     async def room(self) -> None:
         await self._flow.drain()

@@ -24,6 +24,11 @@ class EventStream:
         self._stream = stream
         self._ping_s = ping_s
         self._loop = asyncio.get_running_loop()
+        self._now = self._loop.time
+        self._offer = stream.offer
+        assert reply.entry is not None
+        self._entry = reply.entry
+        self._is_passed_text = False
         self._written_at = self._loop.time()
         self._last = b""
         self._ping_timer: asyncio.TimerHandle | None = None
@@ -51,8 +56,19 @@ class EventStream:
             self._last = events
         elif events:
             self._stream.write(events)
-            self._written_at = self._loop.time()
+            self._written_at = self._now()
+        if not self._is_passed_text and self._reply.has_begun:
+            self._is_passed_text = True
+            self._generation.pass_text(self._on_text)
         return not more
+
+    def _on_text(self, text: str, output_tokens: int) -> bool:
+        """What a step mostly brings, in as few calls as there can be."""
+        if not self._offer(sse.text_delta(text)):
+            return False
+        self._entry.output_tokens = output_tokens
+        self._written_at = self._now()
+        return True
 
     async def _wait_for_room(self) -> None:
         await self._stream.room()
@@ -60,7 +76,7 @@ class EventStream:
         self._generation.tell()
 
     def _ping(self) -> None:
-        now = self._loop.time()
+        now = self._now()
         if now - self._written_at >= self._ping_s:
             if not self._stream.is_full:
                 self._stream.write(sse.PING)

@@ -35,6 +35,11 @@ class Reply:
         self.model = request.model
         self._opened = False
 
+    @property
+    def has_begun(self) -> bool:
+        """Its first text has been written: what comes from here on is text, or the end."""
+        return self._opened and self.entry is not None and self.entry.first_token_at is not None
+
     def take(self) -> str:
         """What is new, counted. Raises what ended the generation."""
         entry, generation = self.entry, self.generation

@@ -66,6 +66,7 @@ class Generation:
         self._max_buffered_bytes = max_buffered_bytes
         self._error: Exception | None = None
         self._on_news: Callable[[], bool] | None = None
+        self._on_text: Callable[[str, int], bool] | None = None
         self._followed: asyncio.Future[None] | None = None  # resolved when `_on_news` has had enough
 
     # ------------------------------------------------------------------------------------------ the consumer's side
@@ -92,24 +93,37 @@ class Generation:
                 self.tell()
             await self._followed
         finally:
-            self._on_news = None
+            self._on_news = self._on_text = None
+
+    def pass_text(self, on_text: Callable[[str, int], bool]) -> None:
+        """From here on text that comes alone, with nothing before it left to take, goes to `on_text` first, with the
+        number of output tokens so far: what a step mostly brings. Where it answers False, the text waits as ever.
+        """
+        self._on_text = on_text
 
     def tell(self) -> None:
         """Tells whoever follows that there is something new."""
         on_news = self._on_news
         if on_news is None:
             return
-        assert self._followed is not None
         try:
             if not on_news() and (self._error is None or not on_news()):
                 return
-        except Exception as error:  # the follower's: it gets it where it waits
-            if not self._followed.done():
-                self._followed.set_exception(error)
+        except Exception as error:
+            self._leave(error)
         else:
-            if not self._followed.done():
-                self._followed.set_result(None)
-        self._on_news = None
+            self._leave(None)
+
+    def _leave(self, error: Exception | None) -> None:
+        """The follower has had enough; an error of its own it gets where it waits."""
+        self._on_news = self._on_text = None
+        assert self._followed is not None
+        if self._followed.done():
+            return
+        if error is None:
+            self._followed.set_result(None)
+        else:
+            self._followed.set_exception(error)
 
     def take(self) -> str:
         """The text that has come and has not been taken. Raises what ended the generation once all is taken."""
@@ -128,6 +142,7 @@ class Generation:
         if self.ended:
             return
         self._error = error
+        self._on_text = None
         if isinstance(error, ClientGone):
             self._text.clear()
         if self.answer is not None and not self.answer.done():
@@ -178,6 +193,15 @@ class Generation:
         if not text:
             return
         self._emitted_bytes = emitted_bytes
+        on_text = self._on_text
+        if on_text is not None and not self._text:
+            try:
+                if on_text(text, output_tokens):
+                    self._taken_bytes = emitted_bytes
+                    return
+            except Exception as error:
+                self._leave(error)
+                return
         self._text.append(text)
         if self._emitted_bytes - self._taken_bytes > self._max_buffered_bytes:
             self.fail(ClientGone("reads too slowly"))

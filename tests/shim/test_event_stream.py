@@ -52,6 +52,11 @@ class Connection:
         self.pieces.append(piece)
         self.written.set()
 
+    def offer(self, piece: bytes) -> bool:
+        if not self.is_full:
+            self.write(piece)
+        return not self.is_full
+
     async def room(self) -> None:
         await self._room.wait()
 
