@@ -1,19 +1,16 @@
-"""Pixels to the size that a model's patches want, as the Qwen2-VL and Qwen3-VL image processors resize them."""
+"""A picture to the size that a model's patches want, as the Qwen2-VL and Qwen3-VL image processors resize it."""
 
 from __future__ import annotations
 
-import numpy as np
 from PIL import Image
 
-from aiexport_edge.engine.images.patches import PatchConfig, Pixels
+from aiexport_edge.engine.images.patches import PatchConfig
 
 
-def resize(pixels: Pixels, config: PatchConfig) -> Pixels:
-    """uint8 [rows * patch_size, columns * patch_size, 3] of uint8 [height, width, 3], bicubic; rows and columns as
-    `config.grid` has them. Raises ImageError where the image is a mere line.
+def resize(image: Image.Image, config: PatchConfig) -> Image.Image:
+    """`columns * patch_size` wide and `rows * patch_size` high, bicubic; rows and columns as `config.grid` has them.
+    Raises ImageError where the image is a mere line.
     """
-    rows, columns = config.grid(*pixels.shape[:2])
-    height, width = rows * config.patch_size, columns * config.patch_size
-    if (height, width) == pixels.shape[:2]:
-        return pixels
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+    rows, columns = config.grid(image.height, image.width)
+    size = columns * config.patch_size, rows * config.patch_size
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import io
 import random
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from support.tiny_models import shared_data
 
-from aiexport_edge.engine.images.decode import decode
+from aiexport_edge.engine.images.decode import decode as decode_image
 from aiexport_edge.engine.images.limits import FORMATS, ImageError, ImageLimits
 
 LIMITS = ImageLimits()
 SUFFIXES = {".png": "image/png", ".jpg": "image/jpeg"}
+
+
+def decode(data: bytes, media_type: str, limits: ImageLimits) -> np.ndarray[Any, Any]:
+    return np.asarray(decode_image(data, media_type, limits))
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -57,6 +62,17 @@ def test_what_is_transparent_is_white() -> None:
     assert decode(encoded(indexed, transparency=0), "image/png", LIMITS).min() == 255
 
 
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_as_pillow_has_it(orientation: int) -> None:
+    image = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(image, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert expected is not None
+    assert decode(data, "image/png", LIMITS).tolist() == np.asarray(expected.convert("RGB")).tolist()
+
+
 def test_exif_orientation_is_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
@@ -89,6 +105,9 @@ def test_size_is_checked_before_decoding() -> None:
     data[16:24] = (40_000).to_bytes(4, "big") * 2
     with pytest.raises(ImageError, match=r"broken|40000 x 40000"):
         decode(bytes(data), "image/png", LIMITS)
+    for kind, options in (("WEBP", {}), ("WEBP", {"lossless": True}), ("GIF", {}), ("JPEG", {})):
+        with pytest.raises(ImageError, match="40 x 20 pixels; at most 100 in all"):
+            decode(encoded(halves(), kind, **options), f"image/{kind.lower()}", ImageLimits(max_pixels=100))
     with pytest.raises(ImageError, match="40 x 20 pixels; at most 100 in all"):
         decode(encoded(halves()), "image/png", ImageLimits(max_pixels=100))
     with pytest.raises(ImageError, match="39 on a side"):

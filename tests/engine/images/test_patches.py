@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from aiexport_edge.engine.images.limits import ImageError
 from aiexport_edge.engine.images.patches import PatchConfig, patches
@@ -38,7 +39,7 @@ def test_patches_match_transformers(height: int, width: int) -> None:
     )
     pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
     expected = processor(images=[pixels], return_tensors="np", input_data_format="channels_last")
-    made, grid = patches(resize(pixels, CONFIG), CONFIG)
+    made, grid = patches(np.asarray(resize(Image.fromarray(pixels), CONFIG)), CONFIG)
     assert expected["image_grid_thw"].tolist() == [[1, *grid]]
     assert CONFIG.grid(height, width) == grid
     np.testing.assert_allclose(made, expected["pixel_values"], atol=1e-5)

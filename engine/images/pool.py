@@ -1,0 +1,250 @@
+"""The engine's worker processes for pictures: as many as are wanted, started when there is work, ended when idle.
+
+Owns their lives and what their deaths mean. A file that a worker dies of, or that takes too long, costs that worker and
+is refused; the engine process itself never decodes. Each job runs in a thread that waits on the worker's socket, so
+that megabytes of pixels do not pass through the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import msgspec
+
+from aiexport_edge.engine.images.limits import FORMATS, ImageError, ImageLimits
+from aiexport_edge.engine.images.patches import PatchConfig
+from aiexport_edge.engine.images.worker import LENGTH, Answer, Decoded, Failed, Job
+from aiexport_edge.proto.lifetime import PARENT_PID
+
+log = logging.getLogger(__name__)
+
+WORKER_COMMAND = (sys.executable, "-m", "aiexport_edge.engine.images.worker")
+IDLE_S = 60.0  # then a worker ends
+DEATHS = 2  # of workers that one file may cost: the first may have been no fault of it
+_ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",  # numpy is there for its arrays alone
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),  # what a picture took goes back when it is done
+}
+
+
+class PoolError(Exception):
+    """There is no worker to be had; a sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """A decoded picture of the size that its model wants: uint8 [rows * patch, columns * patch, 3] as bytes."""
+
+    rows: int
+    columns: int
+    digest: bytes
+    data: bytes
+
+
+class ImagePool:
+    """At most `num_workers` files are decoded at one time; others wait in order. `decode` from one event loop."""
+
+    def __init__(
+        self,
+        limits: ImageLimits,
+        *,
+        num_workers: int,
+        timeout_s: float,
+        idle_s: float = IDLE_S,
+        command: Sequence[str] = WORKER_COMMAND,
+    ) -> None:
+        self.limits = limits
+        self._timeout_s = timeout_s
+        self._idle_s = idle_s
+        self._command = command
+        self._threads = ThreadPoolExecutor(num_workers, "images")
+        self._lock = threading.Lock()
+        self._idle: list[tuple[_Worker, float]] = []  # and since when; the last used is used first
+        self._busy: set[_Worker] = set()
+        self._closed = False
+        self._reaping: asyncio.TimerHandle | None = None
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that there are just now."""
+        with self._lock:
+            return len(self._idle) + len(self._busy)
+
+    async def decode(self, data: bytes, media_type: str, patches: PatchConfig) -> Pixels:
+        """Raises `ImageError`, and `PoolError` where no process can be started."""
+        if media_type not in FORMATS:
+            raise ImageError(f"the media type must be one of {', '.join(FORMATS)}")
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._threads, self._decode, data, media_type, patches)
+        finally:
+            if self._reaping is None and not self._closed:
+                self._reaping = loop.call_later(self._idle_s, self._reap)
+
+    def close(self) -> None:
+        """Ends every worker, also those at work."""
+        if self._reaping is not None:
+            self._reaping.cancel()
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+            for worker in self._busy:
+                worker.kill()  # and its thread reaps it
+        for worker, _ in idle:
+            worker.end()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # ------------------------------------------------------------------------------------------ in a thread
+
+    def _decode(self, data: bytes, media_type: str, patches: PatchConfig) -> Pixels:
+        job = Job(media_type, len(data), self.limits, patches)
+        for _ in range(DEATHS):
+            worker = self._take()
+            try:
+                answer, pixels = worker.ask(job, data, self._timeout_s)
+            except _DiedError:
+                log.warning("a worker for pictures died (%s) of a file of %d bytes", worker.end(), len(data))
+                continue
+            except TimeoutError:
+                log.warning("a picture of %d bytes took longer than %.0f s", len(data), self._timeout_s)
+                raise ImageError("the image takes too long to decode; send a smaller one") from None
+            finally:
+                self._give_back(worker)
+            if isinstance(answer, Failed):
+                raise ImageError(answer.message)
+            return Pixels(answer.rows, answer.columns, answer.digest, pixels)
+        raise ImageError("the file is broken: decoding it failed")
+
+    def _take(self) -> _Worker:
+        with self._lock:
+            if self._closed:
+                raise PoolError("The engine is ending.")
+            worker = self._idle.pop()[0] if self._idle else None
+            if worker is not None:
+                self._busy.add(worker)
+                return worker
+        try:
+            worker = _Worker(self._command, self.limits)
+        except OSError as error:
+            log.error("no worker for pictures can be started: %s", error)
+            raise PoolError("Pictures cannot be decoded just now.") from error
+        with self._lock:
+            self._busy.add(worker)
+            if self._closed:
+                worker.kill()
+        return worker
+
+    def _give_back(self, worker: _Worker) -> None:
+        with self._lock:
+            self._busy.discard(worker)
+            if worker.usable and not self._closed:
+                self._idle.append((worker, time.monotonic()))
+                return
+        worker.end()
+
+    # ------------------------------------------------------------------------------------------ on the event loop
+
+    def _reap(self) -> None:
+        """Ends those that have had nothing to do for long."""
+        long_ago = time.monotonic() - self._idle_s
+        with self._lock:
+            old = [worker for worker, since in self._idle if since <= long_ago]
+            self._idle = [(worker, since) for worker, since in self._idle if since > long_ago]
+            left = len(self._idle) + len(self._busy)
+        for worker in old:
+            worker.end()
+        self._reaping = asyncio.get_running_loop().call_later(self._idle_s, self._reap) if left else None
+
+
+class _DiedError(Exception):
+    """The worker is no more."""
+
+
+class _Worker:
+    """One process. `ask` from one thread at a time. Raises OSError where there is no process to be had."""
+
+    def __init__(self, command: Sequence[str], limits: ImageLimits) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        arguments = ["--fd", str(theirs.fileno()), "--max-bytes", str(limits.max_bytes)]
+        arguments += ["--max-pixels", str(limits.max_pixels)]
+        try:
+            self._popen = subprocess.Popen(
+                [*command, *arguments],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **_ENVIRONMENT, PARENT_PID: str(os.getpid())},
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._socket = ours
+        self.usable = True
+
+    def ask(self, job: Job, data: bytes, timeout_s: float) -> tuple[Answer, bytes]:
+        """The answer and the pixels that follow it. Raises `_DiedError` and `TimeoutError`; then it is not usable."""
+        deadline = time.monotonic() + timeout_s
+        self.usable = False
+        body = msgspec.msgpack.encode(job)
+        try:
+            self._wait_at_most(deadline)
+            self._socket.sendall(LENGTH.pack(len(body)) + body)
+            self._socket.sendall(data)
+            answer = _ANSWERS.decode(self._receive(LENGTH.unpack(self._receive(LENGTH.size, deadline))[0], deadline))
+            pixels = self._receive(answer.num_bytes, deadline) if isinstance(answer, Decoded) else b""
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EWOULDBLOCK):
+                self._popen.kill()
+                raise TimeoutError from None
+            raise _DiedError from None
+        self.usable = True
+        return answer, pixels
+
+    def kill(self) -> None:
+        """Ends it at once; whoever waits for its answer is told."""
+        self._popen.kill()
+
+    def end(self) -> int:
+        """Reaps it and frees what it used. Its exit status, as `subprocess` has it."""
+        self._socket.close()
+        self._popen.kill()
+        return self._popen.wait()
+
+    def _receive(self, num_bytes: int, deadline: float) -> bytes:
+        pieces: list[bytes] = []
+        left = num_bytes
+        while left:
+            self._wait_at_most(deadline)
+            piece = self._socket.recv(left, socket.MSG_WAITALL)
+            if not piece:
+                raise _DiedError
+            pieces.append(piece)
+            left -= len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _wait_at_most(self, deadline: float) -> None:
+        """The kernel's timeouts rather than Python's, whose sockets do not block: one read then takes all there is."""
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise BlockingIOError(errno.EAGAIN, "the time is over")
+        value = struct.pack("ll", int(left), int(left % 1 * 1e6) + 1)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+
+
+_ANSWERS = msgspec.msgpack.Decoder(Answer)
