@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
+from aiexport_edge.engine.core.prefill_pace import PrefillPace
 from aiexport_edge.engine.core.request import Request
 
 # Stands in `Request.token_ids` for an id that a planned step draws and that has not been committed.
@@ -107,6 +108,11 @@ class StepRunner(Protocol[Launched]):
 
     @property
     def max_step_tokens(self) -> int: ...
+
+    @property
+    def pace(self) -> PrefillPace | None:
+        """How much prefill is good for a step; None: whatever `max_step_tokens` leaves."""
+        ...
 
     @property
     def tokens_per_page(self) -> list[int]: ...

@@ -119,6 +119,7 @@ def _serve(config: CoreConfig, runner: StepRunner[Any], channel: Channel, suspec
         max_num_running=config.max_num_running,
         max_step_tokens=runner.max_step_tokens,
         batch_floor_share=config.batch_floor_share,
+        pace=runner.pace,
     )
     loop = StepLoop(channel=channel, scheduler=scheduler, runner=runner, suspects=suspects)
     models = [

@@ -21,9 +21,11 @@ from aiexport_edge.engine.core.decode_graphs import DecodeGraphs
 from aiexport_edge.engine.core.decode_inputs import DecodeInputs
 from aiexport_edge.engine.core.kv_memory import KVMemory
 from aiexport_edge.engine.core.plan import Chunk, ModelPlan, StepPlan, StepResult
+from aiexport_edge.engine.core.prefill_pace import PrefillPace
 from aiexport_edge.engine.core.protocol import CoreConfig
 from aiexport_edge.engine.core.request import Status
 from aiexport_edge.engine.core.warm_up import Progress, largest_steps, warm_up
+from aiexport_edge.engine.models.cost import attention_span
 from aiexport_edge.engine.models.loader import LoadedModel
 from aiexport_edge.kernels.sampler import sample
 
@@ -95,6 +97,7 @@ class Runner:
         self.context_windows = [model.context_window for model in models]
         self.max_step_tokens = config.max_step_tokens
         self.max_num_running = config.max_num_running
+        self.pace = _pace(config, models, memory.bytes.device)
         self.keep_logits = keep_logits
         self.last_logits: dict[int, Tensor] = {}
         self._models = list(models)
@@ -346,6 +349,17 @@ class Runner:
         """The steps that take the most memory, in page 0."""
         for chunks in largest_steps(self):
             self.step(StepPlan([ModelPlan(chunks[0].request.model, chunks)]))
+
+
+def _pace(config: CoreConfig, models: Sequence[LoadedModel], device: torch.device) -> PrefillPace:
+    """On a card, what a full step of short prompts costs. On a processor a decode takes a tenth of that, and does not
+    run beside it: a quarter."""
+    most = config.max_step_tokens
+    return PrefillPace(
+        beside_decodes=most / 4 if device.type == "cpu" else most,
+        alone=2 * most,
+        spans=tuple(attention_span(model.config) for model in models),
+    )
 
 
 def _joined(pieces: list[Tensor]) -> Tensor:

@@ -19,12 +19,14 @@ then an empty one.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 
 from aiexport_edge.engine.core.fairness import INPUT_COST, OUTPUT_COST, FloorShare
 from aiexport_edge.engine.core.pages import PagePool
 from aiexport_edge.engine.core.plan import PENDING_ID, Chunk, ModelPlan, StepPlan
+from aiexport_edge.engine.core.prefill_pace import PrefillPace, StepBudget
 from aiexport_edge.engine.core.prefix import PrefixCache
 from aiexport_edge.engine.core.protocol import Priority
 from aiexport_edge.engine.core.request import Request, Status
@@ -36,7 +38,7 @@ class Scheduler:
 
     `revisions` and `tokens_per_page` are by model. A step has at most `max_step_tokens` tokens and `max_num_running`
     requests. `batch_floor_share`, in [0, 1), is what the batch class keeps of the service while interactive requests
-    would take everything.
+    would take everything. `pace` None: prefills take what tokens decodes leave of a step.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Scheduler:
         max_num_running: int,
         max_step_tokens: int,
         batch_floor_share: float,
+        pace: PrefillPace | None = None,
     ) -> None:
         assert min(tokens_per_page) >= 1
         assert max_num_running >= 1
@@ -62,6 +65,7 @@ class Scheduler:
         self.tokens_per_page = list(tokens_per_page)
         self._max_num_running = max_num_running
         self._max_step_tokens = max_step_tokens
+        self._pace = pace
         self._queues = {priority: TenantQueues() for priority in Priority}
         self._running: dict[int, Request] = {}  # what holds pages: prefilling and decoding
         self._decoding: dict[int, Request] = {}
@@ -200,7 +204,7 @@ class Scheduler:
         request = min(self._probation.values(), key=lambda r: (r.status is not Status.RUNNING, r.priority, r.arrival))
         if request.status is not Status.RUNNING and not self._admit(request):
             return StepPlan([])
-        chunk = self._prefill_chunk(request, self._max_step_tokens)
+        chunk = self._prefill_chunk(request, self._budget(self._max_step_tokens, beside_decodes=False))
         return StepPlan([ModelPlan(request.model, [chunk])])
 
     def _plan_together(self) -> StepPlan:
@@ -211,10 +215,11 @@ class Scheduler:
                 return StepPlan([])
             budget += self._grow(growing, decodes)
         prefills: list[Chunk] = []
+        left = self._budget(budget, beside_decodes=bool(decodes))
         # After a famine nobody is admitted in the same step, and a request on probation that waits for room goes first.
         admissions = self.num_preemptions == num_preemptions and not any(h in self._shortfalls for h in self._probation)
         for priority in self._classes():
-            blocked, budget = self._plan_prefills(priority, budget, prefills, admissions)
+            blocked = self._plan_prefills(priority, left, prefills, admissions)
             if blocked and (priority is Priority.INTERACTIVE or self._floor.overdue):
                 admissions = False
             if self.num_preemptions != num_preemptions:
@@ -271,12 +276,16 @@ class Scheduler:
             request.pages.extend(self.pool.take(self._missing_pages(request)))
         return sum([c.num_tokens for c in chunks if c.request.status is not Status.RUNNING]) if famine else 0
 
-    def _plan_prefills(
-        self, priority: Priority, budget: int, chunks: list[Chunk], admissions: bool
-    ) -> tuple[bool, int]:
+    def _budget(self, num_tokens: int, *, beside_decodes: bool) -> StepBudget:
+        """For the prefills of a step that has so many tokens left."""
+        if self._pace is None:
+            return StepBudget(num_tokens)
+        return StepBudget(num_tokens, self._pace.beside_decodes if beside_decodes else self._pace.alone)
+
+    def _plan_prefills(self, priority: Priority, budget: StepBudget, chunks: list[Chunk], admissions: bool) -> bool:
         """Spend the budget on a class: those half done and those to be admitted, the most deserving first.
 
-        Returns whether a request is kept waiting for want of pages or of a place, and the budget left.
+        Returns whether a request is kept waiting for want of pages or of a place.
         """
         queues = self._queues[priority]
         blocked = False
@@ -285,19 +294,17 @@ class Scheduler:
                 blocked = True
                 break
             chunks.append(self._prefill_chunk(request, budget))
-            budget -= chunks[-1].num_tokens
         if blocked and budget:
             half_done = [r for r in self._prefilling.values() if r.priority is priority]
             for request in sorted(half_done, key=self._rank):
                 if budget:
                     chunks.append(self._prefill_chunk(request, budget))
-                    budget -= chunks[-1].num_tokens
-        return blocked, budget
+        return blocked
 
-    def _prefill_chunk(self, request: Request, budget: int) -> Chunk:
+    def _prefill_chunk(self, request: Request, budget: StepBudget) -> Chunk:
         start = request.num_computed_tokens
         num_left = len(request.token_ids) - start
-        num_tokens = min(num_left, budget)
+        num_tokens = budget.take(start, num_left, math.inf if self._pace is None else self._pace.spans[request.model])
         fresh = start + num_tokens - max(start, request.num_charged_tokens)
         if fresh > 0:
             request.num_charged_tokens = start + num_tokens

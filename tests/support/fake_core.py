@@ -163,6 +163,7 @@ class FakeRunner:
         self.max_step_tokens = 1 << 30
         self.tokens_per_page = tokens_per_page
         self.weight_bytes = [0] * len(tokens_per_page)
+        self.pace = None
         self.overlaps = overlaps
         self.in_flight: list[FakeStep] = []
         self.num_drawn: Counter[int] = Counter()

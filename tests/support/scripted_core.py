@@ -77,6 +77,7 @@ class ScriptedRunner:
         self.tokens_per_page = [TOKENS_PER_PAGE] * num_models
         self.weight_bytes = [0] * num_models
         self.overlaps = False
+        self.pace = None
         self._step_s = step_s
         self._poison = poison
         self._broken = broken
