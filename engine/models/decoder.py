@@ -1,4 +1,4 @@
-"""The one decoder: Llama, Mistral, Qwen2, Qwen3 and Qwen3-MoE differ in its configuration, not in its code.
+"""The one decoder: Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE and Qwen3-VL's differ in its configuration, not in its code.
 
 Owns the order of operations; every operation is a kernel, and whatever depends on the device is theirs. Knows no
 requests and no page accounting: a `Batch` says where each token's keys and values are written and read.
@@ -27,15 +27,29 @@ DecodePlans = dict[int, Tensor | None]  # `plan_decode` of this step, by sliding
 
 
 @dataclass(frozen=True, slots=True)
+class ImageTokens:
+    """The tokens of a batch that stand for pictures: rows int64 [M], each once.
+
+    features [M, hidden] stand for their embeddings. deepstack: what is added to them after the first layer, the
+    second …, [M, hidden] each. All in the model's dtype.
+    """
+
+    rows: Tensor
+    features: Tensor
+    deepstack: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """T tokens of B sequences, one sequence after the other; built whole in one place (`engine/core/batch.py`).
 
     Either `input_ids` int64 [T] or `inputs_embeds` [T, hidden] in the model's dtype is given, the other is None.
-    positions int64 [3, T]: time, height, width; text has the same in all three. slots int64 [T]: where a token's
+    positions int64 [3, T]: time, height, width; text has the same in all three, and only with `has_axes` may they
+    differ. slots int64 [T]: where a token's
     keys and values go, page * tokens_per_page + offset, -1 for nowhere. block_tables int32 [B, max_pages],
     query_start_loc int32 [B+1], seq_lens int32 [B] as `paged_attention` wants them. rows int64 [S]: the tokens whose
     logits are asked for, ascending; None means all T. `is_decode`: every sequence has one new token, and the
-    operation that is made for that is used.
+    operation that is made for that is used. `image_tokens` of `input_ids` are not looked up.
     """
 
     input_ids: Tensor | None
@@ -47,6 +61,8 @@ class Batch:
     seq_lens: Tensor
     rows: Tensor | None
     is_decode: bool = False
+    has_axes: bool = False
+    image_tokens: ImageTokens | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +136,14 @@ class Decoder:
         """
         hidden, residual = self.embed(batch), None
         plans: DecodePlans = {}
-        for layer, kv_cache in zip(self.layers[:-1], kv_caches, strict=False):
+        images = batch.image_tokens
+        for index, (layer, kv_cache) in enumerate(zip(self.layers[:-1], kv_caches, strict=False)):
             hidden, residual = self._norm(hidden, residual, layer.input_norm)
             q = self._project(layer, hidden, batch, kv_cache)
             hidden = layer.o(self._attend(layer, q, batch, kv_cache, plans))
             hidden, residual = self._mlp(layer, hidden, residual)
+            if images is not None and index < len(images.deepstack):
+                hidden.index_add_(0, images.rows, images.deepstack[index])
         layer, kv_cache = self.layers[-1], kv_caches[-1]
         hidden, residual = self._norm(hidden, residual, layer.input_norm)
         q = self._project(layer, hidden, batch, kv_cache)
@@ -146,8 +165,12 @@ class Decoder:
             return batch.inputs_embeds
         assert batch.input_ids is not None
         if self.embedding is None:
-            return self.head.gather(batch.input_ids)
-        return gather_rows(self.embedding, batch.input_ids)
+            embedded = self.head.gather(batch.input_ids)
+        else:
+            embedded = gather_rows(self.embedding, batch.input_ids)
+        if batch.image_tokens is not None:
+            embedded.index_copy_(0, batch.image_tokens.rows, batch.image_tokens.features)
+        return embedded
 
     def _norm(self, hidden: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Add to the residual stream (which begins here where there is none) and norm it: (normed, residual)."""
@@ -168,6 +191,7 @@ class Decoder:
             q_weight=layer.q_norm,
             k_weight=layer.k_norm,
             eps=self.config.rms_norm_eps,
+            mrope_section=self.config.rope.mrope_section if batch.has_axes else None,
             batch_invariant=self.deterministic,
         )
 
