@@ -105,8 +105,9 @@ async def serve(config: configuration.Config, fd: int, admin_fd: int | None, add
     """Serves until SIGTERM or SIGINT, then drains. Returns the exit status."""
     from aiexport_edge.proto.tracing import TracingError
     from aiexport_edge.shim.app import create_admin_app, create_app
+    from aiexport_edge.shim.engines.access import AccessError, EngineAccess
     from aiexport_edge.shim.engines.engines import Engines
-    from aiexport_edge.shim.engines.session import EngineAccess
+    from aiexport_edge.shim.engines.routing import Policy
     from aiexport_edge.shim.errors import Overloaded
     from aiexport_edge.shim.services import Services
     from aiexport_edge.shim.store import StoreError, open_store
@@ -117,10 +118,18 @@ async def serve(config: configuration.Config, fd: int, admin_fd: int | None, add
         if config.tls.cert is not None and config.tls.key is not None:
             certificate = Certificate(config.tls.cert, config.tls.key)
         store = open_store(config.store.url)
-        access = EngineAccess.load(config.shim.engine_ca, config.shim.engine_token_file)
-        engines = Engines(addresses, client=f"shim-{os.getpid()}", access=access)
+        shim = config.shim
+        access = EngineAccess(shim.engine_ca, shim.engine_cert, shim.engine_key, shim.engine_token_file)
+        access.check()
+        engines = Engines(
+            addresses,
+            client=f"shim-{os.getpid()}",
+            access=access,
+            policy=Policy(shim.routing),
+            resolve_s=shim.engine_resolve.total_seconds(),
+        )
         services = Services(config, store, engines)
-    except (CertificateError, StoreError, TracingError, OSError) as error:
+    except (AccessError, CertificateError, StoreError, TracingError, OSError) as error:
         log.error("%s", error)
         return 1
     drain_s = int(config.shim.drain.total_seconds())

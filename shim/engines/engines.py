@@ -1,29 +1,40 @@
 """All engines of this process: which one takes a request, and how a request goes on when its engine is lost.
 
-Owns the sessions. A request goes to the connected engine that has its model ready and the fewest of our requests. When
-a session ends, its requests are submitted again, with what they have produced, as soon as an engine with the same model
-revision is there: the consumer of a `Generation` notices nothing but a pause.
+Owns the sessions, one an address; addresses come and go (`discovery.py`). Of the connected engines that have a model
+ready and are fit (`outliers.py`), the router (`routing.py`) chooses; a request that was not accepted goes to the next.
+When a session ends, its requests are submitted again, with what they have produced, as soon as an engine with the same
+model revision is there: the consumer of a `Generation` notices nothing but a pause.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from aiexport_edge.proto import engine_pb2 as pb
+from aiexport_edge.shim.engines.access import MAX_MESSAGE_BYTES, Endpoint, EngineAccess, split_targets
+from aiexport_edge.shim.engines.discovery import Discovery, Lookup
 from aiexport_edge.shim.engines.generation import Generation, Refused, SessionLost
-from aiexport_edge.shim.engines.refusals import RETRY_AFTER_S, api_error, can_pass
-from aiexport_edge.shim.engines.session import MAX_MESSAGE_BYTES, EngineAccess, Session
+from aiexport_edge.shim.engines.prefixes import Trail, trail
+from aiexport_edge.shim.engines.refusals import RETRY_AFTER_S, api_error, can_pass, is_broken
+from aiexport_edge.shim.engines.routing import Candidate, Policy, Reason, Router
+from aiexport_edge.shim.engines.session import Session
 from aiexport_edge.shim.errors import ApiError, Overloaded, RequestTooLarge
 
 ANSWER_TIMEOUT_S = 60.0  # a prompt of 200 K tokens is encoded before it is accepted
 RESUME_S = 60.0  # how long a reply may pause while no engine can go on with it
 RESUME_RETRY_S = 0.25
-MAX_LOST = 2  # engines that may be lost while a request waits for their answer: it could be what kills them
+RESOLVE_S = 10.0
+MAX_LOST = 2  # engines that may be lost, or fail, while a request waits for their answer: it could be what kills them
+SLOW_ANSWER_S = 5.0  # for a prompt of …
+SLOW_ANSWER_BYTES = 64 << 10  # … at most so many bytes; larger ones take their time
 MAX_REQUEST_BYTES = MAX_MESSAGE_BYTES - (512 << 10)  # the output ids of a long reply come on top when it goes on
+
+NO_TRAIL = Trail((), (), 0, 0)
 
 log = logging.getLogger(__name__)
 
@@ -47,48 +58,93 @@ class ModelFacts:
 
 
 class Engines:
-    """Owns one session an address. `run` for as long as it is used."""
+    """Owns one session an address. `targets` are addresses and dns:/// names. `run` for as long as it is used."""
 
     def __init__(
         self,
-        addresses: Sequence[str],
+        targets: Sequence[str],
         *,
         client: str,
         access: EngineAccess | None = None,
+        policy: Policy = Policy.PREFIX,
         resume_s: float = RESUME_S,
         answer_timeout_s: float = ANSWER_TIMEOUT_S,
+        resolve_s: float = RESOLVE_S,
+        lookup: Lookup | None = None,
     ) -> None:
+        self._client = client
+        self._access = access or EngineAccess()
         self._resume_s = resume_s
         self._answer_timeout_s = answer_timeout_s
         self._changed = asyncio.Event()
         self._resuming: dict[Generation, asyncio.Task[None]] = {}
+        self._router = Router(policy)
+        self._group: asyncio.TaskGroup | None = None  # while it runs
+        self._tasks: dict[Session, asyncio.Task[None]] = {}
+        self._fixed, names = split_targets(tuple(targets))
+        self._discovery = Discovery(names, every_s=resolve_s, lookup=lookup)
         self.num_resumed = 0
-        self.sessions = [
-            Session(
-                address,
-                client=client,
-                access=access or EngineAccess(),
-                on_lost=self._lost,
-                on_change=self._pulse,
-            )
-            for address in addresses
-        ]
+        self.num_retried = 0  # times that a request was asked of a further engine
+        self.routed: Counter[Reason] = Counter()
+        self.sessions: list[Session] = []
+        for endpoint in self._fixed:
+            self._add(endpoint)
 
     async def run(self) -> None:
         """Keeps every session connected until cancelled."""
         try:
             async with asyncio.TaskGroup() as group:
+                self._group = group
                 for session in self.sessions:
-                    group.create_task(session.run())
+                    self._tasks[session] = group.create_task(session.run())
+                if self._discovery.names:
+                    group.create_task(self._discovery.run(self._found))
         finally:
+            self._group = None
             for task in self._resuming.values():
                 task.cancel()
+
+    # ------------------------------------------------------------------------------------------ which there are
+
+    def _found(self, endpoints: Sequence[Endpoint]) -> None:
+        """The names stand for these addresses now. One that is gone gets nothing new and ends what it has."""
+        wanted = {endpoint.address: endpoint for endpoint in (*self._fixed, *endpoints)}
+        for session in list(self.sessions):
+            session.leaving = wanted.pop(session.address, None) is None
+            if session.leaving and not session.live:
+                self._remove(session)
+        for endpoint in wanted.values():
+            self._add(endpoint)
+        self._pulse()
+
+    def _add(self, endpoint: Endpoint) -> None:
+        session = Session(endpoint, client=self._client, access=self._access, on_lost=self._lost, on_change=self._pulse)
+        self.sessions.append(session)
+        self._compare()
+        if self._group is not None:
+            self._tasks[session] = self._group.create_task(session.run())
+
+    def _remove(self, session: Session) -> None:
+        log.info("engine %s: no longer one of ours", session.address)
+        self.sessions.remove(session)
+        self._compare()
+        task = self._tasks.pop(session, None)
+        if task is not None:
+            task.cancel()
+
+    def _compare(self) -> None:
+        for session in self.sessions:
+            session.watches_load = len(self.sessions) > 1
 
     # ------------------------------------------------------------------------------------------ what there is
 
     def state(self, model: str) -> ModelState:
         """The best state of `model` on any engine that would take a request."""
-        infos = [s.models[model] for s in self.sessions if s.connected and not s.draining and model in s.models]
+        infos = [
+            session.models[model]
+            for session in self.sessions
+            if session.connected and not session.draining and not session.leaving and model in session.models
+        ]
         states = {info.state for info in infos}
         if pb.MODEL_READY in states:
             return ModelState.READY
@@ -116,21 +172,27 @@ class Engines:
         refusal: ApiError | None = None
         tried: set[Session] = set()
         lost = 0
-        while (session := self._pick(generation.request.model, tried)) is not None:
+        found = self._trail(generation)
+        while lost < MAX_LOST and (session := self._pick(generation, found, tried)) is not None:
+            self.num_retried += bool(tried)
             tried.add(session)
             try:
-                return await self._submit(session, generation)
+                accepted = await self._submit(session, generation)
             except Refused as refused:
                 refusal = api_error(refused.detail)
-                if not can_pass(refused.detail):
+                if is_broken(refused.detail):
+                    lost += 1
+                elif not can_pass(refused.detail):
                     break
             except SessionLost:
                 lost += 1
-                if lost == MAX_LOST:
-                    break
             except TimeoutError:
                 self.abort(generation)
-                raise Overloaded("The model does not answer just now.", retry_after=RETRY_AFTER_S) from None
+                lost += 1
+                refusal = Overloaded("The model does not answer just now.", retry_after=RETRY_AFTER_S)
+            else:
+                self._router.placed(found, session.memory)
+                return accepted
         raise refusal or self._unavailable(generation.request.model)
 
     def abort(self, generation: Generation) -> None:
@@ -149,7 +211,15 @@ class Engines:
 
     # ------------------------------------------------------------------------------------------ placing
 
-    def _pick(self, model: str, without: Iterable[Session] = (), revision: str | None = None) -> Session | None:
+    def _trail(self, generation: Generation) -> Trail:
+        """The beginnings of its prompt, where there is a choice that they matter to."""
+        return trail(generation.request) if len(self.sessions) > 1 else NO_TRAIL
+
+    def _pick(
+        self, generation: Generation, found: Trail, without: Iterable[Session] = (), revision: str | None = None
+    ) -> Session | None:
+        """One of those that can serve it; of those, one that is fit if there is any, and has room as far as we know."""
+        model = generation.request.model
         able = [
             session
             for session in self.sessions
@@ -157,16 +227,44 @@ class Engines:
             and session.can_serve(model)
             and (revision is None or session.models[model].revision == revision)
         ]
-        return min(able, key=lambda session: len(session.live), default=None)
+        if len(able) > 1:
+            able = [session for session in able if session.outlier.admits] or able
+            able = [session for session in able if not session.outlier.is_full] or able
+        elif not able:
+            return None
+        for_batch = generation.request.priority == pb.PRIORITY_BATCH
+        choice = self._router.choose(
+            found,
+            [Candidate(session.address, session.memory, session.load(for_batch=for_batch)) for session in able],
+        )
+        self.routed[choice.reason] += 1
+        return able[choice.index]
 
     async def _submit(self, session: Session, generation: Generation) -> pb.Accepted:
-        answer: asyncio.Future[pb.Accepted] = asyncio.get_running_loop().create_future()
+        """Places it and waits for the engine's answer. Raises `Refused`, `SessionLost`, `TimeoutError`."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[pb.Accepted] = loop.create_future()
         generation.answer = answer
+        outlier, began = session.outlier, loop.time()
+        on_trial = outlier.sent()
+        settle = outlier.withdrawn
         session.submit(generation)
         try:
             async with asyncio.timeout(self._answer_timeout_s):
-                return await answer
+                accepted = await answer
+            slow = loop.time() - began > SLOW_ANSWER_S and generation.request.ByteSize() < SLOW_ANSWER_BYTES
+            settle = outlier.failed if slow else outlier.answered
+            return accepted
+        except Refused as refused:
+            settle = outlier.failed if is_broken(refused.detail) else outlier.answered
+            if refused.detail.code == pb.ERROR_QUEUE_FULL:
+                outlier.full(refused.detail.retry_after_ms / 1000)
+            raise
+        except TimeoutError:
+            settle = outlier.failed
+            raise
         finally:
+            settle(on_trial=on_trial)
             generation.answer = None
 
     def _unavailable(self, model: str) -> Overloaded:
@@ -190,20 +288,26 @@ class Engines:
     async def _resume(self, generation: Generation) -> None:
         """Submits again until an engine takes it, for at most `resume_s`."""
         request_id = generation.request.request_id
+        found = self._trail(generation)
+        lost = 0
         try:
             async with asyncio.timeout(self._resume_s):
                 while not generation.ended:
-                    session = await self._session_for(generation)
+                    session = await self._session_for(generation, found)
                     try:
                         await self._submit(session, generation)
                     except SessionLost:
                         continue
+                    except TimeoutError:
+                        session.abort(generation.tag)
                     except Refused as refused:
-                        if not can_pass(refused.detail):
+                        lost += is_broken(refused.detail)
+                        if lost == MAX_LOST or not (can_pass(refused.detail) or is_broken(refused.detail)):
                             generation.fail(api_error(refused.detail))
                             return
                         await asyncio.sleep(RESUME_RETRY_S)
                     else:
+                        self._router.placed(found, session.memory)
                         self.num_resumed += 1
                         log.info("%s goes on at engine %s", request_id, session.address)
                         return
@@ -215,15 +319,15 @@ class Engines:
                 Overloaded("The model's engine was lost and did not come back in time.", retry_after=RETRY_AFTER_S)
             )
 
-    async def _session_for(self, generation: Generation) -> Session:
+    async def _session_for(self, generation: Generation, found: Trail) -> Session:
         """Waits for an engine with the model of this request, of the same revision if there is any."""
         assert generation.accepted is not None
         model, revision = generation.request.model, generation.accepted.model_revision
         while True:
             self._changed.clear()
-            session = self._pick(model, revision=revision)
-            if session is None and all(session.can_serve(model) for session in self.sessions):
-                session = self._pick(model)  # every engine is back, with another model: it refuses, and says why
+            session = self._pick(generation, found, revision=revision)
+            if session is None and all(each.can_serve(model) for each in self.sessions if not each.leaving):
+                session = self._pick(generation, found)  # every engine is back, with another model: it refuses
             if session is not None:
                 return session
             await self._changed.wait()

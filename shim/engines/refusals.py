@@ -46,6 +46,11 @@ def can_pass(detail: pb.ErrorDetail) -> bool:
     return detail.code in (pb.ERROR_QUEUE_FULL, pb.ERROR_TENANT_QUEUE_FULL, pb.ERROR_NOT_FOUND)
 
 
+def is_broken(detail: pb.ErrorDetail) -> bool:
+    """Whether it is the engine's fault: another one may well take the request."""
+    return detail.code in (pb.ERROR_INTERNAL, pb.ERROR_CODE_UNSPECIFIED)
+
+
 def _param(field: str) -> str | None:
     """A path in GenerateRequest as the path in the REST body, where it has one."""
     if field == _SCHEMA_FIELD:

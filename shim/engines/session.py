@@ -1,7 +1,8 @@
 """One engine address: a gRPC channel and one bidirectional stream on it that carries every request of this process.
 
-Owns the connection, the tags, and what the engine has said of its models. Reconnects for ever, with backoff; when a
-session ends it hands its requests back to its owner, who decides where they go on. Knows nothing of HTTP.
+Owns the connection, the tags, and what the engine has said of its models, its health and its load. Reconnects for ever,
+with backoff; when a session ends it hands its requests back to its owner, who decides where they go on. Knows nothing
+of HTTP, and nothing of other engines.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ import logging
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from enum import Enum
 from functools import partial
-from itertools import islice
-from pathlib import Path
+from itertools import count, islice
 from typing import Any
 
 import grpc
@@ -22,33 +22,37 @@ import grpc.aio
 
 from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.proto.engine_pb2_grpc import EngineStub
-from aiexport_edge.proto.units import is_loopback, split_address
+from aiexport_edge.shim.engines.access import AccessError, Endpoint, EngineAccess
 from aiexport_edge.shim.engines.generation import Generation
+from aiexport_edge.shim.engines.handshake import why_refused
+from aiexport_edge.shim.engines.outliers import Fitness, Outlier
 
-MAX_MESSAGE_BYTES = 33 << 20  # as the engine has it; a larger one would end the session
 FIRST_RETRY_S = 0.1
-LAST_RETRY_S = 0.5
+LAST_RETRY_S = 0.5  # an engine that restarts is found again soon …
+AWAY_S = 60.0  # … one that has been away for so long is asked less often
+AWAY_RETRY_S = 5.0
 LOADING_REFRESH_S = 0.1  # while a model is loading
-REFRESH_S = 5.0
+CHECK_S = 1.0  # health, and load where there are other engines
+REFRESH_S = 5.0  # models
 CALL_TIMEOUT_S = 15.0
 STATS_TIMEOUT_S = 3.0  # a person waits for it
+BATCH_LOAD = 0.25  # of a batch request, to an interactive one, which goes before it
 
 log = logging.getLogger(__name__)
+_SERVICE = pb.DESCRIPTOR.services_by_name["Engine"].full_name
+_memories = count(1)
 
 
-@dataclass(frozen=True, slots=True)
-class EngineAccess:
-    """What an engine beyond this machine wants: TLS and a token. `ca` (PEM) None: the authorities that gRPC knows."""
+class EngineState(Enum):
+    """What an operator is shown of an engine, and the reason why it gets no work; the first that applies."""
 
-    ca: bytes | None = None
-    token: str | None = None
-
-    @staticmethod
-    def load(ca: Path | None, token_file: Path | None) -> EngineAccess:
-        return EngineAccess(
-            ca=None if ca is None else ca.read_bytes(),
-            token=None if token_file is None else token_file.read_text(encoding="utf-8").strip(),
-        )
+    AWAY = "away"  # not connected
+    LEAVING = "leaving"  # its name no longer has this address
+    DRAINING = "draining"
+    UNHEALTHY = "unhealthy"  # it says that it serves nothing, or still loads
+    EJECTED = "ejected"
+    TRIAL = "trial"  # after an ejection: one request at a time
+    SERVING = "serving"
 
 
 class Session:
@@ -56,22 +60,35 @@ class Session:
 
     def __init__(
         self,
-        address: str,
+        endpoint: Endpoint,
         *,
         client: str,
         access: EngineAccess,
         on_lost: Callable[[Generation], None],
         on_change: Callable[[], None],
     ) -> None:
-        self.address = address
+        self.endpoint = endpoint
+        self.address = endpoint.address
         self.connected = False
         self.draining = False
+        self.leaving = False  # it gets nothing new, for good
+        self.serving = True  # as the health service says
+        self.watches_load = False  # somebody compares it with others
+        self.outlier = Outlier()
+        self.memory = 0  # a number for what the engine has cached; another one where it may have lost that
+        self.num_accepted = 0
+        self.prompt_tokens = 0  # of requests that started here, and those of them that it had cached
+        self.cached_tokens = 0
         self.models: Mapping[str, pb.ModelInfo] = {}  # as last told, also while disconnected
         self._client = client
         self._access = access
         self._on_lost = on_lost
         self._on_change = on_change
         self._live: dict[int, Generation] = {}
+        self._num_batch = 0  # of those
+        self._others = 0  # requests of other clients, as last told
+        self._core = (0, 0.0)  # whose memory it is: the core's process and when it may have begun
+        self._has_health = True
         self._next_tag = 1
         self._outgoing: deque[pb.ClientEvent] = deque()
         self._wake_writer = asyncio.Event()
@@ -86,8 +103,33 @@ class Session:
 
     def can_serve(self, model: str) -> bool:
         """Whether a request for `model` would be taken now."""
+        if not (self.connected and self.serving) or self.draining or self.leaving:
+            return False
         info = self.models.get(model)
-        return self.connected and not self.draining and info is not None and info.state == pb.MODEL_READY
+        return info is not None and info.state == pb.MODEL_READY
+
+    def load(self, *, for_batch: bool) -> float:
+        """How many requests one more would share the engine with, weighed by how much they would be in its way."""
+        if for_batch:
+            return len(self._live) + self._others
+        return len(self._live) - (1 - BATCH_LOAD) * self._num_batch + self._others
+
+    @property
+    def state(self) -> EngineState:
+        if not self.connected:
+            return EngineState.AWAY
+        if self.leaving:
+            return EngineState.LEAVING
+        if self.draining:
+            return EngineState.DRAINING
+        if not self.serving:
+            return EngineState.UNHEALTHY
+        match self.outlier.fitness:
+            case Fitness.EJECTED:
+                return EngineState.EJECTED
+            case Fitness.TRIAL:
+                return EngineState.TRIAL
+        return EngineState.SERVING
 
     def submit(self, generation: Generation) -> None:
         """Places a generation here. Its `answer` gets the engine's."""
@@ -96,11 +138,12 @@ class Session:
         self._next_tag += 1
         generation.session, generation.tag = self, tag
         self._live[tag] = generation
+        self._num_batch += generation.request.priority == pb.PRIORITY_BATCH
         self._send(pb.ClientEvent(submit=pb.Submit(tag=tag, request=generation.submission())))
 
     def abort(self, tag: int) -> None:
         """Takes a generation off the engine. Does nothing where it has ended."""
-        if self._live.pop(tag, None) is None:
+        if self._take_off(tag) is None:
             return
         for index, event in enumerate(self._outgoing):
             if event.WhichOneof("event") == "submit" and event.submit.tag == tag:
@@ -108,6 +151,12 @@ class Session:
                 return
         self._outgoing.appendleft(pb.ClientEvent(abort=pb.Abort(tag=tag)))
         self._wake_writer.set()
+
+    def _take_off(self, tag: int) -> Generation | None:
+        generation = self._live.pop(tag, None)
+        if generation is not None:
+            self._num_batch -= generation.request.priority == pb.PRIORITY_BATCH
+        return generation
 
     def _send(self, event: pb.ClientEvent) -> None:
         self._outgoing.append(event)
@@ -131,14 +180,19 @@ class Session:
 
     async def run(self) -> None:
         """Connects, serves, and connects again, until cancelled."""
+        loop = asyncio.get_running_loop()
         retry_s = FIRST_RETRY_S
         told = False
+        since = loop.time()  # it was last connected
         while True:
             try:
                 await self._serve_once()
             except grpc.aio.AioRpcError as error:
                 if self.connected or not told:
-                    log.warning("engine %s: %s (%s)", self.address, error.details(), error.code().name)
+                    log.warning("engine %s: %s", self.address, await self._reason(error))
+            except AccessError as error:
+                if not told:
+                    log.error("engine %s: %s", self.address, error)
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
@@ -147,15 +201,20 @@ class Session:
             finally:
                 was_connected = self.connected
                 self._end()
-            retry_s = FIRST_RETRY_S if was_connected else min(retry_s * 2, LAST_RETRY_S)
+            if was_connected:
+                since, retry_s = loop.time(), FIRST_RETRY_S
+            last_s = LAST_RETRY_S if loop.time() - since < AWAY_S else AWAY_RETRY_S
+            retry_s = min(retry_s * 2, last_s)
             told = not was_connected
             await asyncio.sleep(retry_s * random.uniform(0.5, 1.0))
 
     async def _serve_once(self) -> None:
-        async with self._channel() as channel:
+        async with self._access.channel(self.endpoint) as channel:
             stub = EngineStub(channel)
-            metadata = None if self._access.token is None else (("authorization", f"Bearer {self._access.token}"),)
+            metadata = self._access.metadata()
             await self._refresh(stub, metadata)
+            await self._check(channel, metadata)
+            await self._look(stub, metadata)
             call = stub.Session(metadata=metadata)
             self._outgoing.clear()
             self._send(pb.ClientEvent(hello=pb.Hello(client=self._client)))
@@ -165,7 +224,7 @@ class Session:
             self._on_change()
             side_tasks = [
                 asyncio.create_task(self._write(call)),
-                asyncio.create_task(self._keep_refreshing(stub, metadata, call)),
+                asyncio.create_task(self._keep_refreshing(channel, stub, metadata, call)),
             ]
             try:
                 while (outputs := await call.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
@@ -176,16 +235,15 @@ class Session:
                     task.cancel()
                 await asyncio.gather(*side_tasks, return_exceptions=True)
 
-    def _channel(self) -> grpc.aio.Channel:
-        options = [
-            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.use_local_subchannel_pool", 1),  # else a new channel inherits the backoff of the last one
-            ("grpc.enable_http_proxy", 0),
-        ]
-        if self._access.ca is None and _is_local(self.address):
-            return grpc.aio.insecure_channel(self.address, options)
-        return grpc.aio.secure_channel(self.address, grpc.ssl_channel_credentials(self._access.ca), options)
+    async def _reason(self, error: grpc.aio.AioRpcError) -> str:
+        """What is wrong, in words: of a TLS connection that can't be made, gRPC does not say it."""
+        if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+            return "it does not take our token; set [shim] engine_token_file to its [engine] token_file"
+        if error.code() is grpc.StatusCode.UNAVAILABLE and not self.connected:
+            reason = await asyncio.to_thread(why_refused, self.endpoint, self._access)
+            if reason is not None:
+                return reason
+        return f"{error.details()} ({error.code().name})"
 
     async def _write(self, call: Any) -> None:
         while True:
@@ -198,19 +256,53 @@ class Session:
         listed = await stub.ListModels(pb.ListModelsRequest(), metadata=metadata, timeout=CALL_TIMEOUT_S)
         self.models = {model.name: model for model in listed.models}
 
-    async def _keep_refreshing(self, stub: Any, metadata: Any, call: Any) -> None:
-        """Asks for the models' states. An engine that does not answer at all is as good as dead: ends the session."""
+    async def _check(self, channel: grpc.aio.Channel, metadata: Any) -> None:
+        """Asks the standard health service; a server without one is taken to serve."""
+        if not self._has_health:
+            return
+        from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+        request = health_pb2.HealthCheckRequest(service=_SERVICE)
+        try:
+            reply = await health_pb2_grpc.HealthStub(channel).Check(request, metadata=metadata, timeout=CALL_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            if error.code() not in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.NOT_FOUND):
+                raise
+            self._has_health = False
+        else:
+            self.serving = reply.status == health_pb2.HealthCheckResponse.SERVING
+
+    async def _look(self, stub: Any, metadata: Any) -> None:
+        """Asks how loaded the engine is, and whether it is still the one whose memory is known."""
+        mine = len(self._live)
+        stats = await stub.Stats(pb.StatsRequest(), metadata=metadata, timeout=CALL_TIMEOUT_S)
+        self._others = max(0, stats.running + stats.waiting - mine)
+        pid, uptime_s = self._core
+        if not self.memory or stats.core_pid != pid or stats.uptime_s < uptime_s:
+            self.memory = next(_memories)
+        self._core = (stats.core_pid, stats.uptime_s)
+
+    async def _keep_refreshing(self, channel: grpc.aio.Channel, stub: Any, metadata: Any, call: Any) -> None:
+        """Asks for health, load and the models' states. An engine that does not answer at all is as good as dead: ends
+        the session."""
+        loop = asyncio.get_running_loop()
+        refresh_at = loop.time() + REFRESH_S
         while True:
-            loading = any(model.state == pb.MODEL_LOADING for model in self.models.values())
-            await asyncio.sleep(LOADING_REFRESH_S if loading else REFRESH_S)
-            before = self.models
+            loading = not self.serving or any(model.state == pb.MODEL_LOADING for model in self.models.values())
+            await asyncio.sleep(LOADING_REFRESH_S if loading else min(CHECK_S, REFRESH_S))
+            before = self.models, self.serving
             try:
-                await self._refresh(stub, metadata)
+                await self._check(channel, metadata)
+                if self.watches_load:
+                    await self._look(stub, metadata)
+                if loading or loop.time() >= refresh_at:
+                    await self._refresh(stub, metadata)
+                    refresh_at = loop.time() + REFRESH_S
             except grpc.aio.AioRpcError as error:
                 log.warning("engine %s: does not answer (%s)", self.address, error.code().name)
                 call.cancel()
                 return
-            if self.models != before:
+            if (self.models, self.serving) != before:
                 self._on_change()
 
     def _dispatch(self, outputs: pb.StepOutputs) -> None:
@@ -225,11 +317,13 @@ class Session:
                 continue
             match output.WhichOneof("event"):
                 case "accepted":
+                    self.num_accepted += 1
                     generation.on_accepted(output.accepted)
                 case "started":
+                    self._count(generation, output.started)
                     generation.on_started(output.started)
                 case "refused":
-                    del live[output.tag]
+                    self._take_off(output.tag)
                     generation.on_refused(output.refused)
         deltas = outputs.deltas
         for tag, text, ids, output_tokens, emitted_bytes in zip(
@@ -239,7 +333,7 @@ class Session:
             if generation is not None:
                 generation.on_delta(text, ids, output_tokens, emitted_bytes)
         for output in outputs.ends:
-            generation = live.pop(output.tag, None)
+            generation = self._take_off(output.tag)
             if generation is None:
                 continue
             match output.WhichOneof("event"):
@@ -248,13 +342,22 @@ class Session:
                 case "failed":
                     generation.on_failed(output.failed)
 
+    def _count(self, generation: Generation, started: pb.Started) -> None:
+        if generation.accepted is not None:
+            self.prompt_tokens += generation.accepted.prompt_tokens
+            self.cached_tokens += started.cached_tokens
+
     def _end(self) -> None:
         """The session is over: every request of it goes back to the owner."""
-        was_connected, self.connected, self.draining = self.connected, False, False
+        was_connected, was_draining = self.connected, self.draining
+        self.connected = self.draining = False
         self._ask_stats = None
         self._outgoing.clear()
         lost = list(self._live.values())
         self._live.clear()
+        self._num_batch = self._others = 0
+        if lost and not was_draining:
+            self.outlier.lost()
         for generation in lost:
             generation.session = None
         if was_connected:
@@ -269,8 +372,3 @@ def _ids_by_row(deltas: pb.Deltas) -> Iterable[Sequence[int]]:
         return zip(deltas.token_ids)
     ids = iter(deltas.token_ids)
     return [list(islice(ids, number)) for number in deltas.num_token_ids]
-
-
-def _is_local(address: str) -> bool:
-    """Whether the engine is on this machine; elsewhere the connection is encrypted or not made."""
-    return address.startswith("unix:") or is_loopback(split_address(address)[0])

@@ -32,6 +32,7 @@ def test_what_the_console_shows(
     make_engine: Callable[..., ScriptedEngine], make_shim: Callable[..., ShimServer]
 ) -> None:
     engine = make_engine()
+    engine.load = (1, 2)
     shim = make_shim(engine)
     shim.store.create_workspace("quiet", "free")
     ended = shim.store.create_key("acme", expires_in=timedelta(days=3))

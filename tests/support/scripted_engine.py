@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
 
 from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.proto import engine_pb2_grpc
@@ -48,8 +50,11 @@ class Seen:
 class ScriptedEngine(engine_pb2_grpc.EngineServicer):
     """Runs in a thread of its own; every public method may be called from the test's."""
 
-    def __init__(self, address: str, *, models: tuple[str, ...] = ("demo",)) -> None:
+    def __init__(
+        self, address: str, *, models: tuple[str, ...] = ("demo",), credentials: grpc.ServerCredentials | None = None
+    ) -> None:
         self.address = address
+        self._credentials = credentials
         self.seen = Seen()
         self.revision = "r1"
         self.state = pb.MODEL_READY
@@ -58,6 +63,8 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         self.refuse_resume: pb.ErrorDetail | None = None
         self.fail_after: tuple[int, pb.ErrorDetail] | None = None  # tokens, then Failed
         self.accept_silently = False  # never answers a Submit
+        self.load: tuple[int, int] | None = None  # running and waiting, as Stats says; None: what there is
+        self.core_pid = 0  # as Stats says
         self._models = models
         self._changed = threading.Condition()
         self._free = asyncio.Event()  # set: tokens come at once
@@ -65,6 +72,8 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         self._starts = asyncio.Event()  # set: requests are scheduled at once
         self._answers = asyncio.Event()  # set: ListModels answers
         self._sessions: set[asyncio.Queue[pb.StepOutputs | None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._health = HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -109,6 +118,10 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         """While it hangs, ListModels gets no answer."""
         self._loop.call_soon_threadsafe(self._answers.clear if hang else self._answers.set)
 
+    def set_serving(self, serving: bool) -> None:
+        """What the health service says of the engine."""
+        self._call(self._set_serving(serving))
+
     def drain(self) -> None:
         """Says that it takes no new requests."""
 
@@ -142,7 +155,16 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
 
     async def Stats(self, request: pb.StatsRequest, context: Any) -> pb.StatsResponse:
         models = [pb.ModelStats(name=name, running=1, prompt_tokens=100, cached_tokens=25) for name in self._models]
-        return pb.StatsResponse(running=1, waiting=2, pages_total=10, pages_used=4, uptime_s=7200, models=models)
+        running, waiting = self.load or (len(self._tasks), 0)
+        return pb.StatsResponse(
+            running=running,
+            waiting=waiting,
+            pages_total=10,
+            pages_used=4,
+            uptime_s=7200,
+            core_pid=self.core_pid,
+            models=models,
+        )
 
     async def Session(self, events: AsyncIterator[pb.ClientEvent], context: Any) -> AsyncIterator[pb.StepOutputs]:
         outbox: asyncio.Queue[pb.StepOutputs | None] = asyncio.Queue()
@@ -164,11 +186,14 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
                         self._note(self.seen.hellos, event.hello.client)
                     case "submit":
                         self._note(self.seen.submitted, event.submit)
-                        running[event.submit.tag] = asyncio.create_task(self._generate(event.submit, outbox))
+                        task = asyncio.create_task(self._generate(event.submit, outbox))
+                        running[event.submit.tag] = task
+                        self._tasks.add(task)
+                        task.add_done_callback(self._tasks.discard)
                     case "abort":
-                        task = running.pop(event.abort.tag, None)
-                        if task is not None and not task.done():
-                            task.cancel()
+                        aborted = running.pop(event.abort.tag, None)
+                        if aborted is not None and not aborted.done():
+                            aborted.cancel()
                             finished = pb.Finished(reason=pb.FINISH_ABORTED)
                             _put_end(outbox, pb.Output(tag=event.abort.tag, finished=finished))
                         self._note(self.seen.aborted, event.abort.tag)
@@ -240,10 +265,19 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
 
     # ---------------------------------------------------------------------------------------- inside
 
+    async def _set_serving(self, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        await self._health.set(pb.DESCRIPTOR.services_by_name["Engine"].full_name, status)
+
     async def _start(self) -> None:
         server = grpc.aio.server(options=[("grpc.max_receive_message_length", 256 << 20), ("grpc.so_reuseport", 0)])
         engine_pb2_grpc.add_EngineServicer_to_server(self, server)
-        server.add_insecure_port(self.address)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        await self._set_serving(True)
+        if self._credentials is None:
+            server.add_insecure_port(self.address)
+        else:
+            server.add_secure_port(self.address, self._credentials)
         await server.start()
         self._server = server
 
