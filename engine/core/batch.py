@@ -67,7 +67,9 @@ class BatchBuilder:
         self._staging = staging
         self._row_of: dict[int, int] = {}  # by request handle
         self._free_rows = list(range(max_requests))
-        self._pages: list[list[int]] = [[] for _ in range(max_requests)]  # what the row of block_tables holds
+        # What a row of block_tables holds: the first so many pages of a request's list.
+        self._pages: list[list[int]] = [[] for _ in range(max_requests)]
+        self._num_pages = [0] * max_requests
         self._block_tables = np.zeros((max_requests, -(-context_window // tokens_per_page)), dtype=np.int32)
         self._temperature = np.zeros(max_requests, dtype=np.float32)
         self._top_k = np.zeros(max_requests, dtype=np.int32)
@@ -202,9 +204,13 @@ class BatchBuilder:
         row = self._row_of.get(request.handle)
         if row is None:
             row = self._admit(request, chunks)
-        if self._pages[row] != request.pages:  # pages appended, or others after a preemption
-            self._pages[row] = list(request.pages)
-            self._block_tables[row, : len(request.pages)] = request.pages
+        pages = request.pages
+        if self._pages[row] is not pages:  # new, or others after a preemption: a list that is held only grows
+            self._pages[row], self._num_pages[row] = pages, 0
+        known, num_pages = self._num_pages[row], len(pages)
+        if known < num_pages:
+            self._block_tables[row, known:num_pages] = pages[known:]
+            self._num_pages[row] = num_pages
         return row
 
     def _admit(self, request: Request, chunks: Sequence[Chunk]) -> int:
@@ -215,7 +221,7 @@ class BatchBuilder:
                 self._free_rows.append(self._row_of.pop(handle))
         row = self._free_rows.pop()
         self._row_of[request.handle] = row
-        self._pages[row] = []
+        self._pages[row], self._num_pages[row] = [], 0
         sampling = request.sampling
         self._temperature[row] = sampling.temperature
         self._top_k[row] = sampling.top_k

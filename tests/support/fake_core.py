@@ -23,6 +23,7 @@ from aiexport_edge.engine.core.commit import end_of
 from aiexport_edge.engine.core.pages import PagePool
 from aiexport_edge.engine.core.pipeline import Pipeline
 from aiexport_edge.engine.core.plan import PENDING_ID, Chunk, StepPlan, StepResult
+from aiexport_edge.engine.core.prefill_pace import PrefillPace
 from aiexport_edge.engine.core.protocol import AddRequest, FinishReason, Priority, Sampling, StepReport, pack_ids
 from aiexport_edge.engine.core.request import Request, Status, make_request
 from aiexport_edge.engine.core.scheduler import Scheduler
@@ -324,6 +325,7 @@ class FakeCore:
         batch_floor_share: float = 0.1,
         ids_per_step: Callable[[int, int], int] = lambda handle, index: 1,
         overlaps: bool = False,
+        pace: PrefillPace | None = None,
     ) -> None:
         tokens_per_page = tokens_per_page or [4]
         self.pool = PagePool(num_pages)
@@ -334,6 +336,7 @@ class FakeCore:
             max_num_running=max_num_running,
             max_step_tokens=max_step_tokens,
             batch_floor_share=batch_floor_share,
+            pace=pace,
         )
         self.runner = _CheckedRunner(
             self,
