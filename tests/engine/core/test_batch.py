@@ -88,10 +88,12 @@ def test_rows_follow_pages_that_change() -> None:
     assert build([Chunk(steady, 6, 1, True)])[0].slots.tolist() == [9]
     steady.pages = [1, 2, 5]
     assert build([Chunk(steady, 6, 1, True)])[0].slots.tolist() == [15]
-    steady.pages[0] = 8
+    steady.pages = [8, 2, 5]
     assert build([Chunk(steady, 6, 1, True)])[0].block_tables.tolist() == [[8, 2, 5]]
     steady.pages.append(9)
     assert build([Chunk(steady, 6, 1, True)])[0].block_tables.tolist() == [[8, 2, 5]]
+    steady.token_ids += range(6)
+    assert build([Chunk(steady, 9, 1, True)])[0].block_tables.tolist() == [[8, 2, 5, 9]]
 
 
 def test_rows_of_requests_that_left_are_taken_back() -> None:
