@@ -74,7 +74,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._end_of_head()
         super().on_headers_complete()
         if self.cycle.scope is self.scope:
-            extensions: dict[Any, Any] = {EXTENSION: ConnectionStream(self.cycle)}
+            extensions: dict[Any, Any] = {EXTENSION: ConnectionStream(self.cycle, self.loop)}
             self.scope["extensions"] = extensions
         if len(self.pipeline) > MAX_PIPELINED:
             raise InvalidRequest("Too many requests were sent before their replies.")  # ends the parser's work, too

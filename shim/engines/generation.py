@@ -46,6 +46,30 @@ class Refused(Exception):
 class Generation:
     """A request and what came of it. Everything happens on one event loop."""
 
+    __slots__ = (
+        "_attempt",
+        "_emitted_bytes",
+        "_error",
+        "_followed",
+        "_ids",
+        "_ids_at_attempt",
+        "_max_buffered_bytes",
+        "_on_news",
+        "_on_text",
+        "_running",
+        "_stalls",
+        "_taken_bytes",
+        "_text",
+        "accepted",
+        "answer",
+        "cached_tokens",
+        "finished",
+        "output_tokens",
+        "request",
+        "session",
+        "tag",
+    )
+
     def __init__(self, request: pb.GenerateRequest, *, max_buffered_bytes: int = MAX_BUFFERED_BYTES) -> None:
         self.request = request
         self.accepted: pb.Accepted | None = None
