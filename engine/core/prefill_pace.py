@@ -50,6 +50,11 @@ class StepBudget:
         self._cost = 0.0 if num_tokens < most else self._cost - cost_of(start, num_tokens, span)
         return num_tokens
 
+    def give_back(self, start: int, num_tokens: int, span: float = math.inf) -> None:
+        """Take back what was spent on a chunk, whole as it was asked for."""
+        self.tokens += num_tokens
+        self._cost += cost_of(start, num_tokens, span)
+
 
 def cost_of(start: int, num_tokens: int, span: float) -> float:
     """Of a chunk that begins at position `start`."""
@@ -57,7 +62,7 @@ def cost_of(start: int, num_tokens: int, span: float) -> float:
 
 
 def _tokens_for(cost: float, start: int, span: float) -> int:
-    """The most tokens from `start` on whose cost is at most `cost`: the root of n + n(2·start + n) / (2·span) = cost."""
+    """The most tokens from `start` on that cost at most `cost`: the root of n + n(2·start + n) / (2·span) = cost."""
     if math.isinf(cost):
         return 1 << 62
     if math.isinf(span):
