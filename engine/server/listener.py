@@ -6,6 +6,7 @@ Owns the rule that a listener beyond this machine needs TLS and a token, or refu
 from __future__ import annotations
 
 import hmac
+import logging
 import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from grpc_health.v1._async import HealthServicer
 from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.proto.engine_pb2_grpc import add_EngineServicer_to_server
 from aiexport_edge.proto.units import is_loopback
+
+log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 33 << 20  # a REST body of 32 MiB, and what stands around it
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["Engine"].full_name
@@ -40,12 +43,15 @@ class ListenerError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ListenerConfig:
-    """`address` is HOST:PORT or unix:PATH; the files are None where not configured."""
+    """`address` is HOST:PORT or unix:PATH; the files are None where not configured. With `client_ca`, clients must show
+    a certificate that it has issued. A unix socket is never encrypted: nothing but this machine can reach it.
+    """
 
     address: str
     tls_cert: Path | None = None
     tls_key: Path | None = None
     token_file: Path | None = None
+    client_ca: Path | None = None
 
     @property
     def is_local(self) -> bool:
@@ -97,9 +103,8 @@ async def open_listener(config: ListenerConfig, servicer: Any) -> Listener:
 
         reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
-        if config.tls_cert and config.tls_key:
-            pair = _read_pair(config.tls_key, config.tls_cert)
-            port = server.add_secure_port(config.address, grpc.ssl_server_credentials([pair]))
+        if config.tls_cert and config.tls_key and not config.address.startswith("unix:"):
+            port = server.add_secure_port(config.address, _Certificate(config).credentials())
         else:
             port = server.add_insecure_port(config.address)
     except RuntimeError as error:
@@ -117,13 +122,72 @@ def _read(path: Path, name: str) -> bytes:
         raise ListenerError(f"{name} {path} cannot be read ({error.strerror})") from error
 
 
-def _read_pair(key: Path, cert: Path) -> tuple[bytes, bytes]:
-    pair = (_read(key, "tls_key"), _read(cert, "tls_cert"))
+class _Certificate:
+    """The listener's certificate and whose clients it takes. Renewed files count from the next connection on; some that
+    can't be used are told of, and the old ones stay.
+    """
+
+    def __init__(self, config: ListenerConfig) -> None:
+        assert config.tls_cert is not None
+        assert config.tls_key is not None
+        self._cert, self._key, self._client_ca = config.tls_cert, config.tls_key, config.client_ca
+        self._versions = self._look()
+        self._first = self._load()
+
+    def credentials(self) -> grpc.ServerCredentials:
+        return grpc.dynamic_ssl_server_credentials(
+            self._first,
+            self._renewed,  # type: ignore[arg-type]  # the stubs do not know that None is an answer
+            require_client_authentication=self._client_ca is not None,
+        )
+
+    def _renewed(self) -> grpc.ServerCertificateConfiguration | None:
+        """Asked by gRPC, in a thread of its own, before each handshake. None: as before."""
+        found = self._look()
+        if found == self._versions:
+            return None
+        self._versions = found
+        try:
+            renewed = self._load()
+        except ListenerError as error:
+            log.error("the old certificate stays in use: %s", error)
+            return None
+        log.info("the certificate has been renewed")
+        return renewed
+
+    def _load(self) -> grpc.ServerCertificateConfiguration:
+        """Raises `ListenerError`."""
+        pair = (_read(self._key, "tls_key"), _read(self._cert, "tls_cert"))
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._cert, self._key, password=_no_password)
+        except ssl.SSLError as error:
+            raise ListenerError(
+                f"{self._cert} and {self._key} (tls_cert, tls_key) are not a certificate and its key"
+            ) from error
+        authorities = None
+        if self._client_ca is not None:
+            authorities = _read(self._client_ca, "client_ca")
+            try:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cadata=authorities.decode("ascii"))
+            except (ssl.SSLError, ValueError) as error:
+                raise ListenerError(f"client_ca {self._client_ca} holds no certificate in PEM") from error
+        return grpc.ssl_server_certificate_configuration([pair], authorities)
+
+    def _look(self) -> list[tuple[int, int]]:
+        """What changes when a file does; (0, 0) for one that is not there just now."""
+        return [_version(file) for file in (self._cert, self._key, self._client_ca) if file is not None]
+
+
+def _version(file: Path) -> tuple[int, int]:
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
-    except ssl.SSLError as error:
-        raise ListenerError(f"{cert} and {key} (tls_cert, tls_key) are not a certificate and its key") from error
-    return pair
+        status = file.stat()
+    except OSError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_ino
+
+
+def _no_password() -> str:
+    raise ListenerError("tls_key is encrypted; store it without a password, readable by this user alone")
 
 
 class _TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # not subscriptable when it runs

@@ -41,7 +41,7 @@ def test_failures_in_a_row_eject(clock: Clock) -> None:
     fail(outlier, MAX_FAILURES - 1)
     outlier.answered(on_trial=outlier.sent())
     fail(outlier, MAX_FAILURES - 1)
-    assert outlier.fitness is Fitness.HEALTHY
+    assert outlier.admits
     fail(outlier, 1)
     assert outlier.fitness is Fitness.EJECTED
     assert not outlier.admits
@@ -94,7 +94,7 @@ def test_connections_lost_in_a_short_time_eject(clock: Clock) -> None:
         outlier.lost()
         outlier.answered(on_trial=outlier.sent())
         clock.now += LOSSES_S / 2 + 1
-    assert outlier.fitness is Fitness.HEALTHY
+    assert outlier.admits
     outlier.lost()
     outlier.answered(on_trial=outlier.sent())
     outlier.lost()
