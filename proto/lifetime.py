@@ -22,10 +22,16 @@ def die_with_parent() -> None:
     watches the parent's *thread* that forked, so a parent starts its children from a thread that stays.
     """
     parent = os.environ.pop(PARENT_PID, "")
-    if not parent or not sys.platform.startswith("linux"):
+    if parent:
+        end_with(int(parent))
+
+
+def end_with(parent_pid: int) -> None:
+    """As `die_with_parent`, of a process that knows who began it."""
+    if not sys.platform.startswith("linux"):
         return
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != int(parent):  # it died before prctl was called
+    if os.getppid() != parent_pid:  # it died before prctl was called
         os._exit(1)

@@ -8,12 +8,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from aiexport_edge.engine.core.protocol import HEADER, CoreConfig, encode_config
+import msgspec
+
+from aiexport_edge.engine.core.protocol import HEADER, encode_config
 from aiexport_edge.engine.core.suspects import SUSPECTS_BYTES, Suspects
 
 CORE_COMMAND = (sys.executable, "-m", "aiexport_edge.engine.core.process")
@@ -24,9 +27,12 @@ class CoreProcess:
     it can be the first thing that an engine process does. Raises OSError where there is no process to be had.
 
     Made by a thread that lives as long as the process: the kernel ends the child with the thread that forked it.
+    With `environment`, the whole of the child's, it leads a process group of its own, which is ended with it: for one
+    that has children.
     """
 
-    def __init__(self, command: Sequence[str] = CORE_COMMAND) -> None:
+    def __init__(self, command: Sequence[str] = CORE_COMMAND, *, environment: Mapping[str, str] | None = None) -> None:
+        self._leads_group = environment is not None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         shared = os.memfd_create("aiexport-edge-core")
         try:
@@ -36,6 +42,8 @@ class CoreProcess:
                 [*command, "--fd", str(theirs.fileno()), "--shared-fd", str(shared)],
                 pass_fds=(theirs.fileno(), shared),
                 stdin=subprocess.DEVNULL,
+                env=environment,
+                process_group=0 if self._leads_group else None,
             )
         except BaseException:
             ours.close()
@@ -50,7 +58,7 @@ class CoreProcess:
     def pid(self) -> int:
         return self._popen.pid
 
-    def configure(self, config: CoreConfig) -> None:
+    def configure(self, config: msgspec.Struct) -> None:
         """Its first frame; once, before `connect`. A core that has died already shows there."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._socket.sendall(encode_config(config))
@@ -59,7 +67,7 @@ class CoreProcess:
         """From here on each frame's body goes to `on_frame`, and the socket's end to `on_end`, on the event loop."""
         self._socket.setblocking(False)
         loop = asyncio.get_running_loop()
-        transport, _ = await loop.create_connection(lambda: _Frames(on_frame, on_end), sock=self._socket)
+        transport, _ = await loop.create_connection(lambda: Frames(on_frame, on_end), sock=self._socket)
         self._transport = transport
 
     def write(self, frame: bytes) -> None:
@@ -68,8 +76,9 @@ class CoreProcess:
             self._transport.write(frame)
 
     def kill(self) -> None:
-        """Ends it at once, also when it is stopped."""
+        """Ends it at once, also when it is stopped, and what belongs to it."""
         self._popen.kill()
+        self._kill_group()
 
     def in_step(self) -> list[int]:
         """Handles of the requests in the steps that run, or ran when the core died."""
@@ -93,10 +102,17 @@ class CoreProcess:
         except subprocess.TimeoutExpired:
             self._popen.kill()
             return self._popen.wait()
+        finally:
+            self._kill_group()
+
+    def _kill_group(self) -> None:
+        if self._leads_group:
+            with contextlib.suppress(ProcessLookupError):  # nobody is left in it
+                os.killpg(self._popen.pid, signal.SIGKILL)
 
 
-class _Frames(asyncio.Protocol):
-    """Cuts the byte stream into frames."""
+class Frames(asyncio.Protocol):
+    """Cuts the byte stream into frames. A child that lives on an event loop hears its parent by it too."""
 
     def __init__(self, on_frame: Callable[[bytes], None], on_end: Callable[[], None]) -> None:
         self._on_frame = on_frame

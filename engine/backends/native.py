@@ -17,6 +17,7 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from aiexport_edge.engine.backends.base import (
     BackendRequest,
@@ -45,6 +46,9 @@ from aiexport_edge.engine.core.protocol import (
     encode_to_core,
 )
 
+if TYPE_CHECKING:
+    from aiexport_edge.engine.backends.vllm.protocol import WorkerConfig
+
 log = logging.getLogger(__name__)
 
 MAX_DEATHS = 2
@@ -71,22 +75,24 @@ class _Live:
 
 class NativeBackend:
     """See the module. `first` is a core already spawned and configured, taken for the first life. A core that is silent
-    for `step_timeout_s` while it has work hangs, and is ended.
+    for `step_timeout_s` while it has work hangs, and is ended. What `spawn` makes speaks the core's messages, whatever
+    is behind it (`backends/vllm`); by default it runs `command`.
     """
 
     def __init__(
         self,
-        config: CoreConfig,
+        config: CoreConfig | WorkerConfig,
         *,
         first: CoreProcess | None = None,
         command: Sequence[str] = CORE_COMMAND,
+        spawn: Callable[[], CoreProcess] | None = None,
         step_timeout_s: float = STEP_TIMEOUT_S,
         progress: StartListener | None = None,
     ) -> None:
         self._progress = progress
         self._config = config
         self._step_timeout_s = step_timeout_s
-        self._command = command
+        self._spawn = spawn or (lambda: CoreProcess(command))
         self._next = first
         self._core: CoreProcess | None = None
         self._serving = False  # the core has said that it is ready
@@ -169,7 +175,7 @@ class NativeBackend:
             core, self._next = self._next, None
             try:
                 if core is None:
-                    core = CoreProcess(self._command)
+                    core = self._spawn()
                     core.configure(self._config)
                 self._core = core
                 await core.connect(self._on_frame, self._ended.set)
@@ -363,6 +369,8 @@ class NativeBackend:
                     f"Model {name} answered with what is not a number, so the request cannot go on; its weights may be "
                     "damaged, or its dtype too narrow for them."
                 )
+            elif finished.reason == FinishReason.FAILED:
+                live.listener.failed("The engine could not go on with this request; its operator's log says why.")
             else:
                 live.listener.finished(FinishReason(finished.reason))
 

@@ -27,6 +27,7 @@ class FinishReason(IntEnum):
     MAX_TOKENS = 1
     ABORTED = 2
     FAULTY = 3  # the model's numbers are broken: there was nothing to draw from
+    FAILED = 4  # another engine behind this protocol could not go on with it; its log says why
 
 
 class CoreModel(msgspec.Struct, frozen=True, array_like=True):
@@ -261,8 +262,8 @@ _from_core: msgspec.msgpack.Decoder[FromCore] = msgspec.msgpack.Decoder(FromCore
 _config = msgspec.msgpack.Decoder(CoreConfig)
 
 
-def encode_config(config: CoreConfig) -> bytes:
-    """The first frame to a core, header included."""
+def encode_config(config: msgspec.Struct) -> bytes:
+    """The first frame to a core (`CoreConfig`) or to a child of another kind, header included."""
     body = _encoder.encode(config)
     return HEADER.pack(len(body)) + body
 
