@@ -31,6 +31,7 @@ class LoraTable:
     b: torch.Tensor
     ranks: torch.Tensor
     ends: tuple[int, ...]
+    host_ends: torch.Tensor  # `ends`, int64 [P] in host memory
 
     @classmethod
     def empty(
@@ -53,6 +54,7 @@ class LoraTable:
             torch.zeros((num_slots, rank, ends[-1]), dtype=dtype, device=device),
             torch.zeros(num_slots, dtype=torch.int32, device=device),
             ends,
+            torch.tensor(ends, dtype=torch.int64),
         )
 
     @property

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from aiexport_edge.engine.core.accelerator import Accelerator
 from aiexport_edge.engine.core.decode_inputs import DecodeInputs
+from aiexport_edge.engine.models.adapted import BatchAdapters
+from aiexport_edge.engine.models.adapter_tables import ModelAdapters
 from aiexport_edge.engine.models.decoder import Batch, Decoder, KVCache
 
 
@@ -38,7 +40,10 @@ def first_buckets(buckets: Sequence[int]) -> list[int]:
 
 
 class DecodeGraphs:
-    """Graphs over `inputs`. `logits` float32 [rows, vocabulary]: where every graph leaves its result; may be shared."""
+    """Graphs over `inputs`. `logits` float32 [rows, vocabulary]: where every graph leaves its result; may be shared.
+
+    With `adapters`, rows may have one: a graph then holds the launches for them, and costs what they cost.
+    """
 
     def __init__(
         self,
@@ -47,6 +52,7 @@ class DecodeGraphs:
         kv_caches: Sequence[KVCache],
         inputs: DecodeInputs,
         logits: Tensor,
+        adapters: ModelAdapters | None = None,
     ) -> None:
         self.buckets = decode_buckets(inputs.num_rows)
         self.inputs = inputs
@@ -54,6 +60,7 @@ class DecodeGraphs:
         self._accelerator = accelerator
         self._decoder = decoder
         self._kv_caches = kv_caches
+        self._adapters = adapters
         self._query_start_loc = torch.arange(inputs.num_rows + 1, dtype=torch.int32, device=accelerator.device)
         self._replays: dict[int, Callable[[], None]] = {}
         self._given_up: set[int] = set()
@@ -120,6 +127,9 @@ class DecodeGraphs:
             seq_lens=inputs.seq_lens[:size],
             rows=None,
             is_decode=True,
+            adapters=None
+            if self._adapters is None
+            else BatchAdapters(inputs.adapter_slots[:size], self._adapters.layers, self._decoder.deterministic),
         )
 
     def _run(self, batch: Batch, logits: Tensor) -> None:

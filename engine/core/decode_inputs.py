@@ -20,6 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from aiexport_edge.kernels.lora import NO_ADAPTER
+
 ALIGNMENT = 64  # bytes
 TORCH_DTYPES = {np.dtype("int64"): torch.int64, np.dtype("int32"): torch.int32, np.dtype("float32"): torch.float32}
 
@@ -33,6 +35,7 @@ _ROW_SECTIONS: tuple[tuple[str, type[Any]], ...] = (
     ("output_index", np.int64),
     ("token_slots", np.int64),
     ("seq_lens", np.int32),
+    ("adapter_slots", np.int32),
     ("temperature", np.float32),
     ("top_k", np.int32),
     ("top_p", np.float32),
@@ -51,6 +54,7 @@ class HostRows:
     output_index: npt.NDArray[np.int64]
     token_slots: npt.NDArray[np.int64]
     seq_lens: npt.NDArray[np.int32]
+    adapter_slots: npt.NDArray[np.int32]
     temperature: npt.NDArray[np.float32]
     top_k: npt.NDArray[np.int32]
     top_p: npt.NDArray[np.float32]
@@ -61,8 +65,8 @@ class DecodeInputs:
     """Inputs of up to `num_rows` decodes. `num_slots` request rows have a last token.
 
     On the device: tokens int64 [num_tokens], source, positions, slots, seeds, output_index, token_slots int64
-    [num_rows], seq_lens, top_k int32, temperature, top_p float32 [num_rows], block_tables int32 [num_rows,
-    pages_per_row]. `first_host_id` is the place in `tokens` of the first id that the host sends.
+    [num_rows], seq_lens, adapter_slots, top_k int32, temperature, top_p float32 [num_rows], block_tables int32
+    [num_rows, pages_per_row]. `first_host_id` is the place in `tokens` of the first id that the host sends.
     """
 
     def __init__(self, *, num_rows: int, num_slots: int, pages_per_row: int, device: torch.device) -> None:
@@ -88,6 +92,7 @@ class DecodeInputs:
         self.output_index = sections["output_index"]
         self.token_slots = sections["token_slots"]
         self.seq_lens = sections["seq_lens"]
+        self.adapter_slots = sections["adapter_slots"]
         self.temperature = sections["temperature"]
         self.top_k = sections["top_k"]
         self.top_p = sections["top_p"]
@@ -108,8 +113,9 @@ class DecodeInputs:
         return HostRows(block_tables=tables, **sections)
 
     def clear(self) -> None:
-        """Make every row padding: a sequence of one token, in page 0."""
+        """Make every row padding: a sequence of one token, in page 0, without an adapter."""
         self._refreshed.zero_()
+        self.adapter_slots.fill_(NO_ADAPTER)
         self.seq_lens.fill_(1)
 
     def refresh(self, staging: Tensor) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from aiexport_edge.kernels.paged_attention import paged_attention
 from aiexport_edge.kernels.qk_norm_rope import qk_norm_rope
 from aiexport_edge.kernels.rms_norm import add_rms_norm, rms_norm
 from aiexport_edge.kernels.swiglu import swiglu
+
+if TYPE_CHECKING:
+    from aiexport_edge.engine.models.adapted import AdaptedLinear, BatchAdapters
 
 KVCache = tuple[Tensor, Tensor]
 DecodePlans = dict[int, Tensor | None]  # `plan_decode` of this step, by sliding window
@@ -49,7 +53,8 @@ class Batch:
     keys and values go, page * tokens_per_page + offset, -1 for nowhere. block_tables int32 [B, max_pages],
     query_start_loc int32 [B+1], seq_lens int32 [B] as `paged_attention` wants them. rows int64 [S]: the tokens whose
     logits are asked for, ascending; None means all T. `is_decode`: every sequence has one new token, and the
-    operation that is made for that is used. `image_tokens` of `input_ids` are not looked up.
+    operation that is made for that is used. `image_tokens` of `input_ids` are not looked up. `adapters` are the tokens'
+    own, where any has one.
     """
 
     input_ids: Tensor | None
@@ -63,14 +68,15 @@ class Batch:
     is_decode: bool = False
     has_axes: bool = False
     image_tokens: ImageTokens | None = None
+    adapters: BatchAdapters | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Mlp:
     """A SwiGLU layer."""
 
-    gate_up: PackedLinear
-    down: PackedLinear
+    gate_up: PackedLinear | AdaptedLinear
+    down: PackedLinear | AdaptedLinear
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self.down(swiglu(self.gate_up(hidden)))
@@ -95,10 +101,10 @@ class Layer:
     """The weights of one layer; norms [hidden] or [head_dim], products packed. `sliding_window` 0 sees everything."""
 
     input_norm: Tensor
-    qkv: PackedLinear
+    qkv: PackedLinear | AdaptedLinear
     q_norm: Tensor | None
     k_norm: Tensor | None
-    o: PackedLinear
+    o: PackedLinear | AdaptedLinear
     post_attention_norm: Tensor
     mlp: Mlp | MixtureOfExperts
     sliding_window: int
@@ -136,15 +142,17 @@ class Decoder:
         """
         hidden, residual = self.embed(batch), None
         plans: DecodePlans = {}
-        images = batch.image_tokens
+        images, adapters = batch.image_tokens, batch.adapters
         for index, (layer, kv_cache) in enumerate(zip(self.layers[:-1], kv_caches, strict=False)):
+            if adapters is not None:
+                layer = adapters.apply(layer, index)
             hidden, residual = self._norm(hidden, residual, layer.input_norm)
             q = self._project(layer, hidden, batch, kv_cache)
             hidden = layer.o(self._attend(layer, q, batch, kv_cache, plans))
             hidden, residual = self._mlp(layer, hidden, residual)
             if images is not None and index < len(images.deepstack):
                 hidden.index_add_(0, images.rows, images.deepstack[index])
-        layer, kv_cache = self.layers[-1], kv_caches[-1]
+        layer, kv_cache = self._last_layer(adapters), kv_caches[-1]
         hidden, residual = self._norm(hidden, residual, layer.input_norm)
         q = self._project(layer, hidden, batch, kv_cache)
         if batch.rows is not None and batch.rows.shape[0] == 0:
@@ -152,6 +160,8 @@ class Decoder:
         attended = self._attend(layer, q, batch, kv_cache, plans)
         if batch.rows is not None:
             attended, residual = gather_rows(attended, batch.rows), gather_rows(residual, batch.rows)
+            if adapters is not None:
+                layer = self._last_layer(adapters.at(batch.rows))
         hidden, residual = self._mlp(layer, layer.o(attended), residual)
         return self._norm(hidden, residual, self.norm)[0]
 
@@ -171,6 +181,10 @@ class Decoder:
         if batch.image_tokens is not None:
             embedded.index_copy_(0, batch.image_tokens.rows, batch.image_tokens.features)
         return embedded
+
+    def _last_layer(self, adapters: BatchAdapters | None) -> Layer:
+        layer = self.layers[-1]
+        return layer if adapters is None else adapters.apply(layer, len(self.layers) - 1)
 
     def _norm(self, hidden: Tensor, residual: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Add to the residual stream (which begins here where there is none) and norm it: (normed, residual)."""

@@ -121,7 +121,6 @@ def add_lora(out: torch.Tensor, x: torch.Tensor, slots: torch.Tensor, table: Lor
     assert slots.dtype == torch.int32
     assert table.a.dtype == table.b.dtype == torch.float32
     x = x.contiguous()
-    ends = torch.tensor(table.ends, dtype=torch.int64)
     launch(
         lora_rows,
         num_tokens,
@@ -133,7 +132,7 @@ def add_lora(out: torch.Tensor, x: torch.Tensor, slots: torch.Tensor, table: Lor
         table.ranks.data_ptr(),
         table.a.data_ptr(),
         table.b.data_ptr(),
-        ends.data_ptr(),
+        table.host_ends.data_ptr(),
         num_parts,
         max_rank,
         DTYPES[out.dtype],

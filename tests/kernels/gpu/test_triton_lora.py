@@ -31,7 +31,7 @@ def check(
         dtype=dtype,
         device=CPU,
     )
-    table = LoraTable(cpu.a.to(dtype), cpu.b.to(dtype), cpu.ranks, cpu.ends)
+    table = LoraTable(cpu.a.to(dtype), cpu.b.to(dtype), cpu.ranks, cpu.ends, cpu.host_ends)
     for slot, rank in enumerate(ranks):
         if rank:
             factors = [
