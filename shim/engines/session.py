@@ -276,7 +276,7 @@ class Session:
         """Asks how loaded the engine is, and whether it is still the one whose memory is known."""
         mine = len(self._live)
         stats = await stub.Stats(pb.StatsRequest(), metadata=metadata, timeout=CALL_TIMEOUT_S)
-        self._others = max(0, stats.running + stats.waiting - mine)
+        self._others = max(0, stats.running + stats.waiting - max(mine, len(self._live)))
         pid, uptime_s = self._core
         if not self.memory or stats.core_pid != pid or stats.uptime_s < uptime_s:
             self.memory = next(_memories)
