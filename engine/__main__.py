@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +18,11 @@ from aiexport_edge.proto.lifetime import die_with_parent
 
 if TYPE_CHECKING:
     from aiexport_edge.engine.backends.core_process import CoreProcess
-    from aiexport_edge.engine.server.facts import ModelFacts
+    from aiexport_edge.engine.models.vision_config import VisionConfig
+    from aiexport_edge.engine.server.facts import ModelFacts, Vision
+    from aiexport_edge.engine.server.process import ImageConfig
     from aiexport_edge.proto.config import Config
+    from aiexport_edge.proto.config_images import ImagesConfig
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -98,13 +102,14 @@ def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: st
     logs.set_up(config.telemetry.log_level, config.telemetry.log_format)
     engine = config.engine
     server = ServerConfig(
-        listener=ListenerConfig(address, engine.tls_cert, engine.tls_key, engine.token_file),
+        listener=ListenerConfig(address, engine.tls_cert, engine.tls_key, engine.token_file, engine.client_ca),
         models=facts,
         queue_size=engine.queue_size,
         tenant_queue_share=engine.tenant_queue_share,
         drain_s=engine.drain.total_seconds(),
         ready_fd=ready_fd,
         otlp_endpoint=config.telemetry.otlp_endpoint,
+        images=_images(config.images),
     )
     try:
         backend = NativeBackend(
@@ -117,6 +122,19 @@ def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: st
     except (ListenerError, TracingError) as error:
         return _fail(str(error))
     return 0
+
+
+def _images(images: ImagesConfig) -> ImageConfig:
+    from aiexport_edge.engine.images.limits import ImageLimits
+    from aiexport_edge.engine.server.process import ImageConfig
+
+    return ImageConfig(
+        limits=ImageLimits(max_bytes=images.max_bytes, max_pixels=images.max_pixels),
+        max_count=images.max_count,
+        held_bytes=images.held_bytes,
+        num_workers=images.workers or max(1, (os.cpu_count() or 1) // 4),
+        timeout_s=images.decode_timeout.total_seconds(),
+    )
 
 
 def _facts(config: Config) -> list[ModelFacts]:
@@ -145,9 +163,18 @@ def _facts(config: Config) -> list[ModelFacts]:
                 max_output_tokens=min(max(limits), window),
                 deterministic=weights.deterministic,
                 stop_ids=model.stop_ids,
+                vision=None if model.vision is None else _vision(directory, model.vision, config.images.max_tokens),
             )
         )
     return facts
+
+
+def _vision(directory: Path, vision: VisionConfig, max_tokens: int) -> Vision:
+    """How the model's pictures are to be made. Raises `ModelError` where the files disagree."""
+    from aiexport_edge.engine.images.preprocessor import load_patch_config
+    from aiexport_edge.engine.server.facts import Vision
+
+    return Vision(load_patch_config(directory, vision).with_at_most(max_tokens), vision.image_token_id)
 
 
 def _fail(sentence: str) -> int:

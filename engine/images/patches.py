@@ -7,16 +7,19 @@ far as that allows) and the order of patches. Knows no files, no Pillow and no t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from aiexport_edge.engine.images.limits import ImageError
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Pixels = NDArray[np.uint8]
+
 MOST_ASPECT = 200
 
-Pixels = NDArray[np.uint8]
 Grid = tuple[int, int]
 
 
@@ -36,6 +39,13 @@ class PatchConfig:
     def square(self) -> int:
         """Pixels on a side of what becomes one token."""
         return self.patch_size * self.merge_size
+
+    def with_at_most(self, max_tokens: int) -> PatchConfig:
+        """The same with pictures of at most so many tokens; 0: as many as it has."""
+        if not max_tokens:
+            return self
+        high = min(self.max_pixels, max_tokens * self.square**2)
+        return replace(self, max_pixels=high, min_pixels=min(self.min_pixels, high))
 
     def grid(self, height: int, width: int) -> Grid:
         """Rows and columns of patches that an image of this size becomes. Raises ImageError where it is a mere line."""
@@ -65,6 +75,8 @@ def patches(pixels: Pixels, config: PatchConfig) -> tuple[NDArray[np.float32], G
     still image is repeated over the frames of a patch. Patches go by merged squares: row of squares, column of squares,
     row and column within the square.
     """
+    import numpy as np  # not in the engine process, which knows a picture's size alone
+
     height, width = pixels.shape[:2]
     scaled = pixels.astype(np.float32) * np.float32(1 / 255)
     normalized = (scaled - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)

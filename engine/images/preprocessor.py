@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from aiexport_edge.engine.images.patches import PatchConfig
-from aiexport_edge.engine.models.config import ModelError
+from aiexport_edge.engine.models.config_values import ModelError
+from aiexport_edge.engine.models.vision_config import VisionConfig
 
 FILE = "preprocessor_config.json"
 _NESTED_FILE = "processor_config.json"
@@ -32,17 +33,25 @@ _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def load_patch_config(directory: Path | str) -> PatchConfig:
-    """Reads `directory`. Raises ModelError naming the file and the key that is missing or not supported."""
+def load_patch_config(directory: Path | str, vision: VisionConfig | None = None) -> PatchConfig:
+    """Reads `directory`. Raises ModelError naming the file and the key that is missing, not supported, or other than
+    the model's `vision`.
+    """
     directory = Path(directory)
     file = directory / FILE
-    nested = directory / _NESTED_FILE
-    if not file.exists() and nested.exists():
-        values = _read(nested).get("image_processor")
+    values = None
+    if not file.exists() and (directory / _NESTED_FILE).exists():
+        file = directory / _NESTED_FILE
+        values = _read(file).get("image_processor")
         if not isinstance(values, dict):
-            raise ModelError(f"{nested}: image_processor is missing; a model that sees needs it")
-        return _Reader(values, nested).patch_config()
-    return _Reader(_read(file), file).patch_config()
+            raise ModelError(f"{file}: image_processor is missing; a model that sees needs it")
+    config = _Reader(_read(file) if values is None else values, file).patch_config()
+    if vision is not None:
+        for key in ("patch_size", "merge_size", "temporal_patch_size"):
+            here, there = getattr(config, key), getattr(vision, key)
+            if here != there:
+                raise ModelError(f"{file}: {key} is {here}, but the vision tower of config.json has {there}")
+    return config
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -7,6 +7,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from aiexport_edge.engine.images.patches import PatchConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Vision:
+    """How a model that sees wants its pictures: their size, and the token that stands for them in the prompt."""
+
+    patches: PatchConfig
+    image_token_id: int
+
+    def num_tokens(self, rows: int, columns: int) -> int:
+        """Tokens that a grid of patches takes."""
+        return rows * columns // self.patches.merge_size**2
+
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
@@ -22,3 +36,4 @@ class ModelFacts:
     max_output_tokens: int
     deterministic: bool
     stop_ids: tuple[int, ...]
+    vision: Vision | None = None

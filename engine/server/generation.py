@@ -14,12 +14,24 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import msgspec
+
 from aiexport_edge.engine.backends.base import Backend, BackendRequest
 from aiexport_edge.engine.core.protocol import FinishReason, Sampling, pack_ids
 from aiexport_edge.engine.server.admission import Admission
 from aiexport_edge.engine.server.errors import RequestError
 from aiexport_edge.engine.server.models import Model, ModelText
 from aiexport_edge.engine.server.outbox import Outbox
+from aiexport_edge.engine.server.pictures import (
+    HeldPicture,
+    ImageBlock,
+    Pictures,
+    are_uploaded,
+    check_images,
+    hold_all,
+    hold_uploaded,
+    image_blocks,
+)
 from aiexport_edge.engine.server.prompt import (
     budget,
     check_model,
@@ -33,6 +45,7 @@ from aiexport_edge.engine.server.response_format import ResponseFormats, constra
 from aiexport_edge.engine.server.tracing import RequestTracer
 from aiexport_edge.engine.structured.endings import Endings
 from aiexport_edge.engine.text.reply import ReplyText
+from aiexport_edge.engine.text.template import Encoded, Picture
 from aiexport_edge.proto import engine_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -50,9 +63,15 @@ class Generations:
     """All requests of this process."""
 
     def __init__(
-        self, models: Sequence[Model], backend: Backend, admission: Admission, tracer: RequestTracer | None = None
+        self,
+        models: Sequence[Model],
+        backend: Backend,
+        admission: Admission,
+        pictures: Pictures,
+        tracer: RequestTracer | None = None,
     ) -> None:
         self.tracer = tracer
+        self.pictures = pictures
         self.models = {model.facts.name: model for model in models}
         self.backend = backend
         self.admission = admission
@@ -75,16 +94,25 @@ class Generations:
     async def count_tokens(self, request: pb.CountTokensRequest) -> int:
         """Tokens of a prompt, template included. Raises `RequestError`."""
         model, text = check_model(self.models, request.model)
-        if num_characters(request) <= INLINE_CHARACTERS:
-            return len(encode_prompt(request, model, text))
-        return len(await self.in_thread(encode_prompt, request, model, text))
+        blocks = image_blocks(request.chat)
+        check_images(blocks, model, self.pictures)
+        held = await hold_all(blocks, model.facts.vision, self.pictures)
+        try:
+            pictures = [picture.picture for picture in held]
+            if num_characters(request) <= INLINE_CHARACTERS:
+                return len(encode_prompt(request, model, text, pictures).ids)
+            return len((await self.in_thread(encode_prompt, request, model, text, pictures)).ids)
+        finally:
+            for picture in held:
+                picture.release()
 
     async def idle(self) -> None:
         """Returns when no request is left."""
         await self._idle.wait()
 
     def close(self) -> None:
-        """Frees the threads."""
+        """Frees the threads and processes."""
+        self.pictures.close()
         self.formats.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
@@ -122,6 +150,7 @@ class Generation:
         self._born = time.monotonic()
         self._started_at = self._first_token_at = 0.0
         self._num_prompt_tokens = self._cached_tokens = self._output_tokens = 0
+        self._held: list[HeldPicture] = []  # until the end
         self._replayed = ""  # text of an earlier attempt's ids, until Started is told
 
     # ------------------------------------------------------------------------------------------------ beginning
@@ -133,24 +162,35 @@ class Generation:
                 raise RequestError(pb.ERROR_QUEUE_FULL, "The engine is draining: it takes no new requests.")
             model, text = check_model(self._owner.models, request.model)
             check_request(request, model)
+            blocks = image_blocks(request.chat)
+            check_images(blocks, model, self._owner.pictures)
             self._owner.admission.enter(self._tenant)
             self._waiting = True
             endings = self._owner.formats.ready(request, model) if is_constrained(request) else None
-            if num_characters(request) <= INLINE_CHARACTERS and (endings is not None or not is_constrained(request)):
-                self._accept(request, model, text, encode_prompt(request, model, text), endings)
+            is_short = num_characters(request) <= INLINE_CHARACTERS and are_uploaded(blocks)
+            if is_short and (endings is not None or not is_constrained(request)):
+                self._held = hold_uploaded(blocks, self._owner.pictures)
+                self._accept(request, model, text, encode_prompt(request, model, text, self._pictures()), endings)
             else:
-                self._owner.start_task(asyncio.create_task(self._begin_long(request, model, text)))
+                if are_uploaded(blocks):  # at once: the client may end their call
+                    self._held, blocks = hold_uploaded(blocks, self._owner.pictures), []
+                self._owner.start_task(asyncio.create_task(self._begin_long(request, model, text, blocks)))
         except Exception as error:
             self._refuse(error)
 
-    async def _begin_long(self, request: pb.GenerateRequest, model: Model, text: ModelText) -> None:
+    async def _begin_long(
+        self, request: pb.GenerateRequest, model: Model, text: ModelText, blocks: Sequence[ImageBlock]
+    ) -> None:
+        """`blocks` are the images that are still to be decoded, all of them or none."""
         try:
-            prompt_ids = await self._owner.in_thread(encode_prompt, request, model, text)
+            if blocks:
+                self._hold(await hold_all(blocks, model.facts.vision, self._owner.pictures))
+            prompt = await self._owner.in_thread(encode_prompt, request, model, text, self._pictures())
             endings = None
             if is_constrained(request):
                 endings = await self._owner.formats.prepare(request, model, text)
             if not self.ended:
-                self._accept(request, model, text, prompt_ids, endings)
+                self._accept(request, model, text, prompt, endings)
         except Exception as error:
             self._refuse(error)
 
@@ -159,9 +199,10 @@ class Generation:
         request: pb.GenerateRequest,
         model: Model,
         text: ModelText,
-        prompt_ids: list[int],
+        prompt: Encoded,
         endings: Endings | None,
     ) -> None:
+        prompt_ids = prompt.ids
         max_tokens = budget(request, model, len(prompt_ids))
         constraint, is_whole = (None, False) if endings is None else constraint_of(request, endings, max_tokens)
         sampling = request.sampling
@@ -207,9 +248,23 @@ class Generation:
                 salt=request.tenant.cache_salt,
                 priority=priority_of(request),
                 constraint=constraint,
+                images=tuple(
+                    msgspec.structs.replace(held.image, start=start)
+                    for held, start in zip(self._held, prompt.starts, strict=True)
+                ),
             ),
             self,
         )
+
+    def _pictures(self) -> list[Picture]:
+        return [held.picture for held in self._held]
+
+    def _hold(self, held: list[HeldPicture]) -> None:
+        if self.ended:
+            for picture in held:
+                picture.release()
+        else:
+            self._held = held
 
     def _replay(self, forced: list[int], max_tokens: int, is_whole: bool) -> bool:
         """Puts the ids of an earlier attempt through text and stops anew; whether the reply ends with them already, as
@@ -326,6 +381,9 @@ class Generation:
     def _end(self, outcome: str) -> None:
         self.ended = True
         self._leave_queue()
+        for picture in self._held:
+            picture.release()
+        self._held = []
         self._owner.ended(self)
         self._on_end()
         if self._trace is not None:

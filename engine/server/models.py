@@ -29,7 +29,9 @@ def load_text(facts: ModelFacts) -> ModelText:
     stop_ids = set(facts.stop_ids)
     if tokenizer.eos_id is not None:
         stop_ids.add(tokenizer.eos_id)
-    return ModelText(tokenizer, ChatTemplate.load(facts.directory, tokenizer), frozenset(stop_ids))
+    image_token_id = None if facts.vision is None else facts.vision.image_token_id
+    template = ChatTemplate.load(facts.directory, tokenizer, image_token_id=image_token_id)
+    return ModelText(tokenizer, template, frozenset(stop_ids))
 
 
 class Model:

@@ -11,15 +11,18 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from aiexport_edge.engine.backends.base import Backend, ModelState
+from aiexport_edge.engine.images.limits import ImageLimits
+from aiexport_edge.engine.images.pool import ImagePool
 from aiexport_edge.engine.server.admission import Admission
 from aiexport_edge.engine.server.facts import ModelFacts
 from aiexport_edge.engine.server.generation import Generations
 from aiexport_edge.engine.server.listener import Listener, ListenerConfig, open_listener
 from aiexport_edge.engine.server.models import Model, any_ready, load_text
 from aiexport_edge.engine.server.outbox import DEFAULT_BOUND, OutboxBound
+from aiexport_edge.engine.server.pictures import Pictures
 from aiexport_edge.engine.server.service import EngineService
 from aiexport_edge.engine.server.tracing import RequestTracer
 from aiexport_edge.engine.text.tokenizer import TokenizerError
@@ -27,6 +30,19 @@ from aiexport_edge.engine.text.tokenizer import TokenizerError
 log = logging.getLogger(__name__)
 
 LAST_WORDS_S = 0.2  # for the end of calls to reach their clients
+
+
+@dataclass(frozen=True, slots=True)
+class ImageConfig:
+    """What pictures may be and take: `limits` of one, `max_count` of a request, `held_bytes` over all requests,
+    `timeout_s` for decoding one in one of `num_workers` processes.
+    """
+
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    max_count: int = 20
+    held_bytes: int = 512 << 20
+    num_workers: int = 1
+    timeout_s: float = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +59,7 @@ class ServerConfig:
     outbox: OutboxBound = DEFAULT_BOUND
     ready_fd: int | None = None
     otlp_endpoint: str | None = None
+    images: ImageConfig = field(default_factory=ImageConfig)
 
 
 class Server:
@@ -54,7 +71,10 @@ class Server:
         self._models = [Model(index, facts, backend) for index, facts in enumerate(config.models)]
         admission = Admission(config.queue_size, config.tenant_queue_share)
         self._tracer = None if config.otlp_endpoint is None else RequestTracer(config.otlp_endpoint)
-        self._generations = Generations(self._models, backend, admission, self._tracer)
+        images = config.images
+        pool = ImagePool(images.limits, num_workers=images.num_workers, timeout_s=images.timeout_s)
+        pictures = Pictures(pool, held_bytes=images.held_bytes, max_count=images.max_count)
+        self._generations = Generations(self._models, backend, admission, pictures, self._tracer)
         self._service = EngineService(self._generations, config.outbox)
         self._tasks: list[asyncio.Task[None]] = []
         self._listener: Listener | None = None

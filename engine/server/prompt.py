@@ -7,13 +7,14 @@ session.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 from aiexport_edge.engine.backends.base import ModelState
 from aiexport_edge.engine.core.protocol import Priority
 from aiexport_edge.engine.server.errors import InvalidRequest, RequestError
 from aiexport_edge.engine.server.models import Model, ModelText
-from aiexport_edge.engine.text.template import Message, TemplateError
+from aiexport_edge.engine.text.template import Encoded, Message, Picture, TemplateError
 from aiexport_edge.engine.text.tokenizer import TooManyTokens
 from aiexport_edge.proto import engine_pb2 as pb
 
@@ -134,23 +135,29 @@ def num_characters(request: pb.GenerateRequest | pb.CountTokensRequest) -> int:
             return 0
 
 
-def encode_prompt(request: pb.GenerateRequest | pb.CountTokensRequest, model: Model, text: ModelText) -> list[int]:
-    """Ids of the prompt. Raises `RequestError`. Thread-safe."""
+def encode_prompt(
+    request: pb.GenerateRequest | pb.CountTokensRequest,
+    model: Model,
+    text: ModelText,
+    pictures: Sequence[Picture] = (),
+) -> Encoded:
+    """The prompt; `pictures` stand for the image blocks in their order. Raises `RequestError`. Thread-safe."""
     limit = model.context_window
     try:
         match request.WhichOneof("prompt"):
             case "chat":
-                ids = text.template.encode(_messages(request.chat), limit=limit)
+                prompt = text.template.encode_chat(_messages(request.chat, pictures), limit=limit)
             case "text":
-                ids = text.tokenizer.encode_text(request.text, limit=limit)
+                prompt = Encoded(text.tokenizer.encode_text(request.text, limit=limit), [])
             case "token_ids" if isinstance(request, pb.GenerateRequest):
-                ids = list(request.token_ids.ids)
+                prompt = Encoded(list(request.token_ids.ids), [])
             case _:
                 raise InvalidRequest("One of chat, token_ids and text must be given.", "prompt")
     except TemplateError as error:
         raise InvalidRequest(str(error), "chat.messages") from error
     except TooManyTokens as error:
         raise _too_long(model, error.at_least, f"at least {error.at_least}") from error
+    ids = prompt.ids
     if not ids:
         raise InvalidRequest("The prompt is empty; send at least one token.", request.WhichOneof("prompt") or "prompt")
     if max(ids) >= model.facts.vocab_size:
@@ -160,7 +167,7 @@ def encode_prompt(request: pb.GenerateRequest | pb.CountTokensRequest, model: Mo
             limit=model.facts.vocab_size - 1,
             actual=max(ids),
         )
-    return ids
+    return prompt
 
 
 def continues_text(request: pb.GenerateRequest, text: ModelText, prompt_ids: list[int]) -> bool:
@@ -220,16 +227,32 @@ def priority_of(request: pb.GenerateRequest) -> Priority:
     return _PRIORITIES[request.priority]
 
 
-def _messages(chat: pb.Chat) -> list[Message]:
+def _messages(chat: pb.Chat, pictures: Sequence[Picture]) -> list[Message]:
     if not chat.messages:
         raise InvalidRequest("A chat has at least one message.", "chat.messages")
     messages = []
+    left = iter(pictures)
     for index, message in enumerate(chat.messages):
         role = _ROLES.get(message.role)
         if role is None:
             raise InvalidRequest("role must be SYSTEM, USER or ASSISTANT.", f"chat.messages.{index}.role")
+        parts: list[str | Picture] = []
         for place, block in enumerate(message.content):
-            if block.WhichOneof("block") is None:
-                raise InvalidRequest("A content block must hold something.", f"chat.messages.{index}.content.{place}")
-        messages.append(Message(role, BLOCK_SEPARATOR.join(block.text for block in message.content)))
+            match block.WhichOneof("block"):
+                case "image":
+                    parts.append(next(left))
+                case "text" if parts and isinstance(parts[-1], str):
+                    parts[-1] += BLOCK_SEPARATOR + block.text
+                case "text":
+                    parts.append(block.text)
+                case _:
+                    field = f"chat.messages.{index}.content.{place}"
+                    raise InvalidRequest("A content block must hold something.", field)
+        match parts:
+            case []:
+                messages.append(Message(role, ""))
+            case [str(only)]:
+                messages.append(Message(role, only))
+            case _:
+                messages.append(Message(role, tuple(parts)))
     return messages

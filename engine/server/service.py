@@ -4,6 +4,8 @@ elsewhere.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -14,6 +16,7 @@ from aiexport_edge.engine.backends.base import ModelState
 from aiexport_edge.engine.server import errors
 from aiexport_edge.engine.server.generation import Generations
 from aiexport_edge.engine.server.outbox import Outbox, OutboxBound
+from aiexport_edge.engine.server.pictures import UPLOAD_S, receive_images
 from aiexport_edge.engine.server.session import Session
 from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.proto.engine_pb2_grpc import EngineServicer
@@ -71,6 +74,21 @@ class EngineService(EngineServicer):
         finally:
             generation.drop()
 
+    async def UploadImages(
+        self, request_iterator: AsyncIterator[pb.UploadEvent], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> None:
+        generations = self._generations
+        try:
+            async with asyncio.timeout(UPLOAD_S), contextlib.AsyncExitStack() as stack:
+                uploaded = await receive_images(request_iterator, generations.models, generations.pictures, stack)
+                await context.write(uploaded)
+                async for _ in request_iterator:  # there for as long as the client does not end the call
+                    raise errors.InvalidRequest("Nothing follows the end of an upload.", "event")
+        except errors.RequestError as error:
+            await errors.abort(context, error.detail)
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"An upload lasts {UPLOAD_S:.0f} s at most.")
+
     async def CountTokens(
         self, request: pb.CountTokensRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.CountTokensResponse:
@@ -91,7 +109,7 @@ class EngineService(EngineServicer):
                 revision=facts.revision,
                 context_window=model.context_window,
                 max_output_tokens=model.max_output_tokens,
-                vision=False,
+                vision=facts.vision is not None,
                 deterministic=facts.deterministic,
                 message=status.message,
             )

@@ -16,7 +16,7 @@ from __future__ import annotations
 import datetime
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -27,7 +27,7 @@ from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from aiexport_edge.engine.text.tokenizer import Tokenizer, TokenizerError, read_json
+from aiexport_edge.engine.text.tokenizer import Tokenizer, TokenizerError, TooManyTokens, read_json
 
 _PRIVATE = range(0xF0000, 0xFFFFD)  # plane 15, private use
 _SEPARATOR = "\n\n"
@@ -38,11 +38,38 @@ class TemplateError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Picture:
+    """Stands where a picture does in a message; in the prompt it takes `num_tokens`, its borders aside."""
+
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `text` is the client's, blocks joined."""
+    """One turn. The texts in `content` are the client's; pictures stand in a user's message only."""
 
     role: Literal["system", "user", "assistant"]
-    text: str
+    content: str | tuple[str | Picture, ...]
+
+    @property
+    def text(self) -> str:
+        """All texts of it."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part for part in self.content if isinstance(part, str))
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """In their order."""
+        return [part for part in self.content if isinstance(part, Picture)]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Ids of a prompt, and for each picture the index of the first of its tokens."""
+
+    ids: list[int]
+    starts: list[int]
 
 
 class ChatTemplate:
@@ -52,8 +79,9 @@ class ChatTemplate:
     the texts of all messages with an empty line between, no role names.
     """
 
-    def __init__(self, source: str | None, tokenizer: Tokenizer) -> None:
+    def __init__(self, source: str | None, tokenizer: Tokenizer, *, image_token_id: int | None = None) -> None:
         self._tokenizer = tokenizer
+        self._image_token_id = image_token_id
         self._template: jinja2.Template | None = None
         self._system_is_refused = False
         if source is not None:
@@ -64,20 +92,20 @@ class ChatTemplate:
             self._system_is_refused = not self._takes_system()
 
     @classmethod
-    def load(cls, directory: Path, tokenizer: Tokenizer) -> ChatTemplate:
+    def load(cls, directory: Path, tokenizer: Tokenizer, *, image_token_id: int | None = None) -> ChatTemplate:
         """From `chat_template.jinja`, else `chat_template.json`, else `tokenizer_config.json`. Raises
-        `TokenizerError`.
+        `TokenizerError`. `image_token_id` is of models that see.
         """
         path = directory / "chat_template.jinja"
         if path.is_file():
-            return cls(path.read_text(encoding="utf-8"), tokenizer)
+            return cls(path.read_text(encoding="utf-8"), tokenizer, image_token_id=image_token_id)
         for name in ("chat_template.json", "tokenizer_config.json"):
             source = read_json(directory / name).get("chat_template")
             if isinstance(source, list):  # several, by name
                 source = {entry["name"]: entry["template"] for entry in source}.get("default")
             if isinstance(source, str):
-                return cls(source, tokenizer)
-        return cls(None, tokenizer)
+                return cls(source, tokenizer, image_token_id=image_token_id)
+        return cls(None, tokenizer, image_token_id=image_token_id)
 
     @property
     def exists(self) -> bool:
@@ -85,11 +113,28 @@ class ChatTemplate:
         return self._template is not None
 
     def encode(self, messages: Sequence[Message], *, limit: int | None = None) -> list[int]:
+        """The ids of `encode_chat` alone."""
+        return self.encode_chat(messages, limit=limit).ids
+
+    def encode_chat(self, messages: Sequence[Message], *, limit: int | None = None) -> Encoded:
         """Ids of the prompt. A last assistant message is a prefill: the ids end within its turn, so that a reply
-        continues it.
+        continues it. A picture's token, which the template writes once, is there as often as the picture takes, as
+        `transformers` has it (`Qwen3VLProcessor`).
 
         Raises `TemplateError` where the template refuses the messages, and `TooManyTokens` as `Tokenizer.encode` does.
         """
+        pictures = [picture for message in messages for picture in message.pictures]
+        if not pictures:
+            return Encoded(self._encode(messages, limit), [])
+        if self._template is None or self._image_token_id is None:
+            raise TemplateError("this model has no place for images in its prompts; send text.")
+        in_pictures = sum(picture.num_tokens for picture in pictures)
+        if limit is not None and in_pictures > limit:
+            raise TooManyTokens(in_pictures)
+        return _expanded(self._encode(messages, limit), self._image_token_id, pictures)
+
+    def _encode(self, messages: Sequence[Message], limit: int | None) -> list[int]:
+        """With one token for each picture."""
         if self._template is None:
             text = _SEPARATOR.join(message.text for message in messages if message.text)
             return self._tokenizer.encode_text(text, limit=limit)
@@ -102,7 +147,13 @@ class ChatTemplate:
         texts = "".join(message.text for message in messages)
         borders = sorted(self._tokenizer.border_characters)
         *stand_ins, mark = _unused_characters(len(borders) + 1, texts)
-        turns = [{"role": message.role, "content": _replace(message.text, borders, stand_ins)} for message in messages]
+
+        def protected(text: str) -> str:
+            return _replace(text, borders, stand_ins)
+
+        turns: list[dict[str, Any]] = [
+            {"role": message.role, "content": _content(message, protected)} for message in messages
+        ]
         prefill = messages[-1].role == "assistant"
         if prefill:
             # The blank tells whether the template trims: then the prefill is trimmed as well (as `transformers` does).
@@ -120,7 +171,7 @@ class ChatTemplate:
                 rendered = rendered.rstrip()
         return _replace(self._tokenizer.alias(rendered), stand_ins, borders)
 
-    def _call(self, turns: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    def _call(self, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
         assert self._template is not None
         try:
             return self._template.render(
@@ -150,6 +201,31 @@ class ChatTemplate:
         return probe in rendered
 
 
+def _content(message: Message, protected: Callable[[str], str]) -> str | list[dict[str, str]]:
+    """As templates take it: a text, or a list of parts where there are pictures."""
+    if not message.pictures:
+        return protected(message.text)
+    return [
+        {"type": "image"} if isinstance(part, Picture) else {"type": "text", "text": protected(part)}
+        for part in message.content
+    ]
+
+
+def _expanded(ids: list[int], image_token_id: int, pictures: Sequence[Picture]) -> Encoded:
+    places = [index for index, id_ in enumerate(ids) if id_ == image_token_id]
+    if len(places) != len(pictures):
+        raise TemplateError("this model's chat template does not take images where these messages have them.")
+    expanded: list[int] = []
+    starts: list[int] = []
+    done = 0
+    for place, picture in zip(places, pictures, strict=True):
+        expanded += ids[done:place]
+        starts.append(len(expanded))
+        expanded += [image_token_id] * picture.num_tokens
+        done = place + 1
+    return Encoded(expanded + ids[done:], starts)
+
+
 def _fold_system(messages: Sequence[Message]) -> list[Message]:
     """For templates without a place for it: the system text goes before the first user message's."""
     system = [message.text for message in messages if message.role == "system"]
@@ -158,7 +234,9 @@ def _fold_system(messages: Sequence[Message]) -> list[Message]:
         return rest
     for index, message in enumerate(rest):
         if message.role == "user":
-            rest[index] = Message("user", _SEPARATOR.join([*system, message.text]))
+            before = _SEPARATOR.join(system) + _SEPARATOR
+            content = before + message.content if isinstance(message.content, str) else (before, *message.content)
+            rest[index] = Message("user", content)
             return rest
     raise TemplateError(
         "this model's chat template has no system role, and there is no user message to put the system text into."

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from aiexport_edge.engine.images.preprocessor import load_patch_config
-from aiexport_edge.engine.models.config import ModelError
+from aiexport_edge.engine.models.config_values import ModelError
 
 QWEN3_VL: dict[str, Any] = {
     "size": {"longest_edge": 16777216, "shortest_edge": 65536},
