@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from aiexport_edge.kernels.linear import PackedLinear
+from aiexport_edge.kernels.quantization import Weight, dequantized
 from aiexport_edge.kernels.swiglu import swiglu
 
 
@@ -65,7 +66,7 @@ class Experts:
 
     def __init__(
         self,
-        experts: Iterable[tuple[Sequence[torch.Tensor], torch.Tensor]],
+        experts: Iterable[tuple[Sequence[Weight], Weight]],
         *,
         dtype: torch.dtype,
         deterministic: bool,
@@ -73,16 +74,18 @@ class Experts:
     ) -> None:
         """`experts`: of each, the parts of gate_up [2*I, H] to be stacked (gate rows first), and down [H, I].
 
-        In any float dtype; taken one by one, so that what is read from files need not be there all at once.
+        In any float dtype or quantized (a GPU decodes those into `dtype`); taken one by one, so that what is read from
+        files need not be there all at once.
         """
         self._deterministic = deterministic
         self._packed: list[tuple[PackedLinear, PackedLinear]] = []
         on_gpu: list[tuple[torch.Tensor, torch.Tensor]] = []
         for gate_up, down in experts:
             self.hidden_size = down.shape[0]
-            if down.is_cuda:
+            if down.device.type == "cuda":
                 assert quantize == "none", "experts are quantized on CPUs only"
-                on_gpu.append((torch.cat(list(gate_up)).to(dtype), down.to(dtype)))
+                parts = [dequantized(part, dtype) for part in gate_up]
+                on_gpu.append((torch.cat(parts), dequantized(down, dtype)))
             else:
                 pack = partial(PackedLinear, dtype=dtype, deterministic=deterministic, quantize=quantize)
                 self._packed.append((pack(gate_up), pack(down)))

@@ -43,6 +43,11 @@ class Int4Weight:
         """Where it lies."""
         return self.codes.device
 
+    def to(self, device: torch.device) -> Int4Weight:
+        """The same there."""
+        order = None if self.order is None else self.order.to(device)
+        return Int4Weight(self.codes.to(device), self.scales.to(device), self.zeros.to(device), self.group, order)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W [N, K]."""
         width = self.shape[1]
@@ -77,8 +82,12 @@ class Fp8Weight:
 
     @property
     def is_per_output(self) -> bool:
-        """Whether all of a row of W has one scale."""
-        return self.scales.shape[1] == 1
+        """Whether each row of W has one scale."""
+        return self.block == (1, self.shape[1])
+
+    def to(self, device: torch.device) -> Fp8Weight:
+        """The same there."""
+        return Fp8Weight(self.codes.to(device), self.scales.to(device), self.block)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W [N, K]."""
@@ -147,6 +156,11 @@ def _quantize_groups(weight: torch.Tensor, group: int) -> tuple[Tensor, Tensor, 
     return codes.to(torch.uint8).view(num_outputs, -1), scales[..., 0], zeros[..., 0].to(torch.uint8)
 
 
+def dequantized(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """W [N, K] in `dtype`, whatever it is."""
+    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
+
+
 def stack(parts: Sequence[Weight], dtype: torch.dtype) -> Weight:
     """The parts one below the other: in their own form where that can say it, else as floats of `dtype`."""
     first = parts[0]
@@ -164,7 +178,7 @@ def stack(parts: Sequence[Weight], dtype: torch.dtype) -> Weight:
         if len(own8) == len(parts):
             codes, scales = torch.cat([part.codes for part in own8]), torch.cat([part.scales for part in own8])
             return Fp8Weight(codes, scales, first.block)
-    return torch.cat([part.to(dtype) if isinstance(part, Tensor) else part.dequantize(dtype) for part in parts])
+    return torch.cat([dequantized(part, dtype) for part in parts])
 
 
 def _same_groups(one: Int4Weight, other: Int4Weight) -> bool:

@@ -20,6 +20,11 @@ from aiexport_edge.engine.models.config import ModelError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Those of quantized weights and what belongs to them.
+STORED_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "U8": torch.uint8} | {
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +38,7 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Bytes in the file, for the dtypes that are read."""
-        count = DTYPES[self.dtype].itemsize
+        count = (DTYPES | STORED_DTYPES)[self.dtype].itemsize
         for size in self.shape:
             count *= size
         return count
@@ -96,6 +101,11 @@ def _files(directory: Path) -> dict[Path, list[str]]:
         raise ModelError(
             f"{directory} holds pickled weights only ({pickled[0]}), which are never read: unpickling runs code; "
             "convert them to safetensors (transformers: from_pretrained, then save_pretrained)"
+        )
+    if gguf := sorted(file.name for file in directory.glob("*.gguf")):
+        raise ModelError(
+            f"{directory} holds weights as GGUF only ({gguf[0]}), which is not read: take the model's safetensors, and "
+            'let quantize = "int4" or "int8" round them'
         )
     raise ModelError(f"{directory} holds neither {SINGLE} nor {INDEX}")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from aiexport_edge.engine.models.config_values import ModelError as ModelError
 from aiexport_edge.engine.models.config_values import Values, read_json
+from aiexport_edge.engine.models.formats.scheme import Quantization, read_quantization
 from aiexport_edge.engine.models.registry import ARCHITECTURE_OF_MODEL_TYPE, FAMILIES, Family
 from aiexport_edge.engine.models.vision_config import VisionConfig, read_vision_config
 
@@ -98,6 +99,7 @@ class ModelConfig:
     stop_ids: tuple[int, ...]
     mixture: Mixture | None = None
     vision: VisionConfig | None = None
+    quantization: Quantization | None = None  # how the checkpoint stores quantized weights
 
     @classmethod
     def load(cls, directory: Path | str, *, yarn: Yarn | None = None) -> ModelConfig:
@@ -172,8 +174,6 @@ def _stop_ids(directory: Path, values: Mapping[str, Any], file: Path) -> tuple[i
 
 
 def _model_config(values: Values, architecture: str, family: Family, stop_ids: tuple[int, ...]) -> ModelConfig:
-    if values.values.get("quantization_config") is not None:
-        raise values.error("quantization_config", "is set; quantized checkpoints are not supported, use the 16-bit one")
     values.choice("hidden_act", ("silu",), default="silu")
     hidden_size = values.integer("hidden_size")
     num_layers = values.integer("num_hidden_layers")
@@ -219,6 +219,7 @@ def _model_config(values: Values, architecture: str, family: Family, stop_ids: t
         tie_word_embeddings=tie_word_embeddings,
         dtype=_dtype(values),
         stop_ids=stop_ids,
+        quantization=read_quantization(values),
         mixture=_mixture(values, num_layers) if family.mixture else None,
         vision=read_vision_config(
             values, hidden_size=hidden_size, num_layers=num_layers, vocab_size=values.integer("vocab_size")

@@ -8,7 +8,7 @@ model plus one parameter. Knows nothing of pages or requests.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +19,14 @@ from aiexport_edge.engine.images.preprocessor import load_patch_config
 from aiexport_edge.engine.models.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from aiexport_edge.engine.models.config import Mixture, ModelConfig, ModelError, Yarn
 from aiexport_edge.engine.models.decoder import Decoder, Layer, MixtureOfExperts, Mlp
+from aiexport_edge.engine.models.formats.stored import StoredWeight, empty_biases, find_all
 from aiexport_edge.engine.models.rope import cos_sin_table
 from aiexport_edge.engine.models.vision import VisionTower
 from aiexport_edge.engine.models.vision_loader import PREFIX as TOWER
 from aiexport_edge.engine.models.vision_loader import load_tower, tower_shapes
 from aiexport_edge.kernels.linear import PackedLinear, supports_bf16
 from aiexport_edge.kernels.moe import Experts
+from aiexport_edge.kernels.quantization import Weight
 
 # Products that share their input are one: the checkpoint's rows, stacked in this order.
 FUSIONS = {
@@ -47,7 +49,7 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model ready to run. `weight_bytes` counts its parameters once, in the dtype they are served in. `tower` is of
-    models that see.
+    models that see, whose largest picture has `largest_image_patches`.
     """
 
     name: str
@@ -57,6 +59,7 @@ class LoadedModel:
     context_window: int
     weight_bytes: int
     tower: VisionTower | None = None
+    largest_image_patches: int = 0
 
 
 def load_model(
@@ -71,8 +74,8 @@ def load_model(
     yarn: Yarn | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
-    """Read `directory`. `context_window` 0 is the model's own, `yarn` extends that; `progress` is told bytes done and in all. `quantize`
-    ("int8", "int4", "fp8") rounds the products' weights while they are packed, on a CPU.
+    """Read `directory`. `context_window` 0 is the model's own, `yarn` extends that; `progress` is told bytes done and
+    in all. `quantize` ("int8", "int4", "fp8") rounds the products' weights while they are packed, on a CPU.
 
     Raises ModelError with a sentence for the operator.
     """
@@ -88,9 +91,11 @@ def load_model(
     with open_checkpoint(directory) as checkpoint:
         weights = _Weights(checkpoint, config, dtype=dtype, quantize=quantize, device=device, progress=progress)
         decoder = _build(weights, context_window or config.context_window, deterministic)
-        tower = None
+        tower, largest_image_patches = None, 0
         if config.vision is not None:
-            tower = load_tower(weights, config.vision, load_patch_config(directory), deterministic=deterministic)
+            images = load_patch_config(directory)
+            tower = load_tower(weights, config.vision, images, deterministic=deterministic)
+            largest_image_patches = images.max_pixels // images.patch_size**2
     return LoadedModel(
         name=name,
         config=config,
@@ -99,6 +104,7 @@ def load_model(
         context_window=context_window or config.context_window,
         weight_bytes=weights.nbytes,
         tower=tower,
+        largest_image_patches=largest_image_patches,
     )
 
 
@@ -178,8 +184,10 @@ def _mixture_shapes(config: ModelConfig) -> dict[str, tuple[int, int, bool]]:
     return shapes
 
 
-def _check(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, str]:
-    """Hold the headers against `expected_shapes`. Returns the checkpoint's name of every expected tensor."""
+def _check(checkpoint: Checkpoint, config: ModelConfig) -> tuple[dict[str, str], dict[str, StoredWeight]]:
+    """Hold the headers against `expected_shapes`. Returns the checkpoint's name of every expected tensor, and those of
+    them that are stored as quantized weights.
+    """
     expected = _shapes(config)
     present = {name for name in checkpoint.entries if not name.endswith(HARMLESS)}
     names = {name: _own_name(name, config) for name in expected}
@@ -187,6 +195,12 @@ def _check(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, str]:
         if names[EMBEDDING] not in present and HEAD in present:
             names[EMBEDDING] = HEAD  # one tensor of two names: some writers keep the other one
         present.discard(HEAD if names[EMBEDDING] != HEAD else "")
+    stored = {}
+    if config.quantization is not None:
+        stored = find_all(checkpoint.entries, names, expected, config.quantization)
+        present -= {name for weight in stored.values() for name in weight.names}
+        present -= empty_biases(checkpoint, present - set(names.values()), stored)
+        names = {name: source for name, source in names.items() if name not in stored}
     missing = [name for name, source in names.items() if source not in present]
     left_over = sorted(present - set(names.values()))
     problems = []
@@ -204,7 +218,7 @@ def _check(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, str]:
             )
         if entry.dtype not in DTYPES:
             raise ModelError(f"{entry.file}: {source} is {entry.dtype}; supported are {', '.join(DTYPES)}")
-    return names
+    return names, stored
 
 
 def _own_name(name: str, config: ModelConfig) -> str:
@@ -255,27 +269,35 @@ class _Weights:
         self.device = device
         self._quantize = quantize
         self._checkpoint = checkpoint
-        self._names = _check(checkpoint, config)
+        self._names, self._stored = _check(checkpoint, config)
+        if self._stored and quantize != "none":
+            raise ModelError(
+                f"{checkpoint.directory}: the weights are quantized already; leave out quantize, or take the 16-bit "
+                "checkpoint"
+            )
         entries = [checkpoint.entries[name] for name in self._names.values()]
+        stored = [checkpoint.entries[name] for weight in self._stored.values() for name in weight.names]
         embedding = checkpoint.entries[self._names[EMBEDDING]]
         self.dtype = serving_dtype(dtype, DTYPES[embedding.dtype], device)
         item_bytes = self.dtype.itemsize
         self.nbytes = sum(
             int(math.prod(entry.shape) * SERVED_BYTES.get(self.rounding(name), item_bytes))
             for name, entry in zip(self._names, entries, strict=True)
-        )
+        ) + sum(entry.nbytes for entry in stored)
         self._bytes_done = 0
-        self._bytes_total = sum(entry.nbytes for entry in entries)
+        self._bytes_total = sum(entry.nbytes for entry in (*entries, *stored))
         self._progress = progress
         self._report()
 
     def rounding(self, name: str) -> str:
-        """What the tensor is rounded to while it is packed, "none" where it is no product's weight.
+        """What the tensor is rounded to while it is packed, "none" where it is no product's weight, or quantized.
 
         A router stays as it is, since a small error there chooses another expert, and so does an embedding that is only
         looked up. The head, which is the embedding where the two are tied, is what drawing tokens is most sensitive to:
         int8 where all else becomes int4, and not rounded to FP8.
         """
+        if self._quantize == "none":
+            return "none"
         is_head = name == (EMBEDDING if self.config.tie_word_embeddings else HEAD)
         if is_head:
             return HEAD_ROUNDING[self._quantize]
@@ -309,6 +331,19 @@ class _Weights:
         self._report()
         return tensors
 
+    def weights(self, *names: str) -> list[Weight]:
+        """`rows`, and those that are quantized as they are."""
+        weights: list[Weight] = []
+        for name in names:
+            stored = self._stored.get(name)
+            if stored is None:
+                weights += self.rows(name)
+                continue
+            weights.append(stored.read(self._checkpoint).to(self.device))
+            self._bytes_done += sum(self._checkpoint.entries[source].nbytes for source in stored.names)
+        self._report()
+        return weights
+
     def own(self, tensor: Tensor) -> Tensor:
         """One of `rows` in the model's dtype and in memory of its own."""
         return tensor.to(self.dtype, copy=True) if self.device.type == "cpu" else tensor
@@ -316,19 +351,19 @@ class _Weights:
     def linear(self, prefix: str, product: str, *, bias: bool, deterministic: bool) -> PackedLinear:
         """The layer `prefix`'s product, fused from its parts where FUSIONS says so."""
         parts = [f"{prefix}.{part}" for part in FUSIONS.get(product, (product,))]
-        weight = self.rows(*(f"{part}.weight" for part in parts))
+        weight = self.weights(*(f"{part}.weight" for part in parts))
         bias_rows = self.parameter(*(f"{part}.bias" for part in parts)) if bias else None
         return self.product(weight, bias_rows, self.rounding(f"{parts[0]}.weight"), deterministic=deterministic)
 
     def experts(self, prefix: str, num_experts: int, *, deterministic: bool) -> Experts:
         """The layer `prefix`'s experts."""
 
-        def each() -> Iterator[tuple[list[Tensor], Tensor]]:
+        def each() -> Iterator[tuple[list[Weight], Weight]]:
             for expert in range(num_experts):
                 gate, up, down = (
                     f"{prefix}.mlp.experts.{expert}.{part}_proj.weight" for part in ("gate", "up", "down")
                 )
-                yield self.rows(gate, up), self.rows(down)[0]
+                yield self.weights(gate, up), self.weights(down)[0]
 
         return Experts(each(), dtype=self.dtype, deterministic=deterministic, quantize=self._quantize)
 
@@ -344,7 +379,7 @@ class _Weights:
             tensor = (tensor if all(as_is) else tensor.t()).contiguous()
             return tensor if self.device.type == "cpu" else tensor.to(self.device, self.dtype)
 
-        def each() -> Iterator[tuple[list[Tensor], Tensor]]:
+        def each() -> Iterator[tuple[list[Weight], Weight]]:
             for expert in range(mixture.num_experts):
                 yield list(own(gate_up[expert]).chunk(2)), own(down[expert])
                 self._bytes_done += sum(entry.nbytes for entry in entries) // mixture.num_experts
@@ -358,7 +393,9 @@ class _Weights:
         bias = self.parameter(f"{prefix}.bias")
         return PackedLinear([weight.flatten(1)], bias, dtype=self.dtype, deterministic=deterministic)
 
-    def product(self, weight: list[Tensor], bias: Tensor | None, rounding: str, *, deterministic: bool) -> PackedLinear:
+    def product(
+        self, weight: Sequence[Weight], bias: Tensor | None, rounding: str, *, deterministic: bool
+    ) -> PackedLinear:
         """The product with these weights' rows, packed, and rounded."""
         return PackedLinear(weight, bias, dtype=self.dtype, deterministic=deterministic, quantize=rounding)
 
@@ -377,7 +414,7 @@ def _build(weights: _Weights, max_positions: int, deterministic: bool) -> Decode
         # An embedding that the head gives back would lie in memory twice.
         embedding = None if head.gathers else weights.own(rows[0])
     else:
-        head = weights.product(weights.rows(HEAD), None, weights.rounding(HEAD), deterministic=deterministic)
+        head = weights.product(weights.weights(HEAD), None, weights.rounding(HEAD), deterministic=deterministic)
         embedding = weights.parameter(EMBEDDING)
     return Decoder(
         config,

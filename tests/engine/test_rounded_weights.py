@@ -1,4 +1,4 @@
-"""Rounded weights against the same model's own dtype, on models that were trained: what rounding costs is stated here."""
+"""Rounded weights against the same model's own dtype, on models that were trained: what rounding costs is here."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.decoding import logits_of
 from support.tiny_models import shared_data
 
-from aiexport_edge.engine.core.kv_memory import KVMemory, PoolShape
 from aiexport_edge.engine.core.loading import load
 from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel
 from aiexport_edge.engine.models.config import ModelError
-from aiexport_edge.engine.models.decoder import Batch
-from aiexport_edge.engine.models.loader import LoadedModel, load_model
+from aiexport_edge.engine.models.loader import load_model
 from aiexport_edge.engine.models.revision import model_revision
 
 DEMO = Path(__file__).resolve().parents[2] / "engine" / "demo" / "model"
@@ -35,31 +34,6 @@ LIMITS = {
 @pytest.fixture(params=["demo", "stories260K"])
 def directory(request: pytest.FixtureRequest) -> Path:
     return DEMO if request.param == "demo" else shared_data() / "models" / "stories260K"
-
-
-def logits_of(model: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
-    """float32 [tokens, vocabulary], each token's after those before it."""
-    length, config = ids.shape[0], model.config
-    page_bytes = config.kv_bytes_per_token(model.dtype.itemsize) * length
-    memory = KVMemory(PoolShape(page_bytes, 2, (length,)), torch.device("cpu"))
-    caches = memory.layers(
-        0,
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        dtype=model.dtype,
-    )
-    batch = Batch(
-        input_ids=ids,
-        inputs_embeds=None,
-        positions=torch.arange(length).expand(3, -1),
-        slots=length + torch.arange(length),
-        block_tables=torch.ones(1, 1, dtype=torch.int32),
-        query_start_loc=torch.tensor([0, length], dtype=torch.int32),
-        seq_lens=torch.tensor([length], dtype=torch.int32),
-        rows=None,
-    )
-    return model.decoder.logits(model.decoder.forward(batch, caches))
 
 
 @functools.cache

@@ -154,7 +154,11 @@ def test_stop_ids(tmp_path: Path) -> None:
         (LLAMA, {"head_dim": 7}, "head_dim is 7"),
         (LLAMA, {"torch_dtype": "int8"}, "torch_dtype is 'int8'; supported are float32"),
         (LLAMA, {"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
-        (LLAMA, {"quantization_config": {"quant_method": "awq"}}, "quantized checkpoints are not supported"),
+        (
+            LLAMA,
+            {"quantization_config": {"quant_method": "bitsandbytes"}},
+            "quant_method is 'bitsandbytes'; supported are",
+        ),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is not 1"),
         (LLAMA, {"rope_scaling": {"type": "longrope"}}, "rope_scaling.type is 'longrope'; supported are default"),
         (LLAMA, {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.factor is missing"),
