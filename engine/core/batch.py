@@ -7,7 +7,7 @@ one cheap loop over its requests, not over their tokens or pages. Knows no weigh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,14 @@ import torch
 from torch import Tensor
 
 from aiexport_edge.engine.core.decode_inputs import ALIGNMENT, TORCH_DTYPES, DecodeInputs
+from aiexport_edge.engine.core.pictures import Key, key_of
 from aiexport_edge.engine.core.plan import PENDING_ID, Chunk
 from aiexport_edge.engine.core.request import Request
-from aiexport_edge.engine.models.decoder import Batch
+from aiexport_edge.engine.models.adapted import BatchAdapters
+from aiexport_edge.engine.models.adapter_tables import ModelAdapters
+from aiexport_edge.engine.models.decoder import Batch, ImageTokens
+from aiexport_edge.engine.models.vision import Features
+from aiexport_edge.kernels.lora import NO_ADAPTER
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +51,15 @@ class Draws:
         )
 
 
+_NO_ROWS = np.empty(0, dtype=np.int64)
+
+
 class BatchBuilder:
     """Builds one model's batches. At most `max_requests` requests are in a step.
 
     `staging` gives host memory that can be copied to `device` without waiting (`Accelerator.staging`); on a CPU there
-    is none, and the batches' tensors are the arrays that were computed.
+    is none, and the batches' tensors are the arrays that were computed. `features` gives those of a picture: not
+    needed by a model that sees none.
     """
 
     def __init__(
@@ -61,8 +70,14 @@ class BatchBuilder:
         max_requests: int,
         device: torch.device,
         staging: Callable[[int], Tensor] | None = None,
+        features: Callable[[Key], Features] | None = None,
+        adapters: ModelAdapters | None = None,
+        batch_invariant: bool = False,
     ) -> None:
         self.tokens_per_page = tokens_per_page
+        self._features = features
+        self._adapters = adapters
+        self._batch_invariant = batch_invariant
         self.device = device
         self._staging = staging
         self._row_of: dict[int, int] = {}  # by request handle
@@ -75,6 +90,7 @@ class BatchBuilder:
         self._top_k = np.zeros(max_requests, dtype=np.int32)
         self._top_p = np.ones(max_requests, dtype=np.float32)
         self._seeds = np.zeros(max_requests, dtype=np.uint64)
+        self._shift = np.zeros(max_requests, dtype=np.int64)  # from a token's index to its position, past the pictures
 
     def reserve(self, chunks: Sequence[Chunk]) -> None:
         """Give a row to every request of a step that several batches are built for: none takes another's then."""
@@ -91,11 +107,14 @@ class BatchBuilder:
         sampled: list[int] = []
         requests: list[Request] = []
         output_index: list[int] = []
+        pictured: list[tuple[int, Chunk]] = []  # chunks of prompts with pictures, after the place of their first token
         for sequence, chunk in enumerate(chunks):
             request, start, count = chunk.request, chunk.start, chunk.num_tokens
             rows.append(self._row(request, chunks))
             starts.append(start)
             counts.append(count)
+            if request.positions is not None and start < request.num_prompt_tokens:
+                pictured.append((len(ids), chunk))
             if count == 1:
                 ids.append(request.token_ids[start])
             else:
@@ -104,9 +123,21 @@ class BatchBuilder:
                 sampled.append(sequence)
                 requests.append(request)
                 output_index.append(chunk.output_index)
-        return self._batch(
-            np.array(ids), np.array(rows), np.array(starts), np.array(counts), sampled, requests, np.array(output_index)
+        batch, draws = self._batch(
+            np.array(ids),
+            np.array(rows),
+            np.array(starts),
+            np.array(counts),
+            sampled,
+            requests,
+            np.array(output_index),
+            pictured,
         )
+        if self._adapters is not None and any(chunk.request.adapter_slot >= 0 for chunk in chunks):
+            of_sequences = np.array([chunk.request.adapter_slot for chunk in chunks], dtype=np.int32)
+            (slots,) = self._upload(np.repeat(of_sequences, counts))
+            batch = replace(batch, adapters=BatchAdapters(slots, self._adapters.layers, self._batch_invariant))
+        return batch, draws
 
     def stage_decodes(self, chunks: Sequence[Chunk], bucket: int, inputs: DecodeInputs, staging: Tensor) -> Draws:
         """Write `chunks`, one sampled token each, into `staging` for the first `bucket` rows of `inputs`.
@@ -122,9 +153,11 @@ class BatchBuilder:
         for padded in (host.source, host.positions, host.slots, host.block_tables[:, 0]):
             padded[count:] = 0
         host.seq_lens[count:] = 1
+        host.adapter_slots[:count] = [chunk.request.adapter_slot for chunk in chunks]
+        host.adapter_slots[count:] = NO_ADAPTER
         host.host_ids[:count] = ids
         host.source[:count] = np.where(ids == PENDING_ID, rows, inputs.first_host_id + np.arange(count))
-        host.positions[:count] = starts
+        host.positions[:count] = starts + self._shift[rows]
         page_of, offset = np.divmod(starts, self.tokens_per_page)
         host.slots[:count] = self._block_tables[rows, page_of].astype(np.int64) * self.tokens_per_page + offset
         host.seq_lens[:count] = starts + 1
@@ -155,6 +188,7 @@ class BatchBuilder:
         sampled: list[int],
         requests: list[Request],
         output_index: npt.NDArray[np.int64],
+        pictured: list[tuple[int, Chunk]],
     ) -> tuple[Batch, Draws]:
         num_tokens, num_sequences = len(ids), len(rows)
         ends = np.cumsum(counts)
@@ -171,6 +205,14 @@ class BatchBuilder:
         query_start_loc[1:] = ends
         positions = np.empty((3, num_tokens), dtype=np.int64)
         positions[:] = token_positions
+        shifts = self._shift[rows]
+        if shifts.any():
+            positions += shifts[sequences]
+        for at, chunk in pictured:
+            assert chunk.request.positions is not None
+            of_prompt = chunk.request.positions.of_prompt[:, chunk.start : chunk.start + chunk.num_tokens]
+            positions[:, at : at + of_prompt.shape[1]] = of_prompt
+        image_rows, pieces = self._image_tokens(pictured)
         drawn = rows[sampled]
         tensors = self._upload(
             ids,
@@ -186,6 +228,7 @@ class BatchBuilder:
             self._seeds[drawn].view(np.int64),
             output_index.astype(np.int64),
             drawn,
+            image_rows,
         )
         batch = Batch(
             input_ids=tensors[0],
@@ -196,8 +239,27 @@ class BatchBuilder:
             query_start_loc=tensors[4],
             seq_lens=tensors[5],
             rows=None if len(sampled) == num_tokens else tensors[6],
+            has_axes=bool(pictured),
+            image_tokens=_image_tokens(tensors[-1], pieces) if pieces else None,
         )
-        return batch, Draws(requests, *tensors[7:])
+        return batch, Draws(requests, *tensors[7:-1])
+
+    def _image_tokens(self, pictured: list[tuple[int, Chunk]]) -> tuple[npt.NDArray[np.int64], list[Features]]:
+        """Which tokens of the batch stand for pictures, int64 [M], and the parts of features that they are."""
+        if not pictured:
+            return _NO_ROWS, []
+        assert self._features is not None
+        rows: list[npt.NDArray[np.int64]] = []
+        pieces: list[Features] = []
+        for at, chunk in pictured:
+            for index, span in enumerate(chunk.request.spans):
+                first, last = max(span.start, chunk.start), min(span.end, chunk.end)
+                if first < last:
+                    rows.append(np.arange(first, last) + (at - chunk.start))
+                    whole = self._features(key_of(chunk.request, index))
+                    part = slice(first - span.start, last - span.start)
+                    pieces.append(Features(whole.tokens[part], tuple(each[part] for each in whole.deepstack)))
+        return (np.concatenate(rows) if rows else _NO_ROWS), pieces
 
     def _row(self, request: Request, chunks: Sequence[Chunk]) -> int:
         """The request's row, with its pages in the block table."""
@@ -227,6 +289,7 @@ class BatchBuilder:
         self._top_k[row] = sampling.top_k
         self._top_p[row] = sampling.top_p
         self._seeds[row] = sampling.seed
+        self._shift[row] = 0 if request.positions is None else request.positions.shift
         return row
 
     def _upload(self, *arrays: npt.NDArray[Any]) -> list[Tensor]:
@@ -247,3 +310,12 @@ class BatchBuilder:
             memory[offset : offset + array.nbytes].view(TORCH_DTYPES[array.dtype]).view(array.shape)
             for offset, array in zip(offsets, arrays, strict=True)
         ]
+
+
+def _image_tokens(rows: Tensor, pieces: list[Features]) -> ImageTokens:
+    if len(pieces) == 1:
+        return ImageTokens(rows, pieces[0].tokens, pieces[0].deepstack)
+    deepstack = zip(*(piece.deepstack for piece in pieces), strict=True)
+    return ImageTokens(
+        rows, torch.cat([piece.tokens for piece in pieces]), tuple(torch.cat(list(each)) for each in deepstack)
+    )

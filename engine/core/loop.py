@@ -127,7 +127,8 @@ class StepLoop(Generic[Launched]):
 
     def _add(self, message: AddRequest, constraint: Constraint | None) -> None:
         self._pipeline.suspect(message.handle)  # one that cannot even be added must not kill every core
-        request = make_request(message, arrival=self._num_added)
+        merge_size = self._scheduler.pictures.merge_size(message.model) if message.images else 1
+        request = make_request(message, arrival=self._num_added, merge_size=merge_size)
         request.constraint = constraint
         self._num_added += 1
         reason = end_of(request)

@@ -64,6 +64,9 @@ class Pipeline(Generic[Launched]):
 
     def _launch(self, plan: StepPlan) -> _Flight[Launched]:
         handles = [chunk.request.handle for model in plan.models for chunk in model.chunks]
+        encoding = [encode.request.handle for model in plan.models for encode in model.encodes]
+        if encoding:
+            handles = list({*handles, *encoding})
         self._suspects.write(list({*self._handles(), *handles}) if self._flight is not None else handles)
         return _Flight(plan, handles, self._runner.launch(plan))
 

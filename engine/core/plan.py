@@ -11,11 +11,12 @@ has been told every id before.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import msgspec
 
+from aiexport_edge.engine.core.pictures import Eyes, Key
 from aiexport_edge.engine.core.prefill_pace import PrefillPace
 from aiexport_edge.engine.core.request import Request
 
@@ -49,12 +50,23 @@ class Chunk(msgspec.Struct, frozen=True):
         return self.start + self.num_tokens - self.request.num_prompt_tokens
 
 
+class Encode(msgspec.Struct, frozen=True):
+    """Do the next `num_units` of the vision tower's work on the picture `index` of `request`, known by `key` from then
+    on; what comes out is there for the chunks of the same step."""
+
+    request: Request
+    index: int
+    key: Key
+    num_units: int
+
+
 @dataclass(frozen=True, slots=True)
 class ModelPlan:
-    """One model's share of a step: decodes first, then chunks of prefills."""
+    """One model's share of a step: decodes first, then chunks of prefills. There may be nothing but `encodes`."""
 
     model: int
     chunks: list[Chunk]
+    encodes: list[Encode] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -64,9 +76,13 @@ class ModelPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step over all models of the core; a model with nothing to do is not in it. It may be of no model at all."""
+    """One step over all models of the core; a model with nothing to do is not in it. It may be of no model at all.
+
+    `dropped` are pictures that are not needed from now on: they go before anything else is done.
+    """
 
     models: list[ModelPlan]
+    dropped: list[Key] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +135,16 @@ class StepRunner(Protocol[Launched]):
 
     @property
     def weight_bytes(self) -> list[int]: ...
+
+    @property
+    def eyes(self) -> list[Eyes | None]:
+        """By model; None of one that sees nothing."""
+        ...
+
+    @property
+    def picture_bytes(self) -> int:
+        """What there is room for of the features of pictures."""
+        ...
 
     def launch(self, plan: StepPlan) -> Launched:
         """Begin to compute every chunk of `plan`, and draw an id for each that samples and has no constraint.

@@ -5,13 +5,16 @@ Owns how a sequence of ids becomes page hashes. Knows no policy and no tensors.
 
 A page's hash covers everything its keys and values depend on, by a chain from the root:
 
-    root(revision, model, page size, salt) ──▶ H(root, ids of page 0) ──▶ H(…, ids of page 1) ──▶ …
+    root(revision, model, page size, salt, adapter) ──▶ H(root, ids of page 0) ──▶ H(…, ids of page 1) ──▶ …
 
-so a page is found under the same salt and behind the same ids only. Output ids are hashed like prompt ids.
+A picture's tokens are all alike: the hash of a page that any of them lie in also covers the picture's digest, grid and
+place. So a page is found under the same salt and adapter and behind the same ids only. Output ids are hashed like
+prompt ids.
 """
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -82,9 +85,25 @@ class PrefixCache:
         size = self._tokens_per_page[request.model]
         while len(hashes) <= index:
             start = len(hashes) * size
-            parent = hashes[-1] if hashes else _digest(self._roots[request.model] + request.salt)
-            hashes.append(_digest(parent + pack_ids(request.token_ids[start : start + size])))
+            parent = hashes[-1] if hashes else self._root(request)
+            ids = pack_ids(request.token_ids[start : start + size])
+            hashes.append(_digest(parent + ids + _pictures(request, start, start + size)))
         return hashes[index]
+
+    def _root(self, request: Request) -> bytes:
+        root = _digest(self._roots[request.model] + request.salt)
+        return root if request.adapter is None else _digest(b"adapter " + root + request.adapter.digest)
+
+
+def _pictures(request: Request, start: int, end: int) -> bytes:
+    """What the ids from `start` to `end` do not say of the pictures that they stand for."""
+    return b"".join(
+        [
+            image.digest + struct.pack("<3I", image.start, image.rows, image.columns)
+            for image, span in zip(request.images, request.spans, strict=True)
+            if span.start < end and start < span.end
+        ]
+    )
 
 
 def _digest(data: bytes) -> bytes:

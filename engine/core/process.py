@@ -22,6 +22,7 @@ from typing import Any
 from aiexport_edge.engine.core.channel import Channel, ChannelClosed
 from aiexport_edge.engine.core.loop import StepLoop
 from aiexport_edge.engine.core.pages import PagePool
+from aiexport_edge.engine.core.pictures import Pictures
 from aiexport_edge.engine.core.plan import StepRunner
 from aiexport_edge.engine.core.protocol import (
     CoreConfig,
@@ -119,7 +120,9 @@ def _serve(config: CoreConfig, runner: StepRunner[Any], channel: Channel, suspec
         max_num_running=config.max_num_running,
         max_step_tokens=runner.max_step_tokens,
         batch_floor_share=config.batch_floor_share,
+        pictures=Pictures(runner.eyes, capacity_bytes=runner.picture_bytes),
         pace=runner.pace,
+        num_adapter_slots=config.adapter_slots,
     )
     loop = StepLoop(channel=channel, scheduler=scheduler, runner=runner, suspects=suspects)
     models = [

@@ -16,9 +16,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 from aiexport_edge.engine.core.constraint import Constraint
-from aiexport_edge.engine.core.protocol import AddRequest, Priority, Sampling, unpack_ids
+from aiexport_edge.engine.core.protocol import AdapterRef, AddRequest, ImageInput, Priority, Sampling, unpack_ids
+from aiexport_edge.engine.images.positions import ImageSpan, Positions, prompt_positions
+
+if TYPE_CHECKING:
+    from aiexport_edge.engine.core.pictures import Picture
 
 
 class Status(IntEnum):
@@ -51,6 +56,10 @@ class Request:
     arrival: int  # order of arrival, unique
     probation: bool = False
     constraint: Constraint | None = None
+    images: tuple[ImageInput, ...] = ()
+    spans: tuple[ImageSpan, ...] = ()  # of the images, in the prompt
+    positions: Positions | None = None  # of a prompt with images
+    adapter: AdapterRef | None = None
 
     status: Status = Status.WAITING
     num_computed_tokens: int = 0
@@ -58,8 +67,10 @@ class Request:
     num_cached_tokens: int = 0  # prompt tokens that the prefix cache gave at first scheduling
     started: bool = False
     pages: list[int] = field(default_factory=list)
+    adapter_slot: int = -1  # where its adapter lies on the device, while it holds pages
     page_hashes: list[bytes] = field(default_factory=list)  # of the full pages of token_ids hashed so far
     num_published_pages: int = 0  # of `pages`, those that the prefix cache knows or knew already
+    pictures: dict[int, Picture] = field(default_factory=dict)  # by index in `images`, those that it holds
     num_charged_tokens: int = 0  # of token_ids, those that the tenant has been charged for: a recompute is free
 
     @property
@@ -73,9 +84,12 @@ class Request:
         return len(self.token_ids) - self.num_prompt_tokens
 
 
-def make_request(message: AddRequest, *, arrival: int) -> Request:
-    """The request that `message` asks for."""
+def make_request(message: AddRequest, *, arrival: int, merge_size: int = 1) -> Request:
+    """The request that `message` asks for. `merge_size`: patches on a side of what becomes one image token."""
     prompt_ids = unpack_ids(message.prompt_ids)
+    spans = tuple(
+        ImageSpan(image.start, image.rows // merge_size, image.columns // merge_size) for image in message.images
+    )
     return Request(
         handle=message.handle,
         model=message.model,
@@ -90,4 +104,8 @@ def make_request(message: AddRequest, *, arrival: int) -> Request:
         priority=Priority(message.priority),
         arrival=arrival,
         probation=message.probation,
+        images=tuple(message.images),
+        spans=spans,
+        positions=prompt_positions(len(prompt_ids), spans) if spans else None,
+        adapter=message.adapter,
     )

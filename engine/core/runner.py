@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aiexport_edge.engine.adapters.peft import AdapterError
 from aiexport_edge.engine.core.accelerator import Accelerator
 from aiexport_edge.engine.core.batch import BatchBuilder, Draws
 from aiexport_edge.engine.core.decode_graphs import DecodeGraphs
 from aiexport_edge.engine.core.decode_inputs import DecodeInputs
+from aiexport_edge.engine.core.encoder import Encoder, eyes_of, picture_bytes
 from aiexport_edge.engine.core.kv_memory import KVMemory
 from aiexport_edge.engine.core.plan import Chunk, ModelPlan, StepPlan, StepResult
 from aiexport_edge.engine.core.prefill_pace import PrefillPace
@@ -26,6 +28,7 @@ from aiexport_edge.engine.core.protocol import CoreConfig
 from aiexport_edge.engine.core.request import Status
 from aiexport_edge.engine.core.warm_up import Progress, largest_steps, warm_up
 from aiexport_edge.engine.models.cost import attention_span
+from aiexport_edge.engine.models.adapter_tables import ModelAdapters
 from aiexport_edge.engine.models.loader import LoadedModel
 from aiexport_edge.kernels.sampler import sample
 
@@ -75,7 +78,8 @@ class Runner:
     `num_pages` (page 0 included, which is never to be handed out), `page_bytes`, `max_step_tokens`, `max_num_running`,
     `num_models`; `tokens_per_page`, `context_windows` and `weight_bytes` by model; `memory` is what the pages lie in.
     With `keep_logits`, `last_logits` holds the float32 logits [vocabulary] that each id of the last step was drawn
-    from, by request handle: for tests. With an `accelerator`, decodes are graphs, unless `graphed` is off.
+    from, by request handle: for tests. With an `accelerator`, decodes are graphs, unless `graphed` is off. `adapters`
+    by model, None where it has none.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class Runner:
         keep_logits: bool = False,
         accelerator: Accelerator | None = None,
         graphed: bool = True,
+        adapters: Sequence[ModelAdapters | None] = (),
     ) -> None:
         self.memory = memory
         self.num_pages = memory.shape.num_pages
@@ -111,6 +116,10 @@ class Runner:
             )
             for index, model in enumerate(models)
         ]
+        self._adapters = list(adapters) or [None] * len(models)
+        self.eyes = [eyes_of(model) for model in models]
+        self.picture_bytes = picture_bytes(self.eyes)
+        self._encoder = Encoder([model.tower for model in models], accelerator)
         self._builders = [
             BatchBuilder(
                 tokens_per_page=tokens_per_page,
@@ -118,8 +127,11 @@ class Runner:
                 max_requests=config.max_num_running,
                 device=memory.bytes.device,
                 staging=None if accelerator is None else accelerator.staging,
+                features=self._encoder.features,
+                adapters=of_model,
+                batch_invariant=model.decoder.deterministic,
             )
-            for model, tokens_per_page in zip(models, self.tokens_per_page, strict=True)
+            for model, tokens_per_page, of_model in zip(models, self.tokens_per_page, self._adapters, strict=True)
         ]
         self._accelerator = accelerator
         self._graphs = self._make_graphs(accelerator) if accelerator is not None and graphed else []
@@ -144,15 +156,38 @@ class Runner:
         was launched last. Decodes are replayed and drawn in the first stream, prefills run and are drawn beside them.
         """
         self.last_logits = {}
+        self._place_adapters(plan)
         pending = PendingStep([], [], [], [], _NO_IDS, _NO_LOGPROBS, _nothing)
+        self._encoder.drop(plan.dropped)
         if self._accelerator is None:
             for model_plan in plan.models:
-                self._draw_free(pending, model_plan.model, *self._run(model_plan.model, _ordered(model_plan.chunks)))
+                for encode in model_plan.encodes:
+                    self._encoder.advance(encode)
+                if model_plan.chunks:
+                    self._draw_free(
+                        pending, model_plan.model, *self._run(model_plan.model, _ordered(model_plan.chunks))
+                    )
         else:
             self._launch_streams(self._accelerator, plan, pending)
         if not pending.undrawn:
             self._send(pending)
         return pending
+
+    def _place_adapters(self, plan: StepPlan) -> None:
+        """Bring the adapters of the plan's requests into their slots. One that cannot be read ends its requests."""
+        for model_plan in plan.models:
+            adapters = self._adapters[model_plan.model]
+            if adapters is None:
+                continue
+            for chunk in model_plan.chunks:
+                adapter, slot = chunk.request.adapter, chunk.request.adapter_slot
+                if adapter is None:
+                    continue
+                try:
+                    adapters.place(slot, adapter.path, adapter.digest)
+                except AdapterError as error:
+                    log.error("an adapter is lost, and requests with it end: %s", error)
+                    adapters.spoil(slot)
 
     def _launch_streams(self, accelerator: Accelerator, plan: StepPlan, pending: PendingStep) -> None:
         decodes: list[tuple[int, list[Chunk]]] = []
@@ -165,12 +200,15 @@ class Runner:
             if len(short) < len(chunks):
                 prefills.append((model, [chunk for chunk in chunks if not _is_decode(chunk)] if short else chunks))
                 self._builders[model].reserve(chunks)
-        if prefills:
+        encodes = [encode for model_plan in plan.models for encode in model_plan.encodes]
+        if prefills or encodes:
             accelerator.fork()
         for model, chunks in decodes:
             self._draw_free(pending, model, *self._launch_decodes(model, chunks))
-        if prefills:
+        if prefills or encodes:
             with accelerator.beside():
+                for encode in encodes:
+                    self._encoder.advance(encode)
                 for model, chunks in prefills:
                     self._launch_prefills(accelerator, pending, model, chunks)
             accelerator.join()
@@ -218,11 +256,12 @@ class Runner:
         """The logits [rows, vocabulary] of one token each, by a graph."""
         assert self._accelerator is not None
         graphs = self._graphs[model]
-        bucket = graphs.bucket(len(chunks))
+        adapted = any([chunk.request.adapter_slot >= 0 for chunk in chunks])
+        bucket = graphs.bucket(len(chunks), adapted)
         staging = self._accelerator.staging(graphs.inputs.staged_bytes(bucket))
         draws = self._builders[model].stage_decodes(chunks, bucket, graphs.inputs, staging)
         graphs.inputs.refresh(staging)
-        graphs.launch(bucket)
+        graphs.launch(bucket, adapted)
         return graphs.logits[: len(chunks)], draws
 
     def _run(self, model: int, chunks: Sequence[Chunk]) -> tuple[Tensor | None, Draws]:
@@ -284,6 +323,8 @@ class Runner:
     def _send(self, pending: PendingStep) -> None:
         """Set the ids off to the host, with their log-probabilities."""
         if not pending.ids:
+            if self._accelerator is not None:
+                pending.wait = self._accelerator.mark()  # or steps without ids would be launched far ahead
             return
         ids, logprobs = _joined(pending.ids), _joined(pending.logprobs)
         if self._accelerator is None:
@@ -305,7 +346,9 @@ class Runner:
         largest = max(model.config.vocab_size for model in self._models)
         logits = torch.empty(num_rows * largest, dtype=torch.float32, device=device)  # one for all: used up at once
         graphs = []
-        for model, kv_caches, tokens_per_page in zip(self._models, self._kv_caches, self.tokens_per_page, strict=True):
+        for model, kv_caches, tokens_per_page, adapters in zip(
+            self._models, self._kv_caches, self.tokens_per_page, self._adapters, strict=True
+        ):
             inputs = DecodeInputs(
                 num_rows=num_rows,
                 num_slots=num_rows,
@@ -314,7 +357,7 @@ class Runner:
             )
             vocabulary = model.config.vocab_size
             rows = logits[: num_rows * vocabulary].view(num_rows, vocabulary)
-            graphs.append(DecodeGraphs(accelerator, model.decoder, kv_caches, inputs, rows))
+            graphs.append(DecodeGraphs(accelerator, model.decoder, kv_caches, inputs, rows, adapters))
         return graphs
 
     def _make_programs(self) -> list[DecodePrograms | None]:

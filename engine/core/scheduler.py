@@ -4,12 +4,18 @@ Owns the requests between their arrival and their end, and the page pool. Knows 
 decides on numbers of tokens and pages alone, and `commit` tells it what came of a plan.
 
     add ──▶ waiting ──admit──▶ prefilling ──last chunk──▶ decoding ──finish──▶ gone
-               ▲                   │                         │
-               └───────────────────┴───────── preempt ───────┘
+               ▲                │  ▲  │                      │
+               │                ▼  │  │                      │
+               │               looking│                      │
+               └────────────────┴─────┴────── preempt ───────┘
 
 A request is admitted with pages for all the tokens it has, so a prefill once begun never waits for memory: only
 decodes grow. When a decode cannot, the lowest in rank among the running are preempted until the others can: the highest
 always goes on, so some request always comes to its end. Rank is class, then the tenant's counter, then arrival.
+
+A prefill that comes to a picture which is not encoded looks at it: the vision tower works in units, each step does some
+of them beside the prefills of others, and shares them among all that look. So no picture holds up a decode for longer
+than a part of a step, and its tokens are cut into chunks like any others.
 
 A step may be planned while the one before it is in flight: planned, and not yet committed. What it computes and draws
 then counts as done, its ids pending. A request that ends meanwhile keeps its pages until no step in flight may write to
@@ -23,14 +29,18 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 
+from aiexport_edge.engine.core.adapter_slots import AdapterSlots
 from aiexport_edge.engine.core.fairness import INPUT_COST, OUTPUT_COST, FloorShare
 from aiexport_edge.engine.core.pages import PagePool
-from aiexport_edge.engine.core.plan import PENDING_ID, Chunk, ModelPlan, StepPlan
+from aiexport_edge.engine.core.pictures import Pictures
+from aiexport_edge.engine.core.plan import PENDING_ID, Chunk, Encode, ModelPlan, StepPlan
 from aiexport_edge.engine.core.prefill_pace import PrefillPace, StepBudget
 from aiexport_edge.engine.core.prefix import PrefixCache
 from aiexport_edge.engine.core.protocol import Priority
 from aiexport_edge.engine.core.request import Request, Status
 from aiexport_edge.engine.core.waiting import TenantQueues
+
+LOOKING_SHARE = 0.5  # of what prefills may cost beside decodes: what the vision towers' work may cost besides
 
 
 class Scheduler:
@@ -38,7 +48,8 @@ class Scheduler:
 
     `revisions` and `tokens_per_page` are by model. A step has at most `max_step_tokens` tokens and `max_num_running`
     requests. `batch_floor_share`, in [0, 1), is what the batch class keeps of the service while interactive requests
-    would take everything. `pace` None: prefills take what tokens decodes leave of a step.
+    would take everything. `pace` None: prefills take what tokens decodes leave of a step. Each model has
+    `num_adapter_slots` adapters on the device at most: a request whose adapter finds no place waits for one.
     """
 
     def __init__(
@@ -50,14 +61,18 @@ class Scheduler:
         max_num_running: int,
         max_step_tokens: int,
         batch_floor_share: float,
+        pictures: Pictures | None = None,
         pace: PrefillPace | None = None,
+        num_adapter_slots: int = 0,
     ) -> None:
         assert min(tokens_per_page) >= 1
         assert max_num_running >= 1
         assert max_step_tokens >= 1
         self.pool = pool
         self.prefix = PrefixCache(pool, revisions=revisions, tokens_per_page=tokens_per_page)
+        self.pictures = pictures or Pictures([None] * len(revisions), capacity_bytes=0)
         self.requests: dict[int, Request] = {}  # every request that has not ended, by handle
+        self.adapters = [AdapterSlots(num_adapter_slots) for _ in revisions]  # by model
         self.num_preemptions = 0
         self.num_prompt_tokens = [0] * len(revisions)  # by model, of requests that have started; counted by commit
         self.num_cached_tokens = [0] * len(revisions)
@@ -71,6 +86,7 @@ class Scheduler:
         self._decoding: dict[int, Request] = {}
         self._ending: dict[int, Request] = {}  # the step that draws their budget's last id is in flight
         self._prefilling: dict[int, Request] = {}  # those on probation not included
+        self._looking: dict[int, Request] = {}  # the next token is of a picture to be encoded; without probation
         self._probation: dict[int, Request] = {}  # until their prompt is computed
         self._num_batch = 0
         # A turn of the batch class is worth a full step of output.
@@ -131,9 +147,12 @@ class Scheduler:
             del self._ending[handle]
         elif handle in self._probation:
             del self._probation[handle]
+        elif handle in self._looking:
+            del self._looking[handle]
         else:
             self._prefilling.pop(handle, None)
             self._queues[request.priority].remove(request)
+        self.pictures.release(request, request.num_prompt_tokens)
         self._shortfalls.pop(handle, None)
         request.status = Status.FINISHED
         if request.priority is Priority.BATCH:
@@ -167,6 +186,7 @@ class Scheduler:
         self._wants_preemption = False
         plan = self._next_plan()
         if plan.models:
+            plan.dropped.extend(self.pictures.take_dropped())
             self._launch(plan)
         return plan
 
@@ -175,12 +195,15 @@ class Scheduler:
         self._num_in_flight += 1
         self._flights.append(self._expected)
         self._expected = []
-        self._probation_in_flight = plan.models[0].chunks[0].request.probation
+        first = plan.models[0]
+        self._probation_in_flight = (first.chunks or first.encodes)[0].request.probation
         for model_plan in plan.models:
             for chunk in model_plan.chunks:
                 request = chunk.request
                 request.num_in_flight += 1
                 request.num_computed_tokens = chunk.start + chunk.num_tokens
+                if request.pictures:
+                    self.pictures.release(request, request.num_computed_tokens)
                 if chunk.samples:
                     request.token_ids.append(PENDING_ID)
                     if len(request.token_ids) - request.num_prompt_tokens >= request.max_tokens:
@@ -204,8 +227,13 @@ class Scheduler:
         request = min(self._probation.values(), key=lambda r: (r.status is not Status.RUNNING, r.priority, r.arrival))
         if request.status is not Status.RUNNING and not self._admit(request):
             return StepPlan([])
-        chunk = self._prefill_chunk(request, self._budget(self._max_step_tokens, beside_decodes=False))
-        return StepPlan([ModelPlan(request.model, [chunk])])
+        encodes: list[Encode] = []
+        chunks: list[Chunk] = []
+        budget = self._budget(self._max_step_tokens, beside_decodes=False)
+        self._prefill(request, budget, chunks)
+        if not chunks and self._look(request, self._effort(beside_decodes=False), encodes)[0]:
+            self._prefill(request, budget, chunks)
+        return StepPlan([ModelPlan(request.model, chunks, encodes)] if chunks or encodes else [])
 
     def _plan_together(self) -> StepPlan:
         num_preemptions = self.num_preemptions
@@ -226,12 +254,19 @@ class Scheduler:
                 admissions = False  # what has just been preempted does not come back in the same step
         if self.num_preemptions != num_preemptions:
             decodes = [chunk for chunk in decodes if chunk.request.status is Status.RUNNING]
+        encodes = self._plan_encodes(left, prefills, beside_decodes=bool(decodes)) if self._looking else []
         chunks: list[list[Chunk]] = [[] for _ in self.tokens_per_page]
         for chunk in decodes:
             chunks[chunk.request.model].append(chunk)
         for chunk in prefills:
             chunks[chunk.request.model].append(chunk)
-        return StepPlan([ModelPlan(model, of_model) for model, of_model in enumerate(chunks) if of_model])
+        if not encodes:
+            return StepPlan([ModelPlan(model, of_model) for model, of_model in enumerate(chunks) if of_model])
+        plans = [
+            ModelPlan(model, of_model, [encode for encode in encodes if encode.request.model == model])
+            for model, of_model in enumerate(chunks)
+        ]
+        return StepPlan([plan for plan in plans if plan.chunks or plan.encodes])
 
     def _plan_decodes(self) -> tuple[list[Chunk], list[Request], int]:
         """The decodes of this step, those of them that lack pages, and the tokens left for prefills."""
@@ -293,18 +328,31 @@ class Scheduler:
             if request.status is not Status.RUNNING and not (admissions and self._admit(request)):
                 blocked = True
                 break
-            chunks.append(self._prefill_chunk(request, budget))
+            self._prefill(request, budget, chunks)
         if blocked and budget:
             half_done = [r for r in self._prefilling.values() if r.priority is priority]
             for request in sorted(half_done, key=self._rank):
                 if budget:
-                    chunks.append(self._prefill_chunk(request, budget))
+                    self._prefill(request, budget, chunks)
         return blocked
 
-    def _prefill_chunk(self, request: Request, budget: StepBudget) -> Chunk:
+    def _prefill(self, request: Request, budget: StepBudget, chunks: list[Chunk]) -> None:
+        """Append the request's next chunk, up to the first picture that is not encoded: none where that comes first."""
         start = request.num_computed_tokens
+        num_clear = num_left = len(request.token_ids) - start
+        if request.images:
+            num_clear = self.pictures.num_clear(request, start, min(num_left, budget.tokens))
+        num_tokens = budget.take(start, num_clear, self._span(request.model)) if num_clear else 0
+        if num_tokens == num_clear < min(num_left, num_tokens + budget.tokens):
+            self._begin_looking(request)
+        if num_tokens:
+            chunks.append(self._prefill_chunk(request, start, num_tokens))
+
+    def _span(self, model: int) -> float:
+        return math.inf if self._pace is None else self._pace.spans[model]
+
+    def _prefill_chunk(self, request: Request, start: int, num_tokens: int) -> Chunk:
         num_left = len(request.token_ids) - start
-        num_tokens = budget.take(start, num_left, math.inf if self._pace is None else self._pace.spans[request.model])
         fresh = start + num_tokens - max(start, request.num_charged_tokens)
         if fresh > 0:
             request.num_charged_tokens = start + num_tokens
@@ -318,9 +366,66 @@ class Scheduler:
                 self._prefilling.pop(handle, None)
                 self._queues[request.priority].remove(request)
             self._decoding[handle] = request
-        elif handle not in self._probation:
+        elif handle not in self._probation and handle not in self._looking:
             self._prefilling[handle] = request
         return Chunk(request, start, num_tokens, num_tokens == num_left)
+
+    # ----------------------------------------------------------------------------------------------------- pictures
+
+    def _begin_looking(self, request: Request) -> None:
+        handle = request.handle
+        if handle not in self._probation:
+            self._prefilling.pop(handle, None)
+            self._queues[request.priority].remove(request)
+            self._looking[handle] = request
+
+    def _effort(self, *, beside_decodes: bool) -> float:
+        """What the vision towers' work of a step may cost, in tokens of the decoder."""
+        most = self._max_step_tokens if self._pace is None else self._pace.beside_decodes
+        return LOOKING_SHARE * most if beside_decodes else float(self._max_step_tokens)
+
+    def _plan_encodes(self, budget: StepBudget, chunks: list[Chunk], *, beside_decodes: bool) -> list[Encode]:
+        """Work on the pictures of all that look, the same for each as far as units go, the most deserving first. Who
+        has seen goes on with what is left of the step's tokens."""
+        encodes: list[Encode] = []
+        effort = self._effort(beside_decodes=beside_decodes)
+        looking = sorted(self._looking.values(), key=self._rank)
+        for index, request in enumerate(looking):
+            share = effort / (len(looking) - index)
+            while request.handle in self._looking:
+                has_seen, cost = self._look(request, share, encodes)
+                share -= cost
+                effort -= cost
+                if not has_seen:
+                    break
+                del self._looking[request.handle]
+                self._queues[request.priority].put_back(request)
+                self._prefilling[request.handle] = request
+                for chunk in [chunk for chunk in chunks if chunk.request is request]:
+                    chunks.remove(chunk)  # a longer one takes its place
+                    budget.give_back(chunk.start, chunk.num_tokens, self._span(request.model))
+                if budget:
+                    self._prefill(request, budget, chunks)
+        return encodes
+
+    def _look(self, request: Request, effort: float, encodes: list[Encode]) -> tuple[bool, float]:
+        """Plan work on the picture that keeps the request waiting, as far as `effort` goes, in tokens; one unit is
+        always planned where a step has none yet. Returns whether it has been seen then, and what the work costs."""
+        found = self.pictures.next_of(request)
+        if found is None:
+            return False, 0.0
+        index, picture = found
+        num_units = min(int(effort / picture.unit_cost), picture.num_units - picture.num_done)
+        if not picture.is_ready and not encodes:
+            num_units = max(num_units, 1)
+        if not num_units:
+            return picture.is_ready, 0.0
+        cost = num_units * picture.unit_cost
+        if request.num_charged_tokens <= request.spans[index].start:
+            self.charge(request, INPUT_COST * cost)
+        encodes.append(Encode(request, index, picture.key, num_units))
+        self.pictures.advance(picture, num_units)
+        return picture.is_ready, cost
 
     # ------------------------------------------------------------------------------------------ admission, preemption
 
@@ -350,6 +455,11 @@ class Scheduler:
             self._shortfalls[request.handle] = wanted
             return False
         self._shortfalls.pop(request.handle, None)
+        if request.adapter is not None:
+            slot = self.adapters[request.model].take(request.adapter.digest)
+            if slot is None:
+                return False
+            request.adapter_slot = slot
         self.pool.share(prefix)
         request.pages = prefix + self.pool.take(num_pages - len(prefix))
         request.num_published_pages = len(prefix)
@@ -384,14 +494,21 @@ class Scheduler:
             del self._decoding[handle]
             request.num_charged_tokens = len(request.token_ids)
             self._queues[request.priority].put_back(request)
+        elif handle in self._looking:
+            del self._looking[handle]
+            self._queues[request.priority].put_back(request)
         elif handle in self._prefilling:
             del self._prefilling[handle]
+        self.pictures.release(request, request.num_prompt_tokens)
 
     def _release_pages(self, request: Request) -> None:
         self.pool.release(request.pages)
         request.pages = []
         request.num_published_pages = 0
         request.num_computed_tokens = 0
+        if request.adapter_slot >= 0:
+            self.adapters[request.model].give_back(request.adapter_slot)
+            request.adapter_slot = -1
 
     # -------------------------------------------------------------------------------------------------------- order
 

@@ -48,9 +48,9 @@ class DecodePrograms:
         self._recorded: dict[int, _Recorded] = {}
 
     def fits(self, batch: Batch) -> bool:
-        """Whether `logits` can do it: all of it decodes, every row is wanted, and there are not too many."""
+        """Whether `logits` can do it: all of it decodes, every row is wanted, none is of a picture, nor too many."""
         num_rows = batch.seq_lens.shape[0]
-        return batch.rows is None and batch.slots.shape[0] == num_rows <= self._num_rows
+        return not batch.has_axes and batch.rows is None and batch.slots.shape[0] == num_rows <= self._num_rows
 
     def logits(self, batch: Batch) -> Tensor:
         """float32 [B, vocabulary] of a batch that fits; the memory of the last call's is used again."""

@@ -161,9 +161,14 @@ class Encoding:
         self._features = Features(outputs[0], tuple(outputs[1:]))
 
     @property
+    def is_done(self) -> bool:
+        """Whether there is no unit left."""
+        return self._next == self.num_units
+
+    @property
     def features(self) -> Features:
         """What came out."""
-        assert self._next == self.num_units
+        assert self.is_done
         return self._features
 
     def advance(self, num_units: int) -> None:
