@@ -20,8 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ TOKENS_A_STREAM = 256
 PING_S = 0.02
 START_S = 120.0
 MESSAGE_BYTES = 64 << 20
-WORDS = "the quick brown fox jumps over a lazy dog while three small birds sing about rain and bread".split()
+WORDS = "the quick brown fox jumps over a lazy dog while three small birds sing about rain and bread"
 
 
 @asynccontextmanager
@@ -49,20 +49,25 @@ async def engine(folder: Path, window: int, threads: int) -> AsyncIterator[Engin
         '[[models]]\nids = ["long"]\nfamily = "sonnet"\nsource = "demo"\n'
         f'context_window = {window}\nrope_scaling = {{ rope_type = "yarn", factor = {factor} }}\n'
     )
+    with _process(folder) as address:
+        options = [("grpc.max_receive_message_length", MESSAGE_BYTES)]
+        async with grpc.aio.insecure_channel(address, options=options) as channel:
+            stub = EngineStub(channel)
+            await asyncio.wait_for(_until_ready(stub), START_S)
+            yield stub
+
+
+@contextmanager
+def _process(folder: Path) -> Iterator[str]:
+    """Its address."""
     address = f"unix:{folder / 'engine.sock'}"
     command = [sys.executable, "-m", "aiexport_edge.engine", "--config", str(folder / "edge.toml")]
     command += ["--state", str(folder / "state"), "--listen", address]
-    with (folder / "engine.log").open("w") as log:
-        process = subprocess.Popen(command, stderr=log)
+    with (folder / "engine.log").open("w") as log, subprocess.Popen(command, stderr=log) as process:
         try:
-            options = [("grpc.max_receive_message_length", MESSAGE_BYTES)]
-            async with grpc.aio.insecure_channel(address, options=options) as channel:
-                stub = EngineStub(channel)
-                await asyncio.wait_for(_until_ready(stub), START_S)
-                yield stub
+            yield address
         finally:
             process.terminate()
-            process.wait()
 
 
 async def _until_ready(stub: EngineStub) -> None:
@@ -164,10 +169,11 @@ def _milliseconds(name: str, seconds: list[float]) -> dict[str, float]:
 async def long_text(stub: EngineStub, num_tokens: int) -> str:
     """Words of about so many tokens, template included, and not more."""
     rng = random.Random(4)
-    words = [rng.choice(WORDS) for _ in range(1000)]
+    choices = WORDS.split()
+    words = [rng.choice(choices) for _ in range(1000)]
     chat = _chat(" ".join(words))
     per_word = (await stub.CountTokens(pb.CountTokensRequest(model="demo", chat=chat))).prompt_tokens / 1000
-    words = [rng.choice(WORDS) for _ in range(int(num_tokens / per_word))]
+    words = [rng.choice(choices) for _ in range(int(num_tokens / per_word))]
     while True:
         chat = _chat(" ".join(words))
         count = (await stub.CountTokens(pb.CountTokensRequest(model="demo", chat=chat))).prompt_tokens
