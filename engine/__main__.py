@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from aiexport_edge.engine.models.vision_config import VisionConfig
     from aiexport_edge.engine.server.facts import ModelFacts, Vision
     from aiexport_edge.engine.server.process import ImageConfig
-    from aiexport_edge.proto.config import Config
+    from aiexport_edge.proto.config import Config, WeightsSpec
     from aiexport_edge.proto.config_images import ImagesConfig
 
 
@@ -75,6 +75,7 @@ def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: st
                 yarn_original=0 if yarn is None else yarn.original,
             )
             for fact, weights, yarn in zip(facts, config.weights, map(yarn_of, config.weights), strict=True)
+            if weights.vllm is None
         ],
         device=config.engine.device,
         page_bytes=config.engine.page_bytes,
@@ -86,11 +87,14 @@ def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: st
         memory_share=config.engine.memory_share,
         kernel_cache=str(config.kernel_cache),
     )
-    core.configure(core_config)
+    if core_config.models:
+        core.configure(core_config)
+    else:
+        asyncio.run(core.end())
 
     import uvloop
 
-    from aiexport_edge.engine.backends.native import NativeBackend
+    from aiexport_edge.engine.backends.choice import make_backend
     from aiexport_edge.engine.server import logs
     from aiexport_edge.engine.server.listener import ListenerConfig, ListenerError
     from aiexport_edge.engine.server.process import ServerConfig, serve
@@ -112,12 +116,8 @@ def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: st
         images=_images(config.images),
     )
     try:
-        backend = NativeBackend(
-            core_config,
-            first=core,
-            step_timeout_s=engine.step_timeout.total_seconds(),
-            progress=StartProgress([fact.name for fact in facts]),
-        )
+        progress = StartProgress([fact.name for fact in facts])
+        backend = make_backend(config, facts, core_config, core if core_config.models else None, progress)
         uvloop.run(serve(server, backend))
     except (ListenerError, TracingError) as error:
         return _fail(str(error))
@@ -139,6 +139,7 @@ def _images(images: ImagesConfig) -> ImageConfig:
 
 def _facts(config: Config) -> list[ModelFacts]:
     """What the directories say. Raises `ModelError` and `ConfigError`."""
+    from aiexport_edge.engine.backends.vllm.shape import load_shape
     from aiexport_edge.engine.models.config import ModelConfig
     from aiexport_edge.engine.models.revision import model_revision
     from aiexport_edge.engine.models.window import served_window, yarn_of
@@ -150,14 +151,14 @@ def _facts(config: Config) -> list[ModelFacts]:
     for weights in config.weights:
         directory = source_directory(weights.source)
         yarn = yarn_of(weights)
-        model = ModelConfig.load(directory, yarn=yarn)
+        model = ModelConfig.load(directory, yarn=yarn) if weights.vllm is None else load_shape(directory)
         window = served_window(config, weights, model)
         limits = [spec.max_output_tokens or min(8192, window) for spec in config.models if spec.weights == weights.name]
         facts.append(
             ModelFacts(
                 name=weights.name,
                 directory=directory,
-                revision=model_revision(directory, quantize=weights.quantize, yarn=yarn),
+                revision=model_revision(directory, quantize=_rounding(weights), yarn=yarn),
                 vocab_size=model.vocab_size,
                 context_window=window,
                 max_output_tokens=min(max(limits), window),
@@ -167,6 +168,11 @@ def _facts(config: Config) -> list[ModelFacts]:
             )
         )
     return facts
+
+
+def _rounding(weights: WeightsSpec) -> str:
+    """What the weights are rounded to when they are loaded, in the backend's own words."""
+    return weights.quantize if weights.vllm is None else weights.vllm.quantization or "none"
 
 
 def _vision(directory: Path, vision: VisionConfig, max_tokens: int) -> Vision:

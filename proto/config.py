@@ -229,8 +229,15 @@ def source_directory(source: str) -> Path:
 
 
 def check_sources(config: Config) -> None:
-    """Raises `ConfigError` unless every model's directory is there with a `config.json`."""
+    """Raises `ConfigError` unless every model's directory is there with a `config.json`, and so is its interpreter."""
     for index, model in enumerate(config.models):
+        python = None if model.vllm is None else model.vllm.python
+        if python is not None and not os.access(python, os.X_OK):
+            raise ConfigError(
+                config.path,
+                f"models.{index}.vllm.python",
+                f"there is no program {python}; name the python of the environment that vLLM is installed in",
+            )
         directory = source_directory(model.source)
         key = f"models.{index}.source" if config.path is not None else ""
         if not directory.is_dir():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from aiexport_edge.proto.config import Config, ConfigError, load
+from aiexport_edge.proto.config import Config, ConfigError, check_sources, load
 from aiexport_edge.proto.config_text import effective, to_toml
 from aiexport_edge.proto.config_vllm import VllmConfig
 
@@ -84,3 +84,10 @@ def test_an_engine_that_is_to_be_deterministic_as_a_whole_refuses_vllm(tmp_path:
     with pytest.raises(ConfigError) as wrong:
         read(tmp_path, "[engine]\ndeterministic = true\n" + MODEL + 'backend = "vllm"\n')
     assert "set deterministic = false for this model" in str(wrong.value)
+
+
+def test_an_interpreter_that_is_not_there_is_named(tmp_path: Path) -> None:
+    config = read(tmp_path, MODEL + 'backend = "vllm"\n[models.vllm]\npython = "nowhere/python"\n')
+    with pytest.raises(ConfigError) as wrong:
+        check_sources(config)
+    assert "models.0.vllm.python: there is no program" in str(wrong.value)
