@@ -42,7 +42,7 @@ def first_buckets(buckets: Sequence[int]) -> list[int]:
 class DecodeGraphs:
     """Graphs over `inputs`. `logits` float32 [rows, vocabulary]: where every graph leaves its result; may be shared.
 
-    With `adapters`, rows may have one: a graph then holds the launches for them, and costs what they cost.
+    With `adapters`, each bucket can have a second graph, `adapted`, for batches in which any row has one.
     """
 
     def __init__(
@@ -62,13 +62,18 @@ class DecodeGraphs:
         self._kv_caches = kv_caches
         self._adapters = adapters
         self._query_start_loc = torch.arange(inputs.num_rows + 1, dtype=torch.int32, device=accelerator.device)
-        self._replays: dict[int, Callable[[], None]] = {}
-        self._given_up: set[int] = set()
+        self._replays: dict[tuple[int, bool], Callable[[], None]] = {}
+        self._given_up: set[tuple[int, bool]] = set()
 
     @property
     def captured(self) -> list[int]:
-        """The buckets that have a graph, in the order of their capture."""
-        return list(self._replays)
+        """The buckets that have a graph without adapters, in the order of their capture."""
+        return [bucket for bucket, adapted in self._replays if not adapted]
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether there can be adapted graphs."""
+        return self._adapters is not None
 
     @property
     def first_buckets(self) -> list[int]:
@@ -76,45 +81,45 @@ class DecodeGraphs:
         return first_buckets(self.buckets)
 
     @torch.inference_mode()
-    def capture(self, bucket: int) -> None:
+    def capture(self, bucket: int, adapted: bool = False) -> None:
         """Capture the bucket's graph, unless it is there. It runs on padding: what the inputs held is gone."""
-        if bucket in self._replays:
+        if (bucket, adapted) in self._replays:
             return
         self.inputs.clear()
-        batch, logits = self._batch(bucket), self.logits[:bucket]
+        batch, logits = self._batch(bucket, adapted), self.logits[:bucket]
 
         def run() -> None:
             self._run(batch, logits)
 
-        self._replays[bucket] = self._accelerator.capture(run)
+        self._replays[bucket, adapted] = self._accelerator.capture(run)
 
-    def bucket(self, num_rows: int) -> int:
+    def bucket(self, num_rows: int, adapted: bool = False) -> int:
         """The smallest bucket of `num_rows` or more, captured if it is needed for the first time.
 
         Where memory does not do for another graph, a larger one that is there serves instead.
         """
         first = bucket_of(self.buckets, num_rows)
         for bucket in self.buckets[self.buckets.index(first) :]:
-            if bucket in self._replays:
+            if (bucket, adapted) in self._replays:
                 return bucket
-            if bucket not in self._given_up:
+            if (bucket, adapted) not in self._given_up:
                 try:
-                    self.capture(bucket)
+                    self.capture(bucket, adapted)
                     return bucket
                 except torch.OutOfMemoryError:
                     if bucket == self.buckets[-1]:
                         raise
-                    self._given_up.add(bucket)
+                    self._given_up.add((bucket, adapted))
         raise AssertionError("the largest bucket has a graph, or there was an error")
 
-    def launch(self, bucket: int) -> None:
+    def launch(self, bucket: int, adapted: bool = False) -> None:
         """Launch the bucket's graph on what the inputs hold when it runs; its logits are then in `logits[:bucket]`.
 
         The first `bucket` rows of the inputs must have been refreshed after `bucket` gave it.
         """
-        self._replays[bucket]()
+        self._replays[bucket, adapted]()
 
-    def _batch(self, size: int) -> Batch:
+    def _batch(self, size: int, adapted: bool) -> Batch:
         """Views of the inputs; `input_ids` only holds the place of what `_run` gathers."""
         inputs = self.inputs
         return Batch(
@@ -127,10 +132,12 @@ class DecodeGraphs:
             seq_lens=inputs.seq_lens[:size],
             rows=None,
             is_decode=True,
-            adapters=None
-            if self._adapters is None
-            else BatchAdapters(inputs.adapter_slots[:size], self._adapters.layers, self._decoder.deterministic),
+            adapters=self._batch_adapters(size) if adapted else None,
         )
+
+    def _batch_adapters(self, size: int) -> BatchAdapters:
+        assert self._adapters is not None
+        return BatchAdapters(self.inputs.adapter_slots[:size], self._adapters.layers, self._decoder.deterministic)
 
     def _run(self, batch: Batch, logits: Tensor) -> None:
         assert batch.input_ids is not None

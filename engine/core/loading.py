@@ -24,6 +24,7 @@ from aiexport_edge.engine.core.kv_memory import (
 from aiexport_edge.engine.core.protocol import CoreConfig
 from aiexport_edge.engine.core.runner import Runner, untold
 from aiexport_edge.engine.core.warm_up import Progress
+from aiexport_edge.engine.models.adapter_tables import ModelAdapters
 from aiexport_edge.engine.models.config import ModelError, Yarn
 from aiexport_edge.engine.models.loader import LoadedModel, load_model
 from aiexport_edge.kernels.threads import set_num_threads
@@ -95,6 +96,7 @@ def make_runner(
 
     Raises ModelError with a sentence for the operator.
     """
+    adapters = [_adapters_of(config, model, device) for model in models]
     needs = [
         ModelNeed(model.name, model.config.kv_bytes_per_token(model.dtype.itemsize), model.context_window)
         for model in models
@@ -111,7 +113,7 @@ def make_runner(
 
     def run_trial() -> None:
         memory = KVMemory(smallest_shape(needs, page_bytes=config.page_bytes), device)
-        Runner(config, models, memory, accelerator=accelerator).run_largest_steps()
+        Runner(config, models, memory, accelerator=accelerator, adapters=adapters).run_largest_steps()
 
     if accelerator is None:
         shape = shape_of(config.pool_bytes, available_memory())
@@ -132,7 +134,14 @@ def make_runner(
         )
         shape = shape_of(pool_bytes)
     try:
-        runner = Runner(config, models, KVMemory(shape, device), keep_logits=keep_logits, accelerator=accelerator)
+        runner = Runner(
+            config,
+            models,
+            KVMemory(shape, device),
+            keep_logits=keep_logits,
+            accelerator=accelerator,
+            adapters=adapters,
+        )
         runner.warm_up(progress)
     except torch.OutOfMemoryError as error:
         raise ModelError(
@@ -140,3 +149,23 @@ def make_runner(
             "and activations; lower engine.pool_bytes, engine.max_step_tokens or engine.max_num_running"
         ) from error
     return runner
+
+
+def _adapters_of(config: CoreConfig, model: LoadedModel, device: torch.device) -> ModelAdapters | None:
+    """Empty places for the model's adapters. Raises ModelError where there is no memory for them."""
+    if not config.adapter_slots:
+        return None
+    try:
+        return ModelAdapters(
+            model.config,
+            num_slots=config.adapter_slots,
+            max_rank=config.max_adapter_rank,
+            host_bytes=config.adapter_host_bytes,
+            dtype=model.dtype,
+            device=device,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{config.adapter_slots} adapters of rank {config.max_adapter_rank} for model {model.name} do not fit into "
+            f"the memory of {device} beside the weights; lower adapters.slots or adapters.max_rank"
+        ) from error

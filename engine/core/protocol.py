@@ -35,8 +35,8 @@ class CoreModel(msgspec.Struct, frozen=True, array_like=True):
 
     `dtype` is "float32", "bfloat16", "float16" or "auto": a float32 checkpoint stays so, a 16-bit one is bfloat16
     where the device multiplies it, else float32. `quantize` is what weights are rounded to while they are loaded:
-    "none", "int8", "int4" or "fp8". `context_window` is in tokens, prompt and output together, and already resolved by the parent. `yarn_factor`, where
-    it is not 0, and `yarn_original` are the operator's `Yarn`.
+    "none", "int8", "int4" or "fp8". `context_window` is in tokens, prompt and output together, and already resolved
+    by the parent. `yarn_factor`, where it is not 0, and `yarn_original` are the operator's `Yarn`.
     """
 
     name: str
@@ -53,7 +53,8 @@ class CoreModel(msgspec.Struct, frozen=True, array_like=True):
 class CoreConfig(msgspec.Struct, frozen=True, array_like=True):
     """The first frame to a core. `page_bytes`, `pool_bytes` and `max_step_tokens` 0: chosen by the core; `num_threads`
     0: all cores. `memory_share` is the pool's part of what a card's memory has left, where `pool_bytes` is 0. Compiled
-    kernels are kept in `kernel_cache`; "": where Triton does it by itself.
+    kernels are kept in `kernel_cache`; "": where Triton does it by itself. Each model has `adapter_slots` places for
+    adapters of at most `max_adapter_rank` on the device; others wait in `adapter_host_bytes` of memory, or on disk.
     """
 
     models: list[CoreModel]
@@ -66,6 +67,9 @@ class CoreConfig(msgspec.Struct, frozen=True, array_like=True):
     batch_floor_share: float
     memory_share: float = 0.9
     kernel_cache: str = ""
+    adapter_slots: int = 0
+    max_adapter_rank: int = 0
+    adapter_host_bytes: int = 0
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
@@ -90,6 +94,13 @@ class ImageInput(msgspec.Struct, frozen=True, array_like=True):
     columns: int
     digest: bytes
     pixels: bytes
+
+
+class AdapterRef(msgspec.Struct, frozen=True, array_like=True):
+    """A low-rank adapter: the PEFT directory at `path`, whose content has this `digest` (`adapters.peft`)."""
+
+    path: str
+    digest: bytes
 
 
 class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag="add"):
@@ -118,6 +129,7 @@ class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag="add"):
     grammar: bytes | None = None
     document_prefix: bytes = b""
     images: list[ImageInput] = []
+    adapter: AdapterRef | None = None
 
 
 class AddVocabulary(msgspec.Struct, frozen=True, array_like=True, tag="vocabulary"):

@@ -7,6 +7,7 @@ them, ids stay in slots on the device for the next step and travel to the host m
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,8 +28,8 @@ from aiexport_edge.engine.core.prefill_pace import PrefillPace
 from aiexport_edge.engine.core.protocol import CoreConfig
 from aiexport_edge.engine.core.request import Status
 from aiexport_edge.engine.core.warm_up import Progress, largest_steps, warm_up
-from aiexport_edge.engine.models.cost import attention_span
 from aiexport_edge.engine.models.adapter_tables import ModelAdapters
+from aiexport_edge.engine.models.cost import attention_span
 from aiexport_edge.engine.models.loader import LoadedModel
 from aiexport_edge.kernels.sampler import sample
 
@@ -186,7 +187,7 @@ class Runner:
                 try:
                     adapters.place(slot, adapter.path, adapter.digest)
                 except AdapterError as error:
-                    log.error("an adapter is lost, and requests with it end: %s", error)
+                    print(f"An adapter is lost, and the requests with it end: {error}", file=sys.stderr)
                     adapters.spoil(slot)
 
     def _launch_streams(self, accelerator: Accelerator, plan: StepPlan, pending: PendingStep) -> None:
@@ -256,7 +257,7 @@ class Runner:
         """The logits [rows, vocabulary] of one token each, by a graph."""
         assert self._accelerator is not None
         graphs = self._graphs[model]
-        adapted = any([chunk.request.adapter_slot >= 0 for chunk in chunks])
+        adapted = any(chunk.request.adapter_slot >= 0 for chunk in chunks)
         bucket = graphs.bucket(len(chunks), adapted)
         staging = self._accelerator.staging(graphs.inputs.staged_bytes(bucket))
         draws = self._builders[model].stage_decodes(chunks, bucket, graphs.inputs, staging)

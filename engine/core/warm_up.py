@@ -32,7 +32,8 @@ def warm_up(runner: Runner, graphs: Sequence[DecodeGraphs], progress: Progress) 
     parts: list[Callable[[], None]] = []
     if graphs:
         for of_model in graphs:
-            parts += [_capture(of_model, bucket) for bucket in of_model.first_buckets]
+            for adapted in (False, True) if of_model.has_adapters else (False,):
+                parts += [_capture(of_model, bucket, adapted) for bucket in of_model.first_buckets]
         for model in range(len(graphs)):
             parts += [_step(runner, *chunks) for chunks in _card_variants(runner, model)]
         parts += [_step(runner, *chunks) for chunks in largest_steps(runner)]
@@ -110,8 +111,8 @@ def _card_variants(runner: Runner, model: int) -> list[list[Chunk]]:
     return steps
 
 
-def _capture(graphs: DecodeGraphs, bucket: int) -> Callable[[], None]:
-    return lambda: graphs.capture(bucket)
+def _capture(graphs: DecodeGraphs, bucket: int, adapted: bool) -> Callable[[], None]:
+    return lambda: graphs.capture(bucket, adapted)
 
 
 def _step(runner: Runner, *chunks: Chunk) -> Callable[[], None]:

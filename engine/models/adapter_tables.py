@@ -169,3 +169,11 @@ class ModelAdapters:
                 if parts is not None:
                     table.put(slot, parts)
         self._in_slot[slot] = digest
+
+    def spoil(self, slot: int) -> None:
+        """Let whatever runs with `slot` come to nothing: its logits are no numbers, until it is filled anew."""
+        self._in_slot[slot] = b""
+        table = self.layers[0].qkv
+        table.a[slot].fill_(float("nan"))
+        table.b[slot].fill_(float("nan"))
+        table.ranks[slot] = 1

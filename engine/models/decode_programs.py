@@ -7,13 +7,15 @@ made for every number of rows when it first comes up, and nothing is padded. Kno
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from aiexport_edge.engine.models.adapted import AdaptedLinear, BatchAdapters
 from aiexport_edge.engine.models.decoder import Batch, Decoder, KVCache, Mlp
 from aiexport_edge.kernels.cpu.program import Arena, Program
+from aiexport_edge.kernels.linear import PackedLinear
 
 MOST_ROWS = 256  # beyond, Python's share of a step is small
 SPARE_BYTES = 16 << 20
@@ -41,11 +43,12 @@ class DecodePrograms:
         self._positions = torch.zeros((3, self._num_rows), dtype=torch.int64)
         self._slots = torch.zeros(self._num_rows, dtype=torch.int64)
         self._seq_lens = torch.ones(self._num_rows, dtype=torch.int32)
+        self._adapter_slots = torch.zeros(self._num_rows, dtype=torch.int32)
         self._block_tables = torch.zeros((self._num_rows, pages_per_row), dtype=torch.int32)
         heads = (config.num_q_heads + 2 * config.num_kv_heads) * config.head_dim
         widths = 4 * config.vocab_size + 64 * (heads + 3 * config.intermediate_size + 4 * config.hidden_size)
         self._arena = Arena(2 * self._num_rows * widths + 8 * self._num_rows * pages_per_row + SPARE_BYTES)
-        self._recorded: dict[int, _Recorded] = {}
+        self._recorded: dict[tuple[int, bool], _Recorded] = {}  # by rows, and whether any has an adapter
 
     def fits(self, batch: Batch) -> bool:
         """Whether `logits` can do it: all of it decodes, every row is wanted, none is of a picture, nor too many."""
@@ -60,13 +63,17 @@ class DecodePrograms:
         self._slots[:num_rows] = batch.slots
         self._seq_lens[:num_rows] = batch.seq_lens
         self._block_tables[:num_rows, :width] = batch.block_tables
-        if num_rows not in self._recorded:
-            self._recorded[num_rows] = self._record(num_rows)
-        recorded = self._recorded[num_rows]
+        adapters = batch.adapters
+        if adapters is not None:
+            self._adapter_slots[:num_rows] = adapters.slots
+        key = num_rows, adapters is not None
+        if key not in self._recorded:
+            self._recorded[key] = self._record(num_rows, adapters)
+        recorded = self._recorded[key]
         recorded.program.run()
         return recorded.logits
 
-    def _record(self, num_rows: int) -> _Recorded:
+    def _record(self, num_rows: int, adapters: BatchAdapters | None) -> _Recorded:
         program = Program(self._arena)
         batch = Batch(
             input_ids=None,
@@ -78,6 +85,7 @@ class DecodePrograms:
             seq_lens=self._seq_lens[:num_rows],
             rows=None,
             is_decode=True,
+            adapters=None if adapters is None else replace(adapters, slots=self._adapter_slots[:num_rows]),
         )
         with program.recording():
             logits = self._decoder.logits(self._decoder.forward(batch, self._kv_caches))
@@ -87,9 +95,9 @@ class DecodePrograms:
 
 def can_record(decoder: Decoder) -> bool:
     """Whether every operation of a decode is a kernel of ours: a library's launches are not taken down."""
-    products = [decoder.head]
+    products: list[PackedLinear | AdaptedLinear] = [decoder.head]
     for layer in decoder.layers:
         if not isinstance(layer.mlp, Mlp):
             return False  # which experts are read is known only while the step runs
         products += [layer.qkv, layer.o, layer.mlp.gate_up, layer.mlp.down]
-    return all(product.is_own for product in products)
+    return all(isinstance(product, PackedLinear) and product.is_own for product in products)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 ALL_PRODUCTS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -28,3 +28,10 @@ def save_adapter(base: Any, directory: Path, *, seed: int = 0, size: float = 0.1
                     parameter.normal_(0, size, generator=generator)
         adapted.save_pretrained(str(directory))
     return adapted
+
+
+def load_adapter(base: Any, directory: Path) -> Any:
+    """PEFT's model of `base` with the adapter in `directory`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(base, str(directory))
