@@ -49,6 +49,18 @@ def picture_bytes(eyes: Sequence[Eyes | None]) -> int:
     return max(largest) + min(max(largest), SPARE_BYTES) if largest else 0
 
 
+def encoding_bytes(models: Sequence[LoadedModel]) -> int:
+    """What the largest picture of all models takes while it goes through the tower: pixels and patches, hidden states,
+    two sets of queries, keys and values."""
+    sizes = [0]
+    for model in models:
+        eyes = eyes_of(model)
+        if eyes is not None:
+            pixels, width = 3 * eyes.config.patch_size**2, eyes.config.hidden_size
+            sizes.append(eyes.largest_patches * (3 * pixels + 7 * width * model.dtype.itemsize))
+    return max(sizes)
+
+
 class Encoder:
     """By model, a tower or None. Features are there from when their last unit was launched until they are dropped."""
 

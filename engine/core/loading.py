@@ -12,6 +12,7 @@ import torch
 
 from aiexport_edge.engine.core.accelerator import Accelerator, CudaAccelerator
 from aiexport_edge.engine.core.device import keep_kernels, select_device
+from aiexport_edge.engine.core.encoder import encoding_bytes, eyes_of, picture_bytes
 from aiexport_edge.engine.core.kv_memory import (
     KVMemory,
     ModelNeed,
@@ -102,6 +103,8 @@ def make_runner(
         for model in models
     ]
 
+    for_pictures = picture_bytes([eyes_of(model) for model in models])
+
     def shape_of(pool_bytes: int, available_bytes: int = 0) -> PoolShape:
         return pool_shape(
             needs,
@@ -116,7 +119,7 @@ def make_runner(
         Runner(config, models, memory, accelerator=accelerator, adapters=adapters).run_largest_steps()
 
     if accelerator is None:
-        shape = shape_of(config.pool_bytes, available_memory())
+        shape = shape_of(config.pool_bytes, max(0, available_memory() - for_pictures - encoding_bytes(models)))
     else:
         try:
             peak_bytes = accelerator.peak_bytes(run_trial)
@@ -128,7 +131,7 @@ def make_runner(
         pool_bytes = device_pool_bytes(
             wanted=config.pool_bytes,
             share=config.memory_share,
-            free_bytes=accelerator.free_bytes(),
+            free_bytes=accelerator.free_bytes() - for_pictures,
             peak_bytes=peak_bytes,
             device=str(device),
         )

@@ -27,7 +27,8 @@ from aiexport_edge.engine.core.plan import Chunk, ModelPlan, StepPlan, StepResul
 from aiexport_edge.engine.core.prefill_pace import PrefillPace
 from aiexport_edge.engine.core.protocol import CoreConfig
 from aiexport_edge.engine.core.request import Status
-from aiexport_edge.engine.core.warm_up import Progress, largest_steps, warm_up
+from aiexport_edge.engine.core.warm_up import Progress, dummy_request, largest_steps, warm_up
+from aiexport_edge.engine.core.warm_up_pictures import hold_largest_picture
 from aiexport_edge.engine.models.adapter_tables import ModelAdapters
 from aiexport_edge.engine.models.cost import attention_span
 from aiexport_edge.engine.models.loader import LoadedModel
@@ -390,9 +391,20 @@ class Runner:
             self._accelerator.reserve_staging()
 
     def run_largest_steps(self) -> None:
-        """The steps that take the most memory, in page 0."""
+        """The steps that take the most memory, in page 0, beside the largest picture half done."""
+        looking = max(range(self.num_models), key=self._largest_picture)
+        held = hold_largest_picture(self, dummy_request(self, looking, 1))
+        if held is not None:
+            self.step(held)
         for chunks in largest_steps(self):
             self.step(StepPlan([ModelPlan(chunks[0].request.model, chunks)]))
+        if held is not None:
+            self.step(StepPlan([], [held.models[0].encodes[0].key]))
+
+    def _largest_picture(self, model: int) -> int:
+        """Elements of the largest picture in the model's tower."""
+        eyes = self.eyes[model]
+        return 0 if eyes is None else eyes.largest_patches * eyes.config.hidden_size
 
 
 def _pace(config: CoreConfig, models: Sequence[LoadedModel], device: torch.device) -> PrefillPace:

@@ -14,6 +14,7 @@ from aiexport_edge.engine.core.decode_graphs import DecodeGraphs
 from aiexport_edge.engine.core.plan import Chunk, ModelPlan, StepPlan
 from aiexport_edge.engine.core.protocol import Priority, Sampling
 from aiexport_edge.engine.core.request import Request
+from aiexport_edge.engine.core.warm_up_pictures import picture_steps
 
 if TYPE_CHECKING:
     from aiexport_edge.engine.core.constraint import Bitmask
@@ -36,10 +37,14 @@ def warm_up(runner: Runner, graphs: Sequence[DecodeGraphs], progress: Progress) 
                 parts += [_capture(of_model, bucket, adapted) for bucket in of_model.first_buckets]
         for model in range(len(graphs)):
             parts += [_step(runner, *chunks) for chunks in _card_variants(runner, model)]
+            prompts = [dummy_request(runner, model, size) for size in _sizes(runner, model)]
+            parts += [_plan(runner, plan) for plan in picture_steps(runner, model, prompts)]
         parts += [_step(runner, *chunks) for chunks in largest_steps(runner)]
     else:
         for model in range(runner.num_models):
             parts += [_step(runner, *chunks) for chunks in _short_steps(runner, model)]
+            prompt = dummy_request(runner, model, _short(runner, model))
+            parts += [_plan(runner, plan) for plan in picture_steps(runner, model, [prompt])]
     for done, part in enumerate(parts):
         progress(done, len(parts))
         part()
@@ -88,8 +93,18 @@ def dummy_request(runner: Runner, model: int, num_tokens: int, row: int = 0, *, 
     )
 
 
+def _short(runner: Runner, model: int) -> int:
+    return min(SHORT, runner.max_step_tokens, runner.context_windows[model] - 1)
+
+
+def _sizes(runner: Runner, model: int) -> list[int]:
+    """Every power of two of tokens that fits into a step."""
+    longest = min(runner.max_step_tokens, runner.context_windows[model] - 1)
+    return [1 << power for power in range(longest.bit_length())]
+
+
 def _short_steps(runner: Runner, model: int) -> list[list[Chunk]]:
-    num_tokens = min(SHORT, runner.max_step_tokens, runner.context_windows[model] - 1)
+    num_tokens = _short(runner, model)
     request = dummy_request(runner, model, num_tokens)
     return [
         [Chunk(request, 0, num_tokens, samples=False)],
@@ -99,10 +114,8 @@ def _short_steps(runner: Runner, model: int) -> list[list[Chunk]]:
 
 
 def _card_variants(runner: Runner, model: int) -> list[list[Chunk]]:
-    longest = min(runner.max_step_tokens, runner.context_windows[model] - 1)
-    sizes = [1 << power for power in range(longest.bit_length())]
     steps = _short_steps(runner, model)
-    for size in sizes:
+    for size in _sizes(runner, model):
         steps.append([Chunk(dummy_request(runner, model, size), 0, size, samples=size > 1)])
     for constrained in (False, True):
         prefill = dummy_request(runner, model, 2, constrained=constrained)
@@ -116,8 +129,10 @@ def _capture(graphs: DecodeGraphs, bucket: int, adapted: bool) -> Callable[[], N
 
 
 def _step(runner: Runner, *chunks: Chunk) -> Callable[[], None]:
-    plan = StepPlan([ModelPlan(chunks[0].request.model, list(chunks))])
+    return _plan(runner, StepPlan([ModelPlan(chunks[0].request.model, list(chunks))]))
 
+
+def _plan(runner: Runner, plan: StepPlan) -> Callable[[], None]:
     def run() -> None:
         runner.step(plan)
 
