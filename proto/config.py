@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from aiexport_edge.proto import config_limits as limits
 from aiexport_edge.proto import config_values as values
+from aiexport_edge.proto.config_adapters import AdaptersConfig, read_adapters
 from aiexport_edge.proto.config_admin import AdminConfig, read_admin
 from aiexport_edge.proto.config_batches import BatchesConfig, read_batches
 from aiexport_edge.proto.config_images import ImagesConfig, read_images
@@ -173,6 +174,7 @@ class Config:
     batches: BatchesConfig
     webhooks: WebhooksConfig
     images: ImagesConfig
+    adapters: AdaptersConfig
 
     @property
     def admin_listen(self) -> str:
@@ -315,6 +317,7 @@ def _read(root: _Table, file: Path | None, state: Path) -> Config:
     batches = read_batches(root.table("batches"))
     webhooks = read_webhooks(root.table("webhooks"), base)
     images = read_images(root.table("images"))
+    adapters = read_adapters(root.table("adapters"), base)
     root.end()
     if not admin.listen and shim.port == 65535:
         raise ConfigError(file, "shim.port", "leaves no port + 1 for the admin listener; set admin.listen")
@@ -334,6 +337,7 @@ def _read(root: _Table, file: Path | None, state: Path) -> Config:
         batches=batches,
         webhooks=webhooks,
         images=images,
+        adapters=adapters,
     )
 
 
@@ -412,7 +416,9 @@ def _model(
     if vllm is not None:
         refuse_what_vllm_lacks(table, deterministic=deterministic, quantize=quantize)
         if scaling is not None:
-            raise table.error("rope_scaling", "is of the native backend; for vLLM write it into the model's config.json")
+            raise table.error(
+                "rope_scaling", "is of the native backend; for vLLM write it into the model's config.json"
+            )
     for key, value in (("ids", ids), ("family", family), ("source", source)):
         if not value:
             raise table.error(key, f"is missing; {_MODEL_REMEDIES[key]}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from aiexport_edge.proto import config_values as values
-from aiexport_edge.proto.config_values import FAMILIES
+from aiexport_edge.proto.config_values import FAMILIES, PLAN_FAMILIES
 
 UNLIMITED = "unlimited"
 MAX_REQUESTS_PER_MINUTE = 1_000_000
@@ -46,7 +46,7 @@ class PlanConfig:
 PLAN_DEFAULTS = {
     "free": PlanConfig(("haiku",), 1.0, 60, 100_000, 100),
     "pro": PlanConfig(FAMILIES, 4.0, 600, 10_000_000, 5_000),
-    "enterprise": PlanConfig(FAMILIES, 8.0, None, None, MAX_BATCH_SIZE),
+    "enterprise": PlanConfig(PLAN_FAMILIES, 8.0, None, None, MAX_BATCH_SIZE),
 }
 
 

@@ -27,12 +27,25 @@ _SIZES = frozenset(
         "kv_cache_bytes",
         "max_bytes",
         "held_bytes",
+        "host_bytes",
     }
 )
 _AUTO = frozenset({"deterministic", "eager"})  # where they are None
 _ABSENT = frozenset({"redis_url", "quantization", "gpus"})  # where they are empty
 _LIMITS = frozenset({"requests_per_minute", "tokens_per_day"})
-_SECTIONS = ("engine", "shim", "batches", "webhooks", "images", "limits", "store", "admin", "tls", "telemetry")
+_SECTIONS = (
+    "engine",
+    "shim",
+    "batches",
+    "webhooks",
+    "images",
+    "adapters",
+    "limits",
+    "store",
+    "admin",
+    "tls",
+    "telemetry",
+)
 
 
 def effective(config: Config) -> dict[str, Any]:
@@ -90,7 +103,7 @@ def _plain(name: str, value: Any) -> Any:
         return value.isoformat().replace("+00:00", "Z")
     if isinstance(value, Path):
         return str(value)
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain("", item) for item in value] if isinstance(value, tuple) else value
 
 
 def _toml_table(header: str, values: dict[str, Any]) -> list[str]:

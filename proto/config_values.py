@@ -18,6 +18,8 @@ from aiexport_edge.proto.units import parse_size, split_address
 DNS = "dns:///"  # before a name that stands for all addresses it resolves to
 DEMO = "demo"  # the source that stands for the model that comes with the product
 FAMILIES = ("opus", "sonnet", "haiku")
+CUSTOM = "custom"  # the family of fine-tuned models
+PLAN_FAMILIES = (*FAMILIES, CUSTOM)
 MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 
 
@@ -114,8 +116,8 @@ def one_of(choices: tuple[str, ...]) -> Callable[[object], str]:
 
 def families(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not value:
-        raise ValueError(f"must be a list of families ({', '.join(FAMILIES)})")
-    parse = one_of(FAMILIES)
+        raise ValueError(f"must be a list of families ({', '.join(PLAN_FAMILIES)})")
+    parse = one_of(PLAN_FAMILIES)
     return tuple(dict.fromkeys(parse(item) for item in value))
 
 
@@ -183,6 +185,17 @@ def origins(value: object) -> tuple[str, ...]:
 def path(base: Path) -> Callable[[object], Path | None]:
     def parse(value: object) -> Path | None:
         return base / Path(text(value)).expanduser()
+
+    return parse
+
+
+def directories(base: Path) -> Callable[[object], tuple[Path, ...]]:
+    """A list of directories, which need not be there yet."""
+
+    def parse(value: object) -> tuple[Path, ...]:
+        if not isinstance(value, list):
+            raise ValueError('must be a list of directories such as ["/srv/adapters"]')
+        return tuple(base / Path(text(item)).expanduser() for item in value)
 
     return parse
 

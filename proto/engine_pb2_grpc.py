@@ -59,6 +59,21 @@ class EngineStub:
                 request_serializer=aiexport__edge_dot_proto_dot_engine__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=aiexport__edge_dot_proto_dot_engine__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/aiexport.edge.v1.Engine/LoadAdapter',
+                request_serializer=aiexport__edge_dot_proto_dot_engine__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=aiexport__edge_dot_proto_dot_engine__pb2.Adapter.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/aiexport.edge.v1.Engine/UnloadAdapter',
+                request_serializer=aiexport__edge_dot_proto_dot_engine__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=aiexport__edge_dot_proto_dot_engine__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
+        self.ListAdapters = channel.unary_unary(
+                '/aiexport.edge.v1.Engine/ListAdapters',
+                request_serializer=aiexport__edge_dot_proto_dot_engine__pb2.ListAdaptersRequest.SerializeToString,
+                response_deserializer=aiexport__edge_dot_proto_dot_engine__pb2.ListAdaptersResponse.FromString,
+                _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/aiexport.edge.v1.Engine/Stats',
                 request_serializer=aiexport__edge_dot_proto_dot_engine__pb2.StatsRequest.SerializeToString,
@@ -115,6 +130,27 @@ class EngineServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadAdapter(self, request, context):
+        """Makes a PEFT directory known as an adapter of a model; a name that is known already stands for the new one from then
+        on, and what runs with the old one goes on with it. It must lie in one of the engine's adapter roots.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """New requests find the name no more; those that run with it go on. A name that is not known is nothing to do.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAdapters(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stats(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -148,6 +184,21 @@ def add_EngineServicer_to_server(servicer, server):
                     servicer.ListModels,
                     request_deserializer=aiexport__edge_dot_proto_dot_engine__pb2.ListModelsRequest.FromString,
                     response_serializer=aiexport__edge_dot_proto_dot_engine__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=aiexport__edge_dot_proto_dot_engine__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=aiexport__edge_dot_proto_dot_engine__pb2.Adapter.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=aiexport__edge_dot_proto_dot_engine__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=aiexport__edge_dot_proto_dot_engine__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'ListAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAdapters,
+                    request_deserializer=aiexport__edge_dot_proto_dot_engine__pb2.ListAdaptersRequest.FromString,
+                    response_serializer=aiexport__edge_dot_proto_dot_engine__pb2.ListAdaptersResponse.SerializeToString,
             ),
             'Stats': grpc.unary_unary_rpc_method_handler(
                     servicer.Stats,
@@ -290,6 +341,87 @@ class Engine:
             '/aiexport.edge.v1.Engine/ListModels',
             aiexport__edge_dot_proto_dot_engine__pb2.ListModelsRequest.SerializeToString,
             aiexport__edge_dot_proto_dot_engine__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aiexport.edge.v1.Engine/LoadAdapter',
+            aiexport__edge_dot_proto_dot_engine__pb2.LoadAdapterRequest.SerializeToString,
+            aiexport__edge_dot_proto_dot_engine__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aiexport.edge.v1.Engine/UnloadAdapter',
+            aiexport__edge_dot_proto_dot_engine__pb2.UnloadAdapterRequest.SerializeToString,
+            aiexport__edge_dot_proto_dot_engine__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/aiexport.edge.v1.Engine/ListAdapters',
+            aiexport__edge_dot_proto_dot_engine__pb2.ListAdaptersRequest.SerializeToString,
+            aiexport__edge_dot_proto_dot_engine__pb2.ListAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,
