@@ -3,7 +3,8 @@
 The runner draws ids by a pure function of the ids before them, so that what a request must answer is known beforehand.
 It notes for every (page, offset) which sequence of ids, of which model and salt, its keys and values stand for, and
 asserts before each draw that attention would read exactly its own prefix: a page shared by mistake, a stale prefix hit
-or another tenant's shows there. Where steps overlap, a launched step reads and writes as late as it can: when it is
+or another tenant's shows there. So does a picture: its digest is part of what its tokens stand for, and they are computed
+when every unit of its encoding has been. Where steps overlap, a launched step reads and writes as late as it can: when it is
 collected.
 """
 
@@ -22,9 +23,18 @@ import numpy.typing as npt
 from aiexport_edge.engine.core.commit import end_of
 from aiexport_edge.engine.core.pages import PagePool
 from aiexport_edge.engine.core.pipeline import Pipeline
-from aiexport_edge.engine.core.plan import PENDING_ID, Chunk, StepPlan, StepResult
+from aiexport_edge.engine.core.pictures import Eyes, Key, Pictures, key_of
+from aiexport_edge.engine.core.plan import PENDING_ID, Chunk, Encode, StepPlan, StepResult
 from aiexport_edge.engine.core.prefill_pace import PrefillPace
-from aiexport_edge.engine.core.protocol import AddRequest, FinishReason, Priority, Sampling, StepReport, pack_ids
+from aiexport_edge.engine.core.protocol import (
+    AddRequest,
+    FinishReason,
+    ImageInput,
+    Priority,
+    Sampling,
+    StepReport,
+    pack_ids,
+)
 from aiexport_edge.engine.core.request import Request, Status, make_request
 from aiexport_edge.engine.core.scheduler import Scheduler
 from aiexport_edge.engine.core.suspects import Suspects
@@ -101,6 +111,7 @@ def add_request(
     salt: bytes = b"",
     priority: Priority = Priority.INTERACTIVE,
     probation: bool = False,
+    images: Sequence[ImageInput] = (),
 ) -> AddRequest:
     """An `AddRequest` with the usual values for what does not matter to a test."""
     return AddRequest(
@@ -116,6 +127,7 @@ def add_request(
         salt=salt,
         priority=priority,
         probation=probation,
+        images=list(images),
     )
 
 
@@ -142,6 +154,12 @@ class FakeStep:
     """A step that has been launched."""
 
     pieces: list[Piece]
+    encodes: list[Encode] = field(default_factory=list)
+
+    @property
+    def requests(self) -> set[Request]:
+        """Who is in it."""
+        return {piece.request for piece in self.pieces} | {encode.request for encode in self.encodes}
 
 
 class FakeRunner:
@@ -158,7 +176,12 @@ class FakeRunner:
         pool: PagePool | None = None,
         ids_per_step: Callable[[int, int], int] = lambda handle, index: 1,
         overlaps: bool = False,
+        eyes: Sequence[Eyes | None] | None = None,
     ) -> None:
+        self.eyes = list(eyes or [None] * len(tokens_per_page))
+        self.picture_bytes = 0
+        self.encoded: Counter[Key] = Counter()  # units done of pictures that have not been dropped
+        self.num_encoded: Counter[Key] = Counter()  # pictures begun
         self.num_pages = num_pages
         self.page_bytes = 64
         self.max_step_tokens = 1 << 30
@@ -178,9 +201,13 @@ class FakeRunner:
         assert plan.models
         assert len(self.in_flight) <= int(self.overlaps)
         assert all(p.allowed is not None for s in self.in_flight for p in s.pieces if _is_constrained(p)), "undrawn"
+        for key in plan.dropped:
+            assert self.encoded.pop(key), "it was never begun"
         pieces = []
         for model_plan in plan.models:
-            assert model_plan.chunks
+            assert model_plan.chunks or model_plan.encodes
+            for encode in model_plan.encodes:
+                self._encode(encode)
             for chunk in model_plan.chunks:
                 assert chunk.request.model == model_plan.model
                 pieces.append(self._piece(chunk))
@@ -194,7 +221,7 @@ class FakeRunner:
                 if later.request is not piece.request:
                     pages = later.written(self.tokens_per_page[later.request.model])
                     assert pages.isdisjoint(piece.pages), "a step in flight still uses the page"
-        self.in_flight.append(FakeStep(pieces))
+        self.in_flight.append(FakeStep(pieces, [encode for model in plan.models for encode in model.encodes]))
         return self.in_flight[-1]
 
     def draw(self, launched: FakeStep) -> None:
@@ -225,7 +252,27 @@ class FakeRunner:
             self.num_drawn[handle] += len(drawn)
         return StepResult(ids)
 
+    def _encode(self, encode: Encode) -> None:
+        assert encode.num_units >= 1
+        assert encode.request.status is Status.RUNNING
+        assert encode.key == key_of(encode.request, encode.index)
+        self.num_encoded[encode.key] += encode.key not in self.encoded
+        self.encoded[encode.key] += encode.num_units
+        assert self.encoded[encode.key] <= self._num_units(encode.key)
+
+    def _num_units(self, key: Key) -> int:
+        eyes = self.eyes[key[0]]
+        assert eyes is not None
+        return eyes.cost((key[3], key[4]))[0]
+
     def _piece(self, chunk: Chunk) -> Piece:
+        for index, span in enumerate(chunk.request.spans):
+            if span.start < chunk.end and chunk.start < span.end:
+                key = key_of(chunk.request, index)
+                assert self.encoded[key] == self._num_units(key), "a token of a picture that is not encoded"
+        return self._check_piece(chunk)
+
+    def _check_piece(self, chunk: Chunk) -> Piece:
         request, size = chunk.request, self.tokens_per_page[chunk.request.model]
         assert request.status is Status.RUNNING
         assert chunk.num_tokens >= 1
@@ -268,8 +315,13 @@ class FakeRunner:
     def _prefixes_of(self, piece: Piece) -> list[bytes]:
         ids, prefixes = self._prefixes.setdefault(piece.request.handle, ([], []))
         assert piece.ids[: len(ids)] == ids[: len(piece.ids)], "what was computed stays"
+        of_picture = {
+            position: image.digest
+            for image, span in zip(piece.request.images, piece.request.spans, strict=True)
+            for position in range(span.start, span.end)
+        }
         for id_ in piece.ids[len(ids) :]:
-            parent = prefixes[-1] if prefixes else b""
+            parent = (prefixes[-1] if prefixes else b"") + of_picture.get(len(prefixes), b"")
             prefixes.append(blake2b(parent + pack_ids([id_]), digest_size=16).digest())
             ids.append(id_)
         return prefixes
@@ -326,8 +378,11 @@ class FakeCore:
         ids_per_step: Callable[[int, int], int] = lambda handle, index: 1,
         overlaps: bool = False,
         pace: PrefillPace | None = None,
+        eyes: Sequence[Eyes | None] | None = None,
+        picture_bytes: int = 0,
     ) -> None:
         tokens_per_page = tokens_per_page or [4]
+        self.pictures = None if eyes is None else Pictures(eyes, capacity_bytes=picture_bytes)
         self.pool = PagePool(num_pages)
         self.scheduler = Scheduler(
             self.pool,
@@ -337,6 +392,7 @@ class FakeCore:
             max_step_tokens=max_step_tokens,
             batch_floor_share=batch_floor_share,
             pace=pace,
+            pictures=self.pictures,
         )
         self.runner = _CheckedRunner(
             self,
@@ -345,6 +401,7 @@ class FakeCore:
             pool=self.pool,
             ids_per_step=ids_per_step,
             overlaps=overlaps,
+            eyes=eyes,
         )
         self.suspects = FakeSuspects()
         self.pipeline = Pipeline(scheduler=self.scheduler, runner=self.runner, suspects=self.suspects)
@@ -356,7 +413,8 @@ class FakeCore:
 
     def add(self, message: AddRequest, *, constrained: bool = False) -> Request:
         """Queue a request, or end it at once when its forced ids have ended it."""
-        request = make_request(message, arrival=len(self.replies))
+        merge_size = self.scheduler.pictures.merge_size(message.model) if message.images else 1
+        request = make_request(message, arrival=len(self.replies), merge_size=merge_size)
         reply = self.replies[message.handle] = Reply(message, constrained)
         if constrained:
             request.constraint = FakeConstraint(reply.output)
@@ -382,7 +440,8 @@ class FakeCore:
         self.num_steps += 1
         self._hear(report)
         self.pool.check()
-        in_flight = {piece.request for step in self.runner.in_flight for piece in step.pieces}
+        self.scheduler.pictures.check()
+        in_flight = {request for step in self.runner.in_flight for request in step.requests}
         assert set(self.suspects.handles) == {request.handle for request in in_flight}
         held = {page for request in {*self.scheduler.requests.values(), *in_flight} for page in request.pages}
         assert len(held) == self.pool.num_used, "every used page is in some request's hands"
@@ -393,13 +452,14 @@ class FakeCore:
         self.plan = plan
         chunks = [chunk for model in plan.models for chunk in model.chunks]
         handles = [chunk.request.handle for chunk in chunks]
-        in_flight = [piece.request for step in self.runner.in_flight for piece in step.pieces]
+        in_flight = [request for step in self.runner.in_flight for request in step.requests]
+        encoding = {encode.request for model in plan.models for encode in model.encodes}
         assert len(set(handles)) == len(handles) <= self._max_num_running
         assert sum(model.num_tokens for model in plan.models) <= self._max_step_tokens
         assert self.scheduler.num_running <= self._max_num_running
-        assert set(self.suspects.handles) == {*handles, *(request.handle for request in in_flight)}
-        if any(chunk.request.probation for chunk in chunks):
-            assert len(chunks) == 1, "on probation, so alone"
+        assert set(self.suspects.handles) == {*handles, *(request.handle for request in [*in_flight, *encoding])}
+        if any(request.probation for request in {*encoding, *(chunk.request for chunk in chunks)}):
+            assert len({*encoding, *(chunk.request for chunk in chunks)}) == 1, "on probation, so alone"
             assert not in_flight, "on probation, so alone"
         assert not any(request.probation for request in in_flight), "one on probation runs alone"
         self.pool.check()

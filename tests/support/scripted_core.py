@@ -78,6 +78,8 @@ class ScriptedRunner:
         self.weight_bytes = [0] * num_models
         self.overlaps = False
         self.pace = None
+        self.eyes = [None] * num_models
+        self.picture_bytes = 0
         self._step_s = step_s
         self._poison = poison
         self._broken = broken
