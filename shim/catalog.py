@@ -78,6 +78,11 @@ class Catalog:
         limits = [limit for limit in (spec.max_output_tokens, facts.max_output_tokens if facts else 0) if limit]
         return min(limits, default=None)
 
+    def sees(self, spec: ModelSpec) -> bool | None:
+        """Whether the model takes images; None until an engine has told it."""
+        facts = self._sizes.facts(spec.weights)
+        return None if facts is None else facts.vision
+
     def describe(self, listed: Listed) -> dict[str, Any]:
         """The model object of the API. Sizes are null until an engine has told them."""
         spec = listed.spec
@@ -89,7 +94,7 @@ class Catalog:
             "display_name": spec.display_name,
             "context_window": facts.context_window if facts else spec.context_window or None,
             "max_output_tokens": self.max_output_tokens(spec),
-            "vision": facts.vision if facts else False,
+            "vision": bool(self.sees(spec)),
             "pricing": {"input_per_million": spec.input_per_million, "output_per_million": spec.output_per_million},
             "created_at": spec.created_at.isoformat(timespec="seconds").replace("+00:00", "Z"),
         }

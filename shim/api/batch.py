@@ -48,6 +48,7 @@ class CreateBatch:
         json_body.require_json(headers.get(b"content-type"), headers.get(b"content-encoding"))
         intake = Intake(
             partial(self._check, principal=principal),
+            images=services.image_rules,
             max_requests=services.config.plans[principal.plan].batch_size,
             max_request_bytes=services.config.shim.max_body_bytes,
             directory=services.config.state,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 
 from aiexport_edge.proto import engine_pb2 as pb
-from aiexport_edge.shim.api.messages_request import MessagesRequest, ResponseFormat
+from aiexport_edge.shim.api.messages_request import MessagesRequest, ResponseFormat, Turn
 from aiexport_edge.shim.catalog import Catalog, Listed
 from aiexport_edge.shim.errors import InvalidRequest
 from aiexport_edge.shim.store import Principal
@@ -24,16 +24,18 @@ def generate_request(
     request_id: str,
     priority: pb.Priority,
 ) -> pb.GenerateRequest:
-    """The engine's request. Raises `InvalidRequest` where `max_tokens` is above the model's output limit, and where
-    JSON is asked of a model that does not promise it.
+    """The engine's request. Raises `InvalidRequest` where `max_tokens` is above the model's output limit, where
+    JSON is asked of a model that does not promise it, and where images are for one that can't see.
     """
-    texts = [(_ROLES[turn.role], turn.text) for turn in request.turns]
+    if request.images:
+        _check_vision(request.images[0].path, listed, catalog)
+    messages = [pb.Message(role=_ROLES[turn.role], content=_blocks(turn)) for turn in request.turns]
     if request.system is not None:
-        texts.insert(0, (pb.ROLE_SYSTEM, request.system))
+        messages.insert(0, pb.Message(role=pb.ROLE_SYSTEM, content=[pb.ContentBlock(text=request.system)]))
     return pb.GenerateRequest(
         request_id=request_id,
         model=listed.spec.weights,
-        chat=pb.Chat(messages=[pb.Message(role=role, content=[pb.ContentBlock(text=text)]) for role, text in texts]),
+        chat=pb.Chat(messages=messages),
         sampling=pb.SamplingParams(
             temperature=request.temperature,
             top_p=None if request.top_p is None else max(request.top_p, _SMALLEST_FLOAT32),
@@ -49,6 +51,23 @@ def generate_request(
         response_format=_response_format(request.response_format, listed),
         metadata=trace_context.get(),
     )
+
+
+def _blocks(turn: Turn) -> list[pb.ContentBlock]:
+    """An image's block has no source yet: it is named when an engine has taken the image."""
+    parts = (turn.content,) if isinstance(turn.content, str) else turn.content
+    return [
+        pb.ContentBlock(text=part) if isinstance(part, str) else pb.ContentBlock(image=pb.Image()) for part in parts
+    ]
+
+
+def _check_vision(path: str, listed: Listed, catalog: Catalog) -> None:
+    """Raises `InvalidRequest` where the model is known to see nothing."""
+    if catalog.sees(listed.spec) is False:
+        raise InvalidRequest(
+            f"{path}: the model {listed.id} can't see images; send text, or use a model whose `vision` is true",
+            param=path,
+        )
 
 
 def _response_format(wanted: ResponseFormat | None, listed: Listed) -> pb.ResponseFormat | None:

@@ -49,11 +49,10 @@ class Messages:
             request = await self._read(scope, receive, lease)
             listed = services.catalog.use(request.model, principal.plan)
             exchange.facts["model"] = listed.id
-            generation = Generation(
-                generate_request(
-                    request, listed, principal, services.catalog, exchange.request_id, pb.PRIORITY_INTERACTIVE
-                )
+            asked = generate_request(
+                request, listed, principal, services.catalog, exchange.request_id, pb.PRIORITY_INTERACTIVE
             )
+            generation = Generation(asked, await services.image_fetcher.fetch_all(request.images, lease.grow))
             reply = Reply(request, listed, generation, exchange)
             async with _abort_at_end(services, generation, receive):
                 accepted = await services.engines.admit(generation)
@@ -70,11 +69,12 @@ class Messages:
         json_body.require_json(headers.get(b"content-type"), headers.get(b"content-encoding"))
         max_bytes = self._services.config.shim.max_body_bytes
         body = await read_body(scope["headers"], receive, max_bytes=max_bytes, lease=lease)
+        images = self._services.image_rules
         if len(body) < PARSE_IN_THREAD_BYTES:
-            return parse_messages_request(json_body.parse(body))
+            return parse_messages_request(json_body.parse(body), images)
         loop = asyncio.get_running_loop()
         threads = self._services.threads
-        return await loop.run_in_executor(threads, lambda: parse_messages_request(json_body.parse(body)))
+        return await loop.run_in_executor(threads, lambda: parse_messages_request(json_body.parse(body), images))
 
     @asynccontextmanager
     async def _accounted(self, reply: Reply, principal: Principal, accepted: pb.Accepted) -> AsyncIterator[None]:

@@ -4,26 +4,27 @@ What the vendor's page leaves open is decided here, after Anthropic's Messages A
 - content may not be empty (except a last assistant turn, which then prefills nothing); whitespace is content;
 - the text blocks of one message are put together as they are; consecutive messages of one role are joined by a blank
   line; the text blocks of `system` are joined by a blank line too;
+- images stand in messages of the user; those, texts and joined messages keep their order;
 - `top_k: 0` is the same as leaving it out; `seed` is any unsigned 64-bit integer.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
+from aiexport_edge.proto.config_images import ImagesConfig
 from aiexport_edge.shim.fields import Object, Value
+from aiexport_edge.shim.images.sources import ImageRules, ImageSource
 from aiexport_edge.shim.json_body import JsonValue
 
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_SEQUENCE_CHARS = 256
 MAX_SCHEMA_BYTES = 64 << 10  # of a `json_schema`
 MAX_TOP_K = 2**31 - 1  # above any vocabulary, so clipping to it changes nothing
-IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif")
 _REFUSED_FIELDS = ("tools", "tool_choice", "thinking")  # ignoring them would silently change the answer
-_DATA_URL = re.compile(r"data:([a-z]+/[a-z.+-]+);base64,", re.ASCII)
+_ANY_IMAGES = ImageRules(ImagesConfig())
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class Turn:
     """What one side says until the other speaks."""
 
     role: Literal["user", "assistant"]
-    text: str
+    content: str | tuple[str | ImageSource, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +58,17 @@ class MessagesRequest:
     stream: bool
     response_format: ResponseFormat | None = None
 
+    @property
+    def images(self) -> list[ImageSource]:
+        """All of them, in their order."""
+        return [part for turn in self.turns for part in turn.content if not isinstance(part, str)]
 
-def parse_messages_request(body: JsonValue) -> MessagesRequest:
+
+def parse_messages_request(body: JsonValue, images: ImageRules = _ANY_IMAGES) -> MessagesRequest:
     """Reads a parsed body. Raises `InvalidRequest` naming the first field that is wrong."""
     fields = Value(body, "").object()
     model = fields.require("model").text()
-    turns = _turns(fields.require("messages"))
+    turns = _turns(fields.require("messages"), images)
     for name in _REFUSED_FIELDS:
         refused = fields.get(name)
         if refused is not None:
@@ -89,70 +95,78 @@ def parse_messages_request(body: JsonValue) -> MessagesRequest:
     )
 
 
-def _turns(messages: Value) -> tuple[Turn, ...]:
+_Parts: TypeAlias = "list[str | ImageSource]"
+
+
+def _turns(messages: Value, images: ImageRules) -> tuple[Turn, ...]:
     if not messages.array():
         raise messages.wrong("must hold at least one message")
     num_messages = len(messages.array())
-    turns: list[tuple[Literal["user", "assistant"], list[str]]] = []
+    num_images = 0
+    turns: list[tuple[Literal["user", "assistant"], _Parts]] = []
     for index, message in enumerate(messages.items()):
-        role, text = _message(message.object(), is_last=index == num_messages - 1)
+        role, parts = _message(message.object(), images, is_last=index == num_messages - 1)
         if index == 0 and role != "user":
             raise Value(role, f"{message.path}.role").wrong('must be "user": the first message is the user\'s')
-        if role == "assistant" and not text:
+        for part in parts:
+            if not isinstance(part, str):
+                num_images += 1
+                images.check_count(part.path, num_images)
+        if role == "assistant" and not parts:
             continue  # an empty prefill
         if turns and turns[-1][0] == role:
-            turns[-1][1].append(text)
+            turns[-1][1].extend(["\n\n", *parts])
         else:
-            turns.append((role, [text]))
-    return tuple(Turn(role, "\n\n".join(texts)) for role, texts in turns)
+            turns.append((role, parts))
+    return tuple(Turn(role, _content(parts)) for role, parts in turns)
 
 
-def _message(message: Object, *, is_last: bool) -> tuple[Literal["user", "assistant"], str]:
+def _content(parts: _Parts) -> str | tuple[str | ImageSource, ...]:
+    """Texts that follow each other put together."""
+    content: _Parts = []
+    for part in parts:
+        if content and isinstance(part, str) and isinstance(content[-1], str):
+            content[-1] += part
+        else:
+            content.append(part)
+    only = content[0] if len(content) == 1 else None
+    return only if isinstance(only, str) else tuple(content)
+
+
+def _message(message: Object, images: ImageRules, *, is_last: bool) -> tuple[Literal["user", "assistant"], _Parts]:
+    """Its texts and images; no empty texts."""
     role_field = message.require("role")
     role_text = role_field.text()
     if role_text == "system":
         raise role_field.wrong('must be "user" or "assistant"; a system prompt goes into the top-level field "system"')
     role: Literal["user", "assistant"] = "user" if role_field.choice("user", "assistant") == "user" else "assistant"
     content = message.require("content")
-    text = content.text() if isinstance(content.raw, str) else _blocks(content)
-    if not text and not (role == "assistant" and is_last):
+    parts = [content.text()] if isinstance(content.raw, str) else _blocks(content, images, of_user=role == "user")
+    parts = [part for part in parts if part]
+    if not parts and not (role == "assistant" and is_last):
         raise content.wrong("must not be empty")
-    return role, text
+    return role, parts
 
 
-def _blocks(content: Value) -> str:
+def _blocks(content: Value, images: ImageRules, *, of_user: bool) -> _Parts:
     if not isinstance(content.raw, list):
         raise content.wrong("must be a string or an array of content blocks")
-    texts = []
+    parts: _Parts = []
     for block in content.items():
         fields = block.object()
         kind = fields.require("type")
         match kind.text():
             case "text":
-                texts.append(fields.require("text").text())
+                parts.append(fields.require("text").text())
+            case "image" if of_user:
+                parts.append(images.read(block))
             case "image":
-                _image(fields.require("source").object())
-                raise block.wrong("images can't be read: no model of this installation has vision")
+                raise block.wrong('images stand in messages of the role "user"')
+            case "video":
+                raise block.wrong("video can't be read here; send single pictures as image blocks")
             case _:
                 raise kind.wrong('only content blocks of type "text" and "image" are known here')
-    return "".join(texts)
-
-
-def _image(source: Object) -> None:
-    """The structure of an image block's source: base64 with its media type, or a URL (also a `data:` one)."""
-    kind = source.require("type").choice("base64", "url")
-    if kind == "base64":
-        source.require("media_type").choice(*IMAGE_TYPES)
-        source.require("data").text()
-        return
-    url = source.require("url")
-    text = url.text()
-    if text.startswith("data:"):
-        declared = _DATA_URL.match(text)
-        if declared is None or declared[1] not in IMAGE_TYPES:
-            raise url.wrong(f"a data: URL must be base64 of {', '.join(IMAGE_TYPES)}")
-    elif not text.startswith(("http://", "https://")):
-        raise url.wrong("must be an http, https or data URL")
+    return parts
 
 
 def _system(system: Value) -> str:

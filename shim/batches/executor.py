@@ -226,7 +226,7 @@ class Executor:
     async def _answer(self, held: Held) -> Answer:
         leased = held.leased
         try:
-            prepared = self._runner.prepare(leased)
+            prepared = await self._runner.prepare(leased)
             held.weights = prepared.listed.spec.weights
             pace = self._pace(held.weights)
 

@@ -18,6 +18,7 @@ from aiexport_edge.shim.batches.item import Item, read_item
 from aiexport_edge.shim.batches.split import Element, Member, Part, Requests, Splitter
 from aiexport_edge.shim.errors import ApiError, InvalidRequest, Overloaded
 from aiexport_edge.shim.fields import Value
+from aiexport_edge.shim.images.sources import ImageRules
 from aiexport_edge.shim.store.batch_values import NewItem
 
 _SLICE_S = 0.001
@@ -40,9 +41,16 @@ class Intake:
     """
 
     def __init__(
-        self, check: Callable[[Item], str], *, max_requests: int, max_request_bytes: int, directory: Path
+        self,
+        check: Callable[[Item], str],
+        *,
+        images: ImageRules,
+        max_requests: int,
+        max_request_bytes: int,
+        directory: Path,
     ) -> None:
         self._check = check
+        self._images = images
         self._max_requests = max_requests
         self._splitter = Splitter(max_value_bytes=max_request_bytes)
         try:
@@ -128,7 +136,7 @@ class Intake:
             element = json_body.parse(raw)
         except InvalidRequest as error:
             raise InvalidRequest(f"{path}: {error.message}", param=path) from None
-        item = read_item(element, path)
+        item = read_item(element, path, self._images)
         if item.custom_id is not None:
             earlier = self._places.setdefault(item.custom_id, index)
             if earlier != index:

@@ -15,6 +15,7 @@ from aiexport_edge.shim.api.messages_request import MessagesRequest, parse_messa
 from aiexport_edge.shim.catalog import Catalog, Listed
 from aiexport_edge.shim.errors import ApiError, InvalidRequest, NotFound
 from aiexport_edge.shim.fields import Value
+from aiexport_edge.shim.images.sources import ImageRules
 from aiexport_edge.shim.json_body import JsonValue
 from aiexport_edge.shim.store import Principal
 
@@ -30,7 +31,7 @@ class Item:
     path: str
 
 
-def read_item(element: JsonValue, path: str) -> Item:
+def read_item(element: JsonValue, path: str, images: ImageRules) -> Item:
     """An element of `requests`, flat or with `params`. Raises `InvalidRequest` with the place in its `param`."""
     fields = Value(element, path).object()
     custom_id = fields.read("custom_id", _custom_id)
@@ -38,7 +39,7 @@ def read_item(element: JsonValue, path: str) -> Item:
     body = fields if params is None else params.object()
     raw = {name: value for name, value in body.raw.items() if name != "stream"}
     with _at(body.path):
-        return Item(custom_id, parse_messages_request(raw), body.path)
+        return Item(custom_id, parse_messages_request(raw, images), body.path)
 
 
 def engine_request(

@@ -22,10 +22,13 @@ from aiexport_edge.shim import json_body
 from aiexport_edge.shim.api.reply import message_object
 from aiexport_edge.shim.batches.item import Item, engine_request, read_item
 from aiexport_edge.shim.batches.pace import Pace
+from aiexport_edge.shim.body import BodyBudget
 from aiexport_edge.shim.catalog import Catalog, Listed
 from aiexport_edge.shim.engines.engines import Engines
 from aiexport_edge.shim.engines.generation import Generation
 from aiexport_edge.shim.errors import ApiError, InternalError, Overloaded, RateLimited
+from aiexport_edge.shim.images.fetch import ImageFetcher, NotFetched
+from aiexport_edge.shim.images.sources import ImageRules
 from aiexport_edge.shim.limits.limits import Limits, OverQuota, Reservation
 from aiexport_edge.shim.prices import Price
 from aiexport_edge.shim.store.batch_values import Answer, Leased
@@ -33,6 +36,8 @@ from aiexport_edge.shim.store.errors import remedy
 from aiexport_edge.shim.store.keys import new_id
 from aiexport_edge.shim.store.values import UsageRow
 
+PREPARE_IN_THREAD_BYTES = 256 << 10
+FETCH_RETRY_S = 2.0  # before a picture is asked for again
 MAX_TRIES = 3  # of a request that the engine fails at; it may be what breaks it
 
 log = logging.getLogger(__name__)
@@ -67,14 +72,30 @@ class Outcome:
 class Runner:
     """What answering needs."""
 
-    def __init__(self, engines: Engines, catalog: Catalog, limits: Limits) -> None:
+    def __init__(
+        self,
+        engines: Engines,
+        catalog: Catalog,
+        limits: Limits,
+        images: ImageRules,
+        fetcher: ImageFetcher,
+        bodies: BodyBudget,
+    ) -> None:
         self._engines = engines
         self._catalog = catalog
         self._limits = limits
+        self._images = images
+        self._fetcher = fetcher
+        self._bodies = bodies
 
-    def prepare(self, leased: Leased) -> Prepared:
+    async def prepare(self, leased: Leased) -> Prepared:
         """Raises `ApiError` for a request that can't be sent: its model or plan has changed since it was accepted."""
-        item = read_item(json_body.parse(leased.body), "")
+        if len(leased.body) < PREPARE_IN_THREAD_BYTES:
+            return self._prepare(leased)
+        return await asyncio.to_thread(self._prepare, leased)
+
+    def _prepare(self, leased: Leased) -> Prepared:
+        item = read_item(json_body.parse(leased.body), "", self._images)
         listed, request = engine_request(item, self._catalog, leased.principal, leased.request_id)
         return Prepared(leased, item, listed, request)
 
@@ -97,6 +118,11 @@ class Runner:
                 if tries == MAX_TRIES:
                     return Outcome(errored(prepared.leased, error))
                 pace.refused(loop.time(), None)
+            except NotFetched as error:
+                tries += 1
+                if tries == MAX_TRIES:
+                    return Outcome(errored(prepared.leased, error))
+                await asyncio.sleep(FETCH_RETRY_S)
             except ApiError as error:
                 return Outcome(errored(prepared.leased, error))
 
@@ -107,8 +133,9 @@ class Runner:
             raise NoQuota(quota.retry_after_s)
         request = pb.GenerateRequest()
         request.CopyFrom(prepared.request)  # going on after a lost engine writes into it
-        generation = Generation(request)
-        with contextlib.ExitStack() as stack:
+        with self._bodies.lease() as lease, contextlib.ExitStack() as stack:
+            images = await self._fetcher.fetch_all(prepared.item.request.images, lease.grow)
+            generation = Generation(request, images)
             stack.callback(self._engines.abort, generation)
             accepted = await self._engines.admit(generation)
             reservation = await self._reserve(leased, accepted)

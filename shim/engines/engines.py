@@ -20,12 +20,13 @@ from aiexport_edge.shim.engines.access import MAX_MESSAGE_BYTES, Endpoint, Engin
 from aiexport_edge.shim.engines.discovery import Discovery, Lookup
 from aiexport_edge.shim.engines.generation import Generation, Refused, SessionLost
 from aiexport_edge.shim.engines.prefixes import Trail, trail
-from aiexport_edge.shim.engines.refusals import RETRY_AFTER_S, api_error, can_pass, is_broken
+from aiexport_edge.shim.engines.refusals import RETRY_AFTER_S, can_pass, is_broken
 from aiexport_edge.shim.engines.routing import Candidate, Policy, Reason, Router
 from aiexport_edge.shim.engines.session import Session
 from aiexport_edge.shim.errors import ApiError, Overloaded, RequestTooLarge
 
 ANSWER_TIMEOUT_S = 60.0  # a prompt of 200 K tokens is encoded before it is accepted
+IMAGES_TIMEOUT_S = 120.0  # pictures are decoded before a request is sent, one after the other
 RESUME_S = 60.0  # how long a reply may pause while no engine can go on with it
 RESUME_RETRY_S = 0.25
 RESOLVE_S = 10.0
@@ -179,7 +180,7 @@ class Engines:
             try:
                 accepted = await self._submit(session, generation)
             except Refused as refused:
-                refusal = api_error(refused.detail)
+                refusal = refused.error()
                 if is_broken(refused.detail):
                     lost += 1
                 elif not can_pass(refused.detail):
@@ -241,7 +242,19 @@ class Engines:
         return able[choice.index]
 
     async def _submit(self, session: Session, generation: Generation) -> pb.Accepted:
-        """Places it and waits for the engine's answer. Raises `Refused`, `SessionLost`, `TimeoutError`."""
+        """Places it, its pictures first, and waits for the engine's answer.
+
+        Raises `Refused`, `SessionLost`, `TimeoutError`.
+        """
+        if not generation.images:
+            return await self._ask(session, generation)
+        async with asyncio.timeout(IMAGES_TIMEOUT_S) as patience, session.with_images(generation):
+            patience.reschedule(None)  # the pictures are there
+            if generation.ended or not session.connected:
+                raise SessionLost
+            return await self._ask(session, generation)
+
+    async def _ask(self, session: Session, generation: Generation) -> pb.Accepted:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[pb.Accepted] = loop.create_future()
         generation.answer = answer
@@ -303,7 +316,7 @@ class Engines:
                     except Refused as refused:
                         lost += is_broken(refused.detail)
                         if lost == MAX_LOST or not (can_pass(refused.detail) or is_broken(refused.detail)):
-                            generation.fail(api_error(refused.detail))
+                            generation.fail(refused.error())
                             return
                         await asyncio.sleep(RESUME_RETRY_S)
                     else:

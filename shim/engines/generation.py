@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import array
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.shim.engines.refusals import api_error
-from aiexport_edge.shim.errors import internal_error
+from aiexport_edge.shim.errors import ApiError, internal_error
+from aiexport_edge.shim.images.sources import ImageData
 
 if TYPE_CHECKING:
     from aiexport_edge.shim.engines.session import Session
@@ -42,6 +43,10 @@ class Refused(Exception):
         super().__init__(detail.message)
         self.detail = detail
 
+    def error(self) -> ApiError:
+        """What the REST client is told."""
+        return api_error(self.detail)
+
 
 class Generation:
     """A request and what came of it. Everything happens on one event loop."""
@@ -64,14 +69,22 @@ class Generation:
         "answer",
         "cached_tokens",
         "finished",
+        "images",
         "output_tokens",
         "request",
         "session",
         "tag",
     )
 
-    def __init__(self, request: pb.GenerateRequest, *, max_buffered_bytes: int = MAX_BUFFERED_BYTES) -> None:
+    def __init__(
+        self,
+        request: pb.GenerateRequest,
+        images: Sequence[ImageData] = (),
+        *,
+        max_buffered_bytes: int = MAX_BUFFERED_BYTES,
+    ) -> None:
         self.request = request
+        self.images = images  # those of its image blocks, in order; kept for as long as it may go on elsewhere
         self.accepted: pb.Accepted | None = None
         self.cached_tokens: int | None = None  # of the first attempt that ran; None until then
         self.session: Session | None = None  # where it is placed now, and under which tag
@@ -175,6 +188,17 @@ class Generation:
 
     # ------------------------------------------------------------------------------------------ the engine's side
 
+    def name_images(self, upload_ids: Iterable[str]) -> None:
+        """The image blocks stand for these, which the engine that is asked next has."""
+        blocks = (
+            block
+            for message in self.request.chat.messages
+            for block in message.content
+            if block.WhichOneof("block") == "image"
+        )
+        for block, upload_id in zip(blocks, upload_ids, strict=True):
+            block.image.upload_id = upload_id
+
     def submission(self) -> pb.GenerateRequest:
         """What is submitted now: the request, and on a further attempt all that came before."""
         if self.accepted is not None:
@@ -187,6 +211,7 @@ class Generation:
                     prompt_tokens=self.accepted.prompt_tokens,
                     max_tokens=self.accepted.max_tokens,
                     model_revision=self.accepted.model_revision,
+                    adapter_digest=self.accepted.adapter_digest,
                 )
             )
             self.request.sampling.seed = self.accepted.seed

@@ -12,6 +12,7 @@ import logging
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from enum import Enum
 from functools import partial
 from itertools import count, islice
@@ -23,9 +24,10 @@ import grpc.aio
 from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.proto.engine_pb2_grpc import EngineStub
 from aiexport_edge.shim.engines.access import AccessError, Endpoint, EngineAccess
-from aiexport_edge.shim.engines.generation import Generation
+from aiexport_edge.shim.engines.generation import Generation, SessionLost
 from aiexport_edge.shim.engines.handshake import why_refused
 from aiexport_edge.shim.engines.outliers import Fitness, Outlier
+from aiexport_edge.shim.engines.upload import uploaded
 
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 0.5  # an engine that restarts is found again soon …
@@ -93,6 +95,7 @@ class Session:
         self._outgoing: deque[pb.ClientEvent] = deque()
         self._wake_writer = asyncio.Event()
         self._ask_stats: Callable[..., Awaitable[pb.StatsResponse]] | None = None  # while connected
+        self._upload: Callable[[Generation], AbstractAsyncContextManager[None]] | None = None  # likewise
 
     # ------------------------------------------------------------------------------------------ requests
 
@@ -162,6 +165,12 @@ class Session:
         self._outgoing.append(event)
         self._wake_writer.set()
 
+    def with_images(self, generation: Generation) -> AbstractAsyncContextManager[None]:
+        """Around a submission: the engine has the generation's pictures. Raises `Refused` and `SessionLost`."""
+        if self._upload is None:
+            raise SessionLost
+        return self._upload(generation)
+
     async def stats(self) -> pb.StatsResponse | None:
         """How loaded the engine says it is; None while it is not connected or does not answer."""
         if self._ask_stats is None:
@@ -220,6 +229,7 @@ class Session:
             self._send(pb.ClientEvent(hello=pb.Hello(client=self._client)))
             self.connected = True
             self._ask_stats = partial(stub.Stats, metadata=metadata)
+            self._upload = partial(uploaded, stub, metadata)
             log.info("engine %s: connected", self.address)
             self._on_change()
             side_tasks = [
@@ -351,7 +361,7 @@ class Session:
         """The session is over: every request of it goes back to the owner."""
         was_connected, was_draining = self.connected, self.draining
         self.connected = self.draining = False
-        self._ask_stats = None
+        self._ask_stats = self._upload = None
         self._outgoing.clear()
         lost = list(self._live.values())
         self._live.clear()

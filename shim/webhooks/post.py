@@ -1,20 +1,16 @@
 """One POST to an address that a client has named: to that very address, once, within a time, reading a head at most.
 
-The name is resolved here, each address is asked about, and the connection is made to one that is allowed: there is no
-second lookup that could answer otherwise. TLS is verified by the name. No redirect is followed, no proxy is used, and
-of the reply nothing is kept but its status.
+How it connects is `outgoing.py`'s. No redirect is followed, and of the reply nothing is kept but its status.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import socket
 import ssl
 from collections.abc import Sequence
-from pathlib import Path
 
-from aiexport_edge.shim.address_policy import Address, AddressPolicy, Target
+from aiexport_edge.shim.address_policy import AddressPolicy, Target
+from aiexport_edge.shim.outgoing import NotReached, connected
 
 _MAX_HEAD_BYTES = 32 << 10
 _READ_BYTES = 4 << 10
@@ -26,15 +22,6 @@ class NotDelivered(Exception):
     def __init__(self, reason: str, status: int | None = None) -> None:
         super().__init__(reason)
         self.status = status
-
-
-def tls_context(ca: Path | None) -> ssl.SSLContext:
-    """The system's authorities, and those of the PEM file `ca`. Takes some 20 ms."""
-    context = ssl.create_default_context()
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    if ca is not None:
-        context.load_verify_locations(ca)
-    return context
 
 
 async def post(
@@ -52,6 +39,8 @@ async def post(
     try:
         async with asyncio.timeout(seconds):
             status = await _exchange(target, headers, body, policy, tls)
+    except NotReached as error:
+        raise NotDelivered(str(error)) from None
     except TimeoutError:
         raise NotDelivered(f"no reply within {seconds:.0f} s") from None
     except ssl.SSLCertVerificationError as error:
@@ -86,16 +75,7 @@ async def _exchange(
             *headers,
         ],
     )
-    sock = await _connect(target, policy)
-    try:
-        secure = tls if target.scheme == "https" else None
-        reader, writer = await asyncio.open_connection(
-            sock=sock, ssl=secure, server_hostname=target.host if secure else None
-        )
-    except BaseException:
-        sock.close()
-        raise
-    try:
+    async with connected(target, policy, tls) as (reader, writer):  # of a reply only the head is wanted
         for part in (request, h11.Data(data=body), h11.EndOfMessage()):
             writer.write(connection.send(part) or b"")
         await writer.drain()
@@ -108,48 +88,3 @@ async def _exchange(
                 if not data:
                     raise EOFError
                 connection.receive_data(data)
-    finally:
-        writer.transport.abort()  # the rest of the reply, however long, is not wanted
-
-
-async def _connect(target: Target, policy: AddressPolicy) -> socket.socket:
-    """A connection to the first address that is allowed and answers."""
-    loop = asyncio.get_running_loop()
-    allowed = [
-        (family, place) for family, address, place in await _addresses(target) if policy.allows(target.host, address)
-    ]
-    if not allowed:
-        raise NotDelivered("the address is not one that [webhooks] allow names")
-    problem: OSError | None = None
-    for family, place in allowed:
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setblocking(False)
-        try:
-            await loop.sock_connect(sock, place)
-        except OSError as error:
-            sock.close()
-            problem = error
-        except BaseException:
-            sock.close()
-            raise
-        else:
-            return sock
-    assert problem is not None
-    raise problem
-
-
-async def _addresses(target: Target) -> list[tuple[socket.AddressFamily, Address, tuple[str, int]]]:
-    """Every address of the target, in the system's order, and what to connect to for it: always in numbers."""
-    if target.address is not None:
-        found: list[Address] = [target.address]
-    else:
-        loop = asyncio.get_running_loop()
-        try:
-            infos = await loop.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
-        except socket.gaierror as error:
-            raise NotDelivered(f"the host name does not resolve: {error.strerror}") from None
-        found = list(dict.fromkeys(ipaddress.ip_address(info[4][0]) for info in infos))
-    return [
-        (socket.AF_INET if address.version == 4 else socket.AF_INET6, address, (str(address), target.port))
-        for address in found
-    ]

@@ -21,10 +21,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from aiexport_edge.proto.config_webhooks import WebhooksConfig
 from aiexport_edge.proto.version import product_version
 from aiexport_edge.shim.address_policy import AddressPolicy, Forbidden
+from aiexport_edge.shim.outgoing import tls_context
 from aiexport_edge.shim.secrets import SecretError
 from aiexport_edge.shim.store.errors import remedy
 from aiexport_edge.shim.store.webhook_rows import Due, WebhookRows
-from aiexport_edge.shim.webhooks.post import NotDelivered, post, tls_context
+from aiexport_edge.shim.webhooks.post import NotDelivered, post
 from aiexport_edge.shim.webhooks.signing import signed_headers
 
 T = TypeVar("T")

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from aiexport_edge.proto.config_images import ImagesConfig
 from aiexport_edge.shim.api.messages_request import ResponseFormat, Turn, parse_messages_request
 from aiexport_edge.shim.errors import InvalidRequest
+from aiexport_edge.shim.images.sources import ImageData, ImageLink, ImageRules
 
 USER = [{"role": "user", "content": "x"}]
 
@@ -67,8 +69,23 @@ WRONG: list[tuple[Any, str | None]] = [
     (image(type="url"), f"{IMAGE}.source.url"),
     (image(type="url", url="ftp://x"), f"{IMAGE}.source.url"),
     (image(type="url", url="data:text/html;base64,x"), f"{IMAGE}.source.url"),
-    (image(**PNG), IMAGE),
-    (image(type="url", url="data:image/png;base64,aGk="), IMAGE),
+    (image(**PNG | {"data": ""}), f"{IMAGE}.source.data"),
+    (image(**PNG | {"data": 5}), f"{IMAGE}.source.data"),
+    (image(**PNG | {"data": "aGk"}), f"{IMAGE}.source.data"),
+    (image(**PNG | {"data": "aG-_"}), f"{IMAGE}.source.data"),
+    (image(**PNG | {"data": "aGk=aGk="}), f"{IMAGE}.source.data"),
+    (image(**PNG | {"data": "é"}), f"{IMAGE}.source.data"),
+    (image(**PNG | {"data": "A" * (20 << 20)}), f"{IMAGE}.source.data"),
+    (image(type="url", url="data:image/png;base64,!"), f"{IMAGE}.source.url"),
+    (image(type="url", url="data:image/png,x"), f"{IMAGE}.source.url"),
+    (image(type="url", url="https://example.com/a.png"), f"{IMAGE}.source.url"),
+    (image(type="url", url="http://127.0.0.1/a.png"), f"{IMAGE}.source.url"),
+    (content(*[{"type": "image", "source": PNG}] * 21), "messages.0.content.20"),
+    (content({"type": "video", "source": PNG}), "messages.0.content.0"),
+    (
+        body(messages=[*USER, {"role": "assistant", "content": [{"type": "image", "source": PNG}]}]),
+        "messages.1.content.0",
+    ),
     (body(tools=[{"name": "x"}]), "tools"),
     (body(tool_choice={"type": "auto"}), "tool_choice"),
     (body(thinking={"type": "enabled", "budget_tokens": 1024}), "thinking"),
@@ -182,6 +199,55 @@ def test_blocks_and_turns_are_joined() -> None:
         Turn("user", " "),
         Turn("assistant", "prefill "),
     )
+
+
+def test_images_keep_their_places() -> None:
+    blank = {"type": "base64", "media_type": "image/gif", "data": "a G\r\nk="}
+    request = parse_messages_request(
+        body(
+            messages=[
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": "a"},
+                        {"type": "text", "text": "b"},
+                        {"type": "image", "source": PNG},
+                        {"type": "text", "text": ""},
+                        {"type": "image", "source": {"type": "url", "url": "data:image/webp;base64,aGk="}},
+                    ],
+                },
+                {"role": "user", "content": [{"type": "image", "source": blank}, {"type": "text", "text": "c"}]},
+                {"role": "assistant", "content": "d"},
+                {"role": "user", "content": [{"type": "image", "source": PNG}]},
+            ]
+        )
+    )
+    first = ImageData("messages.0.content.2", "image/png", b"hi")
+    second = ImageData("messages.0.content.4", "image/webp", b"hi")
+    third = ImageData("messages.1.content.0", "image/gif", b"hi")
+    last = ImageData("messages.3.content.0", "image/png", b"hi")
+    assert request.turns == (
+        Turn("user", ("ab", first, second, "\n\n", third, "c")),
+        Turn("assistant", "d"),
+        Turn("user", (last,)),
+    )
+    assert request.images == [first, second, third, last]
+
+
+def test_the_operator_says_what_images_may_be() -> None:
+    rules = ImageRules(ImagesConfig(allow=("cdn.example.com",), max_bytes=2, max_count=1))
+    request = parse_messages_request(image(type="url", url="https://CDN.example.com/a.png?b"), rules)
+    link = request.images[0]
+    assert isinstance(link, ImageLink)
+    assert (link.path, link.target.host, link.target.path) == (IMAGE, "cdn.example.com", "/a.png?b")
+    assert parse_messages_request(image(**PNG), rules).images == [ImageData(IMAGE, "image/png", b"hi")]
+    for data in ("aGkh", "aGkhaGkh"):
+        with pytest.raises(InvalidRequest, match="at most 2 are accepted"):
+            parse_messages_request(image(**PNG | {"data": data}), rules)
+    with pytest.raises(InvalidRequest, match="one image more than the 1 of a request"):
+        parse_messages_request(content(*[{"type": "image", "source": PNG}] * 2), rules)
+    with pytest.raises(InvalidRequest, match="does not allow"):
+        parse_messages_request(image(type="url", url="https://other.example.com/a.png"), rules)
 
 
 @pytest.mark.parametrize("nothing", ["", [], [{"type": "text", "text": ""}]])

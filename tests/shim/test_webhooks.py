@@ -22,6 +22,7 @@ from support.webhook_receiver import receiving, status
 
 from aiexport_edge.proto.config_webhooks import WebhooksConfig
 from aiexport_edge.shim.address_policy import AddressPolicy, read_url
+from aiexport_edge.shim.outgoing import tls_context
 from aiexport_edge.shim.secrets import MasterKeys, SecretBox
 from aiexport_edge.shim.store import Missing, Store, open_store
 from aiexport_edge.shim.store.database import read, write
@@ -29,7 +30,7 @@ from aiexport_edge.shim.store.rows import now_ms
 from aiexport_edge.shim.store.schema import webhook_deliveries, webhook_secrets
 from aiexport_edge.shim.store.webhook_rows import Delivery, WebhookRows
 from aiexport_edge.shim.webhooks import sender as sender_module
-from aiexport_edge.shim.webhooks.post import NotDelivered, post, tls_context
+from aiexport_edge.shim.webhooks.post import NotDelivered, post
 from aiexport_edge.shim.webhooks.sender import DELAYS, WebhookSender, next_try
 
 PAYLOAD = b'{"type":"batch.completed","timestamp":"2026-01-01T00:00:00Z","data":{"id":"batch_1"}}'
