@@ -354,8 +354,9 @@ class NativeBackend:
         for tokens in report.tokens:
             live = self._live.get(tokens.handle)
             if live is not None:
-                live.deaths = live.kills = 0
-                live.probation = False
+                if live.probation:  # it was in a dead core's step
+                    live.probation = False
+                    live.deaths = live.kills = 0
                 live.output.extend(tokens.ids)
                 live.listener.tokens(tokens.ids)
         for finished in report.finished:

@@ -215,6 +215,7 @@ class Generation:
             stop_ids=self._stop_ids,
             stops=() if constraint is not None else sampling.stop_sequences,  # they do not end a document
             sent_bytes=request.resume.emitted_bytes,
+            ascii_texts=text.ascii_texts,
         )
         self._outbox.accepted(
             self._tag,
@@ -300,6 +301,12 @@ class Generation:
         if not self._first_token_at:
             self._first_token_at = time.monotonic()
         try:
+            if len(ids) == 1 and (text := self._text.feed_one(ids[0])) is not None:
+                self._output_tokens += 1
+                self._outbox.delta(
+                    self._tag, text, ids, output_tokens=self._output_tokens, emitted_bytes=self._text.emitted_bytes
+                )
+                return
             piece = self._text.feed(ids)
         except Exception:  # a bug with this text: the others' go on
             log.exception("a reply could not be written", extra={"fields": {"request_id": self._request_id}})

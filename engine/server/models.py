@@ -6,7 +6,7 @@ Owns loading tokenizers and templates. Weights are the core's; a model is ready 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from aiexport_edge.engine.backends.base import Backend, ModelState, ModelStatus
 from aiexport_edge.engine.server.facts import ModelFacts
@@ -16,11 +16,12 @@ from aiexport_edge.engine.text.tokenizer import Tokenizer, TokenizerError
 
 @dataclass(frozen=True, slots=True)
 class ModelText:
-    """The text side of a model. `stop_ids` end its turn."""
+    """The text side of a model. `stop_ids` end its turn; `ascii_texts` is what its replies have found of its ids."""
 
     tokenizer: Tokenizer
     template: ChatTemplate
     stop_ids: frozenset[int]
+    ascii_texts: dict[int, str] = field(default_factory=dict)
 
 
 def load_text(facts: ModelFacts) -> ModelText:

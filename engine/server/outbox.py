@@ -30,18 +30,17 @@ class OutboxBound:
 DEFAULT_BOUND = OutboxBound()
 
 
+_Row = tuple[str, Sequence[int], int, int]  # text, ids, output tokens, emitted bytes
+
+
 class _Pending:
-    """A message in the making. The deltas lie in columns, as the message has them."""
+    """A message in the making."""
 
     def __init__(self) -> None:
         self.outputs: list[pb.Output] = []
         self.ends: list[pb.Output] = []
         self.ended: set[int] = set()  # tags of `ends`
-        self.rows: dict[int, int] = {}  # where in the columns a tag's delta is
-        self.texts: list[str] = []
-        self.token_ids: list[Sequence[int]] = []
-        self.output_tokens: list[int] = []
-        self.emitted_bytes: list[int] = []
+        self.rows: dict[int, _Row] = {}  # a tag's delta
 
     @property
     def is_empty(self) -> bool:
@@ -50,14 +49,15 @@ class _Pending:
     def message(self, *, draining: bool) -> pb.StepOutputs:
         outputs = pb.StepOutputs(outputs=self.outputs, draining=draining, ends=self.ends)
         if self.rows:
+            texts, token_ids, output_tokens, emitted_bytes = zip(*self.rows.values(), strict=True)
             deltas = outputs.deltas
             deltas.tags.extend(self.rows)
-            deltas.texts.extend(self.texts)
-            deltas.token_ids.extend(chain.from_iterable(self.token_ids))
-            if len(deltas.token_ids) != len(self.rows) or not all(self.token_ids):
-                deltas.num_token_ids.extend(map(len, self.token_ids))
-            deltas.output_tokens.extend(self.output_tokens)
-            deltas.emitted_bytes.extend(self.emitted_bytes)
+            deltas.texts.extend(texts)
+            deltas.token_ids.extend(chain.from_iterable(token_ids))
+            if len(deltas.token_ids) != len(self.rows) or not all(token_ids):
+                deltas.num_token_ids.extend(map(len, token_ids))
+            deltas.output_tokens.extend(output_tokens)
+            deltas.emitted_bytes.extend(emitted_bytes)
         return outputs
 
 
@@ -90,19 +90,17 @@ class Outbox:
 
     def delta(self, tag: int, text: str, ids: Sequence[int], *, output_tokens: int, emitted_bytes: int) -> None:
         """More of a reply; the counters are cumulative. `ids` is kept and must not change."""
-        pending = self._add(_OUTPUT_BYTES + len(text) + 4 * len(ids))
-        row = pending.rows.get(tag)
-        if row is None:
-            pending.rows[tag] = len(pending.texts)
-            pending.texts.append(text)
-            pending.token_ids.append(ids)
-            pending.output_tokens.append(output_tokens)
-            pending.emitted_bytes.append(emitted_bytes)
-            return
-        pending.texts[row] += text
-        pending.token_ids[row] = [*pending.token_ids[row], *ids]
-        pending.output_tokens[row] = output_tokens
-        pending.emitted_bytes[row] = emitted_bytes
+        num_bytes = _OUTPUT_BYTES + len(text) + 4 * len(ids)
+        rows = self._pending.rows
+        before = rows.get(tag)
+        if before is not None:
+            text, ids = before[0] + text, [*before[1], *ids]
+        if before is None and 0 < self._bytes < self._bound.max_bytes - num_bytes:
+            self._bytes += num_bytes  # a further row of a step: as `_add`, but for the age, which has not changed
+        else:
+            self._add(num_bytes)
+            rows = self._pending.rows
+        rows[tag] = (text, ids, output_tokens, emitted_bytes)
 
     def finished(self, tag: int, finished: pb.Finished) -> None:
         self._end(tag, _OUTPUT_BYTES, pb.Output(tag=tag, finished=finished))

@@ -19,21 +19,22 @@ class Detokenizer:
         self._decode_bytes = decode_bytes
         self._decoder = _new_decoder(errors="replace")
         self._strip_space = strip_space
-        self._between_characters = True  # the decoder holds nothing
+        self.is_empty = not strip_space  # neither bytes are held nor is a space to be dropped
 
     def feed(self, token_id: int) -> str:
         """The text that has become certain by this token: whole characters only."""
         data = self._decode_bytes(token_id)
         if self._strip_space and data:
             self._strip_space = False
+            self.is_empty = True
             data = data.removeprefix(b" ")
-        if self._between_characters and data.isascii():  # most tokens by far, at a tenth of the decoder's cost
+        if self.is_empty and data.isascii():  # most tokens by far, at a tenth of the decoder's cost
             return data.decode("ascii")
         text = self._decoder.decode(data)
-        self._between_characters = not self._decoder.getstate()[0]
+        self.is_empty = not (self._strip_space or self._decoder.getstate()[0])
         return text
 
     def flush(self) -> str:
         """U+FFFD for the bytes of a character that never came whole; then nothing is held any more."""
-        self._between_characters = True
+        self.is_empty = not self._strip_space
         return self._decoder.decode(b"", final=True)

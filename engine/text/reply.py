@@ -23,7 +23,8 @@ class Piece(NamedTuple):
 
 
 class ReplyText:
-    """Text of ids fed in order. Ids in `stop_ids` end a turn and are no text, whatever their spelling.
+    """Text of ids fed in order. Ids in `stop_ids` end a turn and are no text, whatever their spelling. `ascii_texts` is
+    for all replies of a tokenizer: what they have found of its ids.
 
     `sent_bytes` of the text (UTF-8) have been sent by an earlier attempt and are not sent again. `emitted_bytes` counts
     what has been sent in all.
@@ -37,18 +38,40 @@ class ReplyText:
         stop_ids: Collection[int],
         stops: Sequence[str],
         sent_bytes: int = 0,
+        ascii_texts: dict[int, str] | None = None,
     ) -> None:
+        self._ascii_texts = {} if ascii_texts is None else ascii_texts
+        self._decode_bytes = decode_bytes
         self._detokenizer = Detokenizer(decode_bytes, strip_space=strip_space)
         self._stop_ids = stop_ids
         self._matcher = StopMatcher(stops) if stops else None
         self._bytes = 0  # of the text that is certain
         self.emitted_bytes = sent_bytes
 
+    def feed_one(self, token_id: int) -> str | None:
+        """As `feed` of one id, where that is whole characters of ASCII that can be sent as they are: what a step mostly
+        brings, in one call. None where it is not; then nothing has been fed.
+        """
+        text = self._ascii_texts.get(token_id)
+        if text is None:
+            data = self._decode_bytes(token_id)
+            if not data or not data.isascii():
+                return None
+            text = self._ascii_texts[token_id] = data.decode("ascii")
+        sent = self.emitted_bytes
+        if (
+            self._matcher is not None
+            or not self._detokenizer.is_empty
+            or self._bytes != sent
+            or token_id in self._stop_ids
+        ):
+            return None
+        self._bytes = self.emitted_bytes = sent + len(text)
+        return text
+
     def feed(self, ids: Sequence[int]) -> Piece:
         """The text that becomes certain by `ids`. After a stop sequence or an id of `stop_ids` nothing is fed."""
         feed, matcher = self._detokenizer.feed, self._matcher
-        if matcher is None and len(ids) == 1 and ids[0] not in self._stop_ids:  # what a step mostly brings
-            return Piece(self._unsent(feed(ids[0])), 1, None)
         parts: list[str] = []
         for num_ids, token_id in enumerate(ids, start=1):
             if token_id in self._stop_ids:
