@@ -36,7 +36,8 @@ def model_revision(directory: Path | str, *, quantize: str = "none", yarn: Yarn 
     4 KiB spread evenly from the first byte to the last. Training or merging changes nearly every block, so this tells
     versions of a model apart; it is no defence against someone who alters single weights on purpose. `quantize`, what
     the weights are rounded to when they are loaded, and `yarn` count too: the same prompt has other keys and values
-    then. Where the directory lies and when its files were written do not count. Raises ModelError where a file cannot be read.
+    then. Where the directory lies and when its files were written do not count. Raises ModelError where a file cannot
+    be read.
     """
     directory = Path(directory)
     digest = hashlib.blake2b(digest_size=16)
