@@ -48,6 +48,8 @@ def test_message_and_stream_agree(edge: Edge) -> None:
 @pytest.mark.slow
 def test_sixty_four_streams_equal_their_runs_alone(edge: Edge) -> None:
     """Sampled at temperature 1: what a stream says does not depend on its company."""
+    if edge.backend == "vllm":
+        pytest.skip("vLLM's numbers depend on what runs beside a request: engine/backends/VLLM.md")
     heroes = ["fox", "bear", "robot", "king", "cat", "mouse", "girl", "owl"]
     bodies = [
         message(

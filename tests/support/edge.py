@@ -23,6 +23,8 @@ import pytest
 
 from aiexport_edge.proto import engine_pb2, engine_pb2_grpc
 
+VLLM_PYTHON = "AIEXPORT_TEST_VLLM_PYTHON"  # of the environment: the interpreter of an installation of vLLM
+BACKENDS = ("native", "vllm") if os.environ.get(VLLM_PYTHON) else ("native",)  # what the conformance tests run on
 KEY = re.compile(r"axp_live_[A-Za-z0-9_-]{43}")
 HAIKU = "apex-haiku-4-20250401"
 SONNET = "apex-sonnet-4-20250501"
@@ -58,6 +60,7 @@ class Edge:
     config: Path | None
     key: str = ""
     ca: Path | None = None
+    backend: str = "native"
     stdout: list[str] = field(default_factory=list)
     stderr: list[str] = field(default_factory=list)
 
@@ -118,6 +121,35 @@ def start(state: Path, config: Path | None = None, *args: str, ca: Path | None =
     return edge
 
 
+def start_on(backend: str, directory: Path) -> Edge:
+    """The demo installation with its three tiers, on a backend; its workspace is `demo`."""
+    if backend == "native":
+        return start(directory / "state")
+    config = directory / "aiexport-edge.toml"
+    config.write_text("".join(_VLLM_TIER.format(*tier, python=os.environ[VLLM_PYTHON]) for tier in _TIERS))
+    edge = _run(directory / "state", config, (), None, ready_s=300)
+    edge.backend = backend
+    edge.cli("workspaces", "create", "demo", "--plan", "enterprise")
+    edge.key = edge.cli("keys", "create", "--workspace", "demo")["key"]
+    return edge
+
+
+_TIERS = (("apex-opus-3-20250401", "opus"), (SONNET, "sonnet"), (HAIKU, "haiku"))
+_VLLM_TIER = """\
+[[models]]
+ids = ["{0}"]
+family = "{1}"
+source = "demo"
+backend = "vllm"
+input_per_million = 1.0
+output_per_million = 2.0
+[models.vllm]
+python = "{python}"
+memory_share = 0.3
+kv_cache_bytes = "512MiB"
+"""
+
+
 def restart(edge: Edge) -> Edge:
     """Starts `serve` again on the state of an installation that has ended, with its key."""
     again = _run(edge.state, edge.config, (), edge.ca)
@@ -125,7 +157,7 @@ def restart(edge: Edge) -> Edge:
     return again
 
 
-def _run(state: Path, config: Path | None, args: tuple[str, ...], ca: Path | None) -> Edge:
+def _run(state: Path, config: Path | None, args: tuple[str, ...], ca: Path | None, *, ready_s: float = 90.0) -> Edge:
     port, admin_port = free_port(), free_port()
     command = [sys.executable, "-m", "aiexport_edge.shim.cli.main", "serve", "--state", str(state)]
     command += ["--port", str(port), "--admin-port", str(admin_port), *args]
@@ -150,7 +182,7 @@ def _run(state: Path, config: Path | None, args: tuple[str, ...], ca: Path | Non
         return edge.ready()
 
     try:
-        wait_until(up, "serve is ready", 90)
+        wait_until(up, "serve is ready", ready_s)
     except BaseException:
         process.kill()
         print("".join(edge.stderr[-30:]))

@@ -76,14 +76,17 @@ class Gate:
         """
         if any(request.probation for request in self.running.values()):
             return None
+        has_place = len(self.running) < self._max_num_running
         if self._probation:
+            if not has_place:
+                return None
             request = next(iter(self._probation.values()))
             del self._probation[request.handle]
             return self._hand_over(request)
         request_or_none = self._head()
         if request_or_none is None:
             return None
-        if len(self.running) < self._max_num_running:
+        if has_place:
             self._queues[request_or_none.priority].remove(request_or_none)
             return self._hand_over(request_or_none)
         return self._take_back(request_or_none)
