@@ -20,8 +20,6 @@ from aiexport_edge.shim.body import BodyBudget
 from aiexport_edge.shim.catalog import Catalog
 from aiexport_edge.shim.engines.engines import Engines, ModelState
 from aiexport_edge.shim.idempotency import IdempotencyKeys
-from aiexport_edge.shim.images.fetch import ImageFetcher
-from aiexport_edge.shim.images.sources import ImageRules
 from aiexport_edge.shim.limits.limits import Limits
 from aiexport_edge.shim.limits.windows import open_window
 from aiexport_edge.shim.secrets import MasterKeys, SecretBox
@@ -74,8 +72,6 @@ class Services:
         self.batch_threads = ThreadPoolExecutor(2, "batch-intake")
         self.batch_rows = BatchRows(store.database)
         self.webhook_policy = AddressPolicy(config.webhooks.allow)
-        self.image_rules = ImageRules(config.images)
-        self.image_fetcher = ImageFetcher(self.image_rules, config.images.fetch_timeout.total_seconds())
         self.batches = self._executor()
         self.webhooks = WebhookSender(
             WebhookRows(store.database, self.secrets),
@@ -89,7 +85,7 @@ class Services:
         places = int(config.engine.queue_size * config.engine.tenant_queue_share)  # that one workspace may wait in
         return Executor(
             BatchLeases(database, self.process_id, partial(record, process_id=self.process_id)),
-            Runner(self.engines, self.catalog, self.limits, self.image_rules, self.image_fetcher, self.bodies),
+            Runner(self.engines, self.catalog, self.limits),
             self.engines,
             self.catalog,
             max_in_flight=config.batches.max_in_flight,

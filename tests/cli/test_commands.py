@@ -66,7 +66,7 @@ def every_help() -> list[list[str]]:
         "workspaces": ("create", "list", "show", "set", "delete"),
         "keys": ("create", "list", "rotate", "revoke"),
         "models": ("list", "verify", "import"),
-        "config": ("check", "show"),
+        "config": ("check", "preset", "show"),
     }
     return [[], *([name] for name in COMMANDS), *([name, leaf] for name, found in leaves.items() for leaf in found)]
 
@@ -204,6 +204,15 @@ def test_config_check_and_show(cli: Cli, tmp_path: Path) -> None:
     shown = cli.json("config", "show", "--config", str(file))
     assert shown["shim"]["port"] == 9000
     assert shown["admin"]["listen"] == "127.0.0.1:9001"
+
+    text = cli("config", "preset", "--card", "24")[0]
+    file.write_text(text)
+    assert "Qwen3-VL-4B-Instruct: 4,438 million parameters" in cli("config", "check", str(file), "--card", "24")[0]
+    assert cli.json("config", "check", str(file), "--card", "24")["card"]["gb"] == 24
+    assert "a card of 8 GB has 8.0 GiB" in cli("config", "check", str(file), "--card", "8", status=1)[1]
+    assert "there is no directory" in cli("config", "check", str(file), status=1)[1]
+    assert "| 141 GB |" in cli("config", "preset")[0]
+    assert "there are 8, 16, 24, 48, 80, 141" in cli("config", "preset", "--card", "12", status=1)[1]
 
     file.write_text("[shim]\nprot = 9000\n")
     assert cli("config", "check", str(file), status=1)[1] == (
