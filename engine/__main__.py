@@ -86,6 +86,9 @@ def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: st
         batch_floor_share=config.engine.batch_floor_share,
         memory_share=config.engine.memory_share,
         kernel_cache=str(config.kernel_cache),
+        adapter_slots=config.adapters.slots if config.adapters.roots else 0,
+        max_adapter_rank=config.adapters.max_rank,
+        adapter_host_bytes=config.adapters.host_bytes,
     )
     if core_config.models:
         core.configure(core_config)
@@ -114,6 +117,8 @@ def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: st
         ready_fd=ready_fd,
         otlp_endpoint=config.telemetry.otlp_endpoint,
         images=_images(config.images),
+        adapter_roots=config.adapters.roots,
+        max_adapter_rank=config.adapters.max_rank,
     )
     try:
         progress = StartProgress([fact.name for fact in facts])
@@ -165,6 +170,7 @@ def _facts(config: Config) -> list[ModelFacts]:
                 deterministic=weights.deterministic,
                 stop_ids=model.stop_ids,
                 vision=None if model.vision is None else _vision(directory, model.vision, config.images.max_tokens),
+                takes_adapters=weights.vllm is None,
             )
         )
     return facts

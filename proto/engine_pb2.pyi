@@ -135,20 +135,22 @@ class Tenant(_message.Message):
     def __init__(self, id: _Optional[str] = ..., weight: _Optional[float] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
 
 class Resume(_message.Message):
-    __slots__ = ("attempt", "forced_ids", "emitted_bytes", "prompt_tokens", "max_tokens", "model_revision")
+    __slots__ = ("attempt", "forced_ids", "emitted_bytes", "prompt_tokens", "max_tokens", "model_revision", "adapter_digest")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     FORCED_IDS_FIELD_NUMBER: _ClassVar[int]
     EMITTED_BYTES_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MODEL_REVISION_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     attempt: int
     forced_ids: _containers.RepeatedScalarFieldContainer[int]
     emitted_bytes: int
     prompt_tokens: int
     max_tokens: int
     model_revision: str
-    def __init__(self, attempt: _Optional[int] = ..., forced_ids: _Optional[_Iterable[int]] = ..., emitted_bytes: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., model_revision: _Optional[str] = ...) -> None: ...
+    adapter_digest: bytes
+    def __init__(self, attempt: _Optional[int] = ..., forced_ids: _Optional[_Iterable[int]] = ..., emitted_bytes: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., model_revision: _Optional[str] = ..., adapter_digest: _Optional[bytes] = ...) -> None: ...
 
 class JsonObject(_message.Message):
     __slots__ = ()
@@ -246,16 +248,18 @@ class ErrorDetail(_message.Message):
     def __init__(self, code: _Optional[_Union[ErrorCode, str]] = ..., message: _Optional[str] = ..., field: _Optional[str] = ..., limit: _Optional[int] = ..., actual: _Optional[int] = ..., retry_after_ms: _Optional[int] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("prompt_tokens", "max_tokens", "seed", "model_revision")
+    __slots__ = ("prompt_tokens", "max_tokens", "seed", "model_revision", "adapter_digest")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     MODEL_REVISION_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     max_tokens: int
     seed: int
     model_revision: str
-    def __init__(self, prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., model_revision: _Optional[str] = ...) -> None: ...
+    adapter_digest: bytes
+    def __init__(self, prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., model_revision: _Optional[str] = ..., adapter_digest: _Optional[bytes] = ...) -> None: ...
 
 class Started(_message.Message):
     __slots__ = ("cached_tokens",)

@@ -1,1 +1,1 @@
-"""Low-rank adapters: directories as the PEFT library writes them, and which of them this engine serves."""
+"""Low-rank adapters: directories as the PEFT library writes them."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from aiexport_edge.engine.core.protocol import CoreStats, FinishReason, ImageInput, Priority, Sampling
+from aiexport_edge.engine.core.protocol import AdapterRef, CoreStats, FinishReason, ImageInput, Priority, Sampling
 from aiexport_edge.engine.structured.vocabulary import Vocabulary
 
 
@@ -96,6 +96,7 @@ class BackendRequest:
     priority: Priority
     constraint: BackendConstraint | None = None
     images: tuple[ImageInput, ...] = ()
+    adapter: AdapterRef | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -394,4 +394,5 @@ def _add(handle: int, live: _Live) -> AddRequest:
         grammar=None if request.constraint is None else request.constraint.grammar,
         document_prefix=b"" if request.constraint is None else request.constraint.prefix,
         images=list(request.images),
+        adapter=request.adapter,
     )

@@ -17,7 +17,8 @@ from typing import TypeVar
 import msgspec
 
 from aiexport_edge.engine.backends.base import Backend, BackendRequest
-from aiexport_edge.engine.core.protocol import FinishReason, Sampling, pack_ids
+from aiexport_edge.engine.core.protocol import AdapterRef, FinishReason, Sampling, pack_ids
+from aiexport_edge.engine.server.adapters import AdapterRegistry, ServedAdapter, check_resumed_adapter
 from aiexport_edge.engine.server.admission import Admission
 from aiexport_edge.engine.server.errors import RequestError
 from aiexport_edge.engine.server.models import Model, ModelText
@@ -68,9 +69,11 @@ class Generations:
         backend: Backend,
         admission: Admission,
         pictures: Pictures,
+        adapters: AdapterRegistry,
         tracer: RequestTracer | None = None,
     ) -> None:
         self.tracer = tracer
+        self.adapters = adapters
         self.pictures = pictures
         self.models = {model.facts.name: model for model in models}
         self.backend = backend
@@ -151,6 +154,7 @@ class Generation:
         self._started_at = self._first_token_at = 0.0
         self._num_prompt_tokens = self._cached_tokens = self._output_tokens = 0
         self._held: list[HeldPicture] = []  # until the end
+        self._adapter: ServedAdapter | None = None
         self._replayed = ""  # text of an earlier attempt's ids, until Started is told
 
     # ------------------------------------------------------------------------------------------------ beginning
@@ -162,6 +166,10 @@ class Generation:
                 raise RequestError(pb.ERROR_QUEUE_FULL, "The engine is draining: it takes no new requests.")
             model, text = check_model(self._owner.models, request.model)
             check_request(request, model)
+            if request.adapter:
+                self._adapter = self._owner.adapters.find(request.adapter, model.facts.name)
+            if request.HasField("resume"):
+                check_resumed_adapter(request.resume, self._adapter)
             blocks = image_blocks(request.chat)
             check_images(blocks, model, self._owner.pictures)
             self._owner.admission.enter(self._tenant)
@@ -220,7 +228,11 @@ class Generation:
         self._outbox.accepted(
             self._tag,
             pb.Accepted(
-                prompt_tokens=len(prompt_ids), max_tokens=max_tokens, seed=seed, model_revision=model.facts.revision
+                prompt_tokens=len(prompt_ids),
+                max_tokens=max_tokens,
+                seed=seed,
+                model_revision=model.facts.revision,
+                adapter_digest=b"" if self._adapter is None else self._adapter.digest,
             ),
         )
         if self._trace is not None:
@@ -253,6 +265,7 @@ class Generation:
                     msgspec.structs.replace(held.image, start=start)
                     for held, start in zip(self._held, prompt.starts, strict=True)
                 ),
+                adapter=None if self._adapter is None else AdapterRef(self._adapter.path, self._adapter.digest),
             ),
             self,
         )

@@ -12,10 +12,12 @@ import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from aiexport_edge.engine.backends.base import Backend, ModelState
 from aiexport_edge.engine.images.limits import ImageLimits
 from aiexport_edge.engine.images.pool import ImagePool
+from aiexport_edge.engine.server.adapters import AdapterRegistry
 from aiexport_edge.engine.server.admission import Admission
 from aiexport_edge.engine.server.facts import ModelFacts
 from aiexport_edge.engine.server.generation import Generations
@@ -48,7 +50,7 @@ class ImageConfig:
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
     """What the server needs to know. `drain_s`: how long running requests may go on after SIGTERM. `ready_fd`: told one
-    line when the first model serves; None: nobody asks.
+    line when the first model serves; None: nobody asks. Adapters lie below `adapter_roots`; without there are none.
     """
 
     listener: ListenerConfig
@@ -60,6 +62,8 @@ class ServerConfig:
     ready_fd: int | None = None
     otlp_endpoint: str | None = None
     images: ImageConfig = field(default_factory=ImageConfig)
+    adapter_roots: Sequence[Path] = ()
+    max_adapter_rank: int = 0
 
 
 class Server:
@@ -74,7 +78,8 @@ class Server:
         images = config.images
         pool = ImagePool(images.limits, num_workers=images.num_workers, timeout_s=images.timeout_s)
         pictures = Pictures(pool, held_bytes=images.held_bytes, max_count=images.max_count)
-        self._generations = Generations(self._models, backend, admission, pictures, self._tracer)
+        adapters = AdapterRegistry(config.models, roots=config.adapter_roots, max_rank=config.max_adapter_rank)
+        self._generations = Generations(self._models, backend, admission, pictures, adapters, self._tracer)
         self._service = EngineService(self._generations, config.outbox)
         self._tasks: list[asyncio.Task[None]] = []
         self._listener: Listener | None = None

@@ -14,6 +14,7 @@ import grpc
 
 from aiexport_edge.engine.backends.base import ModelState
 from aiexport_edge.engine.server import errors
+from aiexport_edge.engine.server.adapters import to_proto
 from aiexport_edge.engine.server.generation import Generations
 from aiexport_edge.engine.server.outbox import Outbox, OutboxBound
 from aiexport_edge.engine.server.pictures import UPLOAD_S, receive_images
@@ -114,6 +115,28 @@ class EngineService(EngineServicer):
                 message=status.message,
             )
         return response
+
+    async def LoadAdapter(
+        self, request: pb.LoadAdapterRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.Adapter:
+        adapters = self._generations.adapters
+        try:
+            adapter = await self._generations.in_thread(adapters.read, request)
+            adapters.add(adapter)
+            return to_proto(adapter)
+        except errors.RequestError as error:
+            await errors.abort(context, error.detail)
+
+    async def UnloadAdapter(
+        self, request: pb.UnloadAdapterRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.UnloadAdapterResponse:
+        self._generations.adapters.remove(request.name)
+        return pb.UnloadAdapterResponse()
+
+    async def ListAdapters(
+        self, request: pb.ListAdaptersRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.ListAdaptersResponse:
+        return pb.ListAdaptersResponse(adapters=map(to_proto, self._generations.adapters.list()))
 
     async def Stats(self, request: pb.StatsRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.StatsResponse:
         stats = self._generations.backend.stats()
