@@ -43,6 +43,7 @@ def add_arguments(_name: str, parser: argparse.ArgumentParser) -> None:
         description="Prints a configuration of the three tiers for a card of 8, 16, 24, 48, 80 or 141 GB; without "
         "--card a table of all.",
         epilog="example:\n  aiexport-edge config preset --card 24 > aiexport-edge.toml\n",
+        parents=[common_options()],
     )
     preset.add_argument("--card", metavar="GB", type=int, help="memory of the card")
     json_option(preset)
