@@ -3,6 +3,11 @@
 Everything of one turn of the event loop goes into one message, and while the client is slow to read, into the same: a
 request's deltas are joined. The engine never waits: past the bound in bytes or age the outbox overflows and says so
 once.
+
+A message and what it brings on (an event to each of its connections) cost the same whether it holds one token of each
+request or three. So where steps follow each other faster than `STEADY_S` and bring tokens to `MANY` requests or more,
+steps share a message, for 10 ms at most: a stream then has up to 200 events a second, not 1,000. An answer, a start,
+a first token and an end never wait.
 """
 
 from __future__ import annotations
@@ -17,6 +22,8 @@ from itertools import chain
 from aiexport_edge.proto import engine_pb2 as pb
 
 _OUTPUT_BYTES = 32  # what an output weighs besides its text and ids
+STEADY_S = 0.005  # between two messages to a session with many streams, if nothing in them is urgent
+MANY = 32  # rows; with fewer, what a message costs does not matter
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +78,8 @@ class Outbox:
         self._complete: deque[_Pending] = deque()  # messages before it, which nothing is added to
         self._bytes = 0
         self._since = 0.0  # when the oldest pending output came
+        self._taken_at = 0.0
+        self._urgent = False  # something pending must not wait for the next step
         self._draining = False
         self._closed = False
         self._discarding = False
@@ -93,13 +102,13 @@ class Outbox:
         num_bytes = _OUTPUT_BYTES + len(text) + 4 * len(ids)
         rows = self._pending.rows
         before = rows.get(tag)
+        is_first = output_tokens == len(ids)
         if before is not None:
             text, ids = before[0] + text, [*before[1], *ids]
-        if before is None and 0 < self._bytes < self._bound.max_bytes - num_bytes:
+        if before is None and not is_first and 0 < self._bytes < self._bound.max_bytes - num_bytes:
             self._bytes += num_bytes  # a further row of a step: as `_add`, but for the age, which has not changed
         else:
-            self._add(num_bytes)
-            rows = self._pending.rows
+            rows = self._add(num_bytes, urgent=is_first).rows
         rows[tag] = (text, ids, output_tokens, emitted_bytes)
 
     def finished(self, tag: int, finished: pb.Finished) -> None:
@@ -110,7 +119,7 @@ class Outbox:
 
     def drain(self) -> None:
         """From here on every message says that the engine drains, the next one at once."""
-        self._draining = True
+        self._draining = self._urgent = True
         self._wake.set()
 
     def close(self) -> None:
@@ -128,6 +137,8 @@ class Outbox:
     async def take(self) -> pb.StepOutputs | None:
         """The next message, as soon as there is one. None once closed and empty."""
         await self._wake.wait()
+        if len(self._pending.rows) >= MANY:
+            await self._hold()
         if self._discarding:
             return None
         if self._complete:
@@ -140,7 +151,21 @@ class Outbox:
             self._wake.clear()
         self._pending = _Pending()
         self._bytes = 0
+        self._urgent = False
+        self._taken_at = time.monotonic()
         return pending.message(draining=self._draining)
+
+    async def _hold(self) -> None:
+        """Until the first step after `STEADY_S` since the last message, or something urgent, or twice that time."""
+        until, deadline = self._taken_at + STEADY_S, self._taken_at + 2 * STEADY_S
+        while not (self._urgent or self._complete or self._closed) and (now := time.monotonic()) < until:
+            self._wake.clear()
+            try:
+                async with asyncio.timeout(deadline - now):
+                    await self._wake.wait()
+            except TimeoutError:
+                self._wake.set()
+                return
 
     def _begin(self, tag: int) -> None:
         """A tag that is used again begins in another message than that in which it ends."""
@@ -153,11 +178,12 @@ class Outbox:
         pending.ends.append(output)
         pending.ended.add(tag)
 
-    def _add(self, num_bytes: int) -> _Pending:
+    def _add(self, num_bytes: int, *, urgent: bool = True) -> _Pending:
         now = time.monotonic()
         if self._bytes == 0:
             self._since = now
         self._bytes += num_bytes
+        self._urgent = self._urgent or urgent
         if not self._overflowed and (self._bytes > self._bound.max_bytes or now - self._since > self._bound.max_age_s):
             self._overflowed = True
             self._on_overflow()

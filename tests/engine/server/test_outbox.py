@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from aiexport_edge.engine.server.outbox import Outbox, OutboxBound
+from aiexport_edge.engine.server.outbox import MANY, Outbox, OutboxBound
 from aiexport_edge.proto import engine_pb2 as pb
 
 
@@ -53,6 +54,90 @@ def test_deltas_of_a_request_are_joined_and_events_keep_their_order() -> None:
         assert not again.ends
 
     run(test())
+
+
+def _step(outbox: Outbox, num: int) -> None:
+    for tag in range(MANY):
+        outbox.delta(tag, "a", [1], output_tokens=num, emitted_bytes=num)
+
+
+def test_quick_steps_to_many_streams_share_messages() -> None:
+    """Four steps in `STEADY_S`, by a clock of the test's."""
+    clock = Clock()
+
+    async def test() -> None:
+        outbox = Outbox(no_overflow, OutboxBound(max_age_s=1e6))
+        num_tokens = 1
+        _step(outbox, num_tokens)
+        assert await outbox.take() is not None
+        for _ in range(10):
+            taking = asyncio.create_task(outbox.take())
+            while not taking.done():
+                clock.now += 250.0
+                num_tokens += 1
+                _step(outbox, num_tokens)
+                for _ in range(5):
+                    await asyncio.sleep(0)
+            outputs = await taking
+            assert outputs is not None
+            assert set(outputs.deltas.num_token_ids) == {4}
+            assert set(outputs.deltas.output_tokens) == {num_tokens}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aiexport_edge.engine.server.outbox.STEADY_S", 1000.0)
+        patch.setattr("aiexport_edge.engine.server.outbox.time", SimpleNamespace(monotonic=clock))
+        run(test())
+
+
+@pytest.mark.parametrize("what", ["started", "first", "finished", "closed", "draining"])
+def test_what_is_urgent_takes_a_held_message_along(what: str) -> None:
+    async def test() -> None:
+        outbox = Outbox(no_overflow, OutboxBound())
+        _step(outbox, 2)
+        assert await outbox.take() is not None
+        _step(outbox, 3)
+        taking = asyncio.create_task(outbox.take())
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not taking.done()
+        match what:
+            case "started":
+                outbox.started(99, 0)
+            case "first":
+                outbox.delta(99, "a", [1], output_tokens=1, emitted_bytes=1)
+            case "finished":
+                outbox.finished(3, pb.Finished())
+            case "closed":
+                outbox.close()
+            case _:
+                outbox.drain()
+        outputs = await taking
+        assert outputs is not None
+        assert len(outputs.deltas.tags) >= MANY
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aiexport_edge.engine.server.outbox.STEADY_S", 1000.0)
+        run(test())
+
+
+def test_a_held_message_goes_without_a_next_step() -> None:
+    async def test() -> None:
+        outbox = Outbox(no_overflow, OutboxBound())
+        for num in (2, 3):
+            _step(outbox, num)
+            assert await outbox.take() is not None
+
+    run(test())
+
+
+class Clock:
+    """Stands still unless the test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def test_it_ends_when_closed_and_empty() -> None:
