@@ -46,6 +46,34 @@ ENGINES_CONNECTED = Gauge(
     "aiexport_engines_connected", "Engine sessions that are up", multiprocess_mode="livesum", registry=_registry
 )
 RESUMED = Counter("aiexport_resumed", "Replies that went on after their engine was lost", registry=_registry)
+RETRIED = Counter("aiexport_retried", "Times that a request was asked of a further engine", registry=_registry)
+ROUTED = Counter("aiexport_routed", "Choices of an engine by their reason", ["reason"], registry=_registry)
+ENGINE_STATE = Gauge(
+    "aiexport_engine_state",
+    "Shim workers that see an engine in a state",
+    ["engine", "state"],
+    multiprocess_mode="livesum",
+    registry=_registry,
+)
+ENGINE_REQUESTS = Gauge(
+    "aiexport_engine_requests",
+    "Requests that are placed at an engine",
+    ["engine"],
+    multiprocess_mode="livesum",
+    registry=_registry,
+)
+ENGINE_ACCEPTED = Counter(
+    "aiexport_engine_accepted", "Requests that an engine has taken", ["engine"], registry=_registry
+)
+ENGINE_EJECTIONS = Counter(
+    "aiexport_engine_ejections", "Times that an engine was given up for a while", ["engine"], registry=_registry
+)
+ENGINE_PROMPT_TOKENS = Counter(
+    "aiexport_engine_prompt_tokens",
+    "Prompt tokens of requests that began at an engine, all and those that it had cached",
+    ["engine", "kind"],
+    registry=_registry,
+)
 LIMITS_LOCAL = Gauge(
     "aiexport_limits_counted_locally",
     "1 while Redis is away and each machine counts requests a minute by itself",

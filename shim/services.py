@@ -18,8 +18,11 @@ from aiexport_edge.shim.batches.executor import Executor
 from aiexport_edge.shim.batches.run import Runner
 from aiexport_edge.shim.body import BodyBudget
 from aiexport_edge.shim.catalog import Catalog
+from aiexport_edge.shim.engine_metrics import EngineMetrics
 from aiexport_edge.shim.engines.engines import Engines, ModelState
 from aiexport_edge.shim.idempotency import IdempotencyKeys
+from aiexport_edge.shim.images.fetch import ImageFetcher
+from aiexport_edge.shim.images.sources import ImageRules
 from aiexport_edge.shim.limits.limits import Limits
 from aiexport_edge.shim.limits.windows import open_window
 from aiexport_edge.shim.secrets import MasterKeys, SecretBox
@@ -72,6 +75,8 @@ class Services:
         self.batch_threads = ThreadPoolExecutor(2, "batch-intake")
         self.batch_rows = BatchRows(store.database)
         self.webhook_policy = AddressPolicy(config.webhooks.allow)
+        self.image_rules = ImageRules(config.images)
+        self.image_fetcher = ImageFetcher(self.image_rules, config.images.fetch_timeout.total_seconds())
         self.batches = self._executor()
         self.webhooks = WebhookSender(
             WebhookRows(store.database, self.secrets),
@@ -85,7 +90,7 @@ class Services:
         places = int(config.engine.queue_size * config.engine.tenant_queue_share)  # that one workspace may wait in
         return Executor(
             BatchLeases(database, self.process_id, partial(record, process_id=self.process_id)),
-            Runner(self.engines, self.catalog, self.limits),
+            Runner(self.engines, self.catalog, self.limits, self.image_rules, self.image_fetcher, self.bodies),
             self.engines,
             self.catalog,
             max_in_flight=config.batches.max_in_flight,
@@ -120,12 +125,10 @@ class Services:
 
     async def _measure(self) -> None:
         """Keeps the gauges that nobody sets in passing."""
-        counted = 0
+        engine_metrics = EngineMetrics(self.engines)
         while True:
             metrics.BODY_BYTES.set(self.bodies.used)
-            metrics.ENGINES_CONNECTED.set(sum(session.connected for session in self.engines.sessions))
-            metrics.RESUMED.inc(self.engines.num_resumed - counted)
-            counted = self.engines.num_resumed
+            engine_metrics.measure()
             await asyncio.sleep(_MEASURE_S)
 
 

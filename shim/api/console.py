@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.proto.version import API_VERSION, product_version
-from aiexport_edge.shim.engines.session import Session
+from aiexport_edge.shim.engines.session import EngineState, Session
 from aiexport_edge.shim.errors import NotFound
 from aiexport_edge.shim.services import Services
 from aiexport_edge.shim.store import Key, Missing, OAuthClient
@@ -116,10 +116,10 @@ def _engine_row(session: Session, stats: pb.StatsResponse | None) -> Sequence[An
     if stats is None:
         return (session.address, _bad("not connected" if not session.connected else "does not answer"), *[""] * 7)
     used = stats.pages_used / max(1, stats.pages_total)
-    draining = stats.draining or session.draining
+    state = EngineState.DRAINING if stats.draining else session.state
     return (
         session.address,
-        _bad("draining") if draining else "connected",
+        "connected" if state is EngineState.SERVING else _bad(state.value),
         stats.running,
         stats.waiting,
         f"{stats.pages_used:,} of {stats.pages_total:,} ({used:.0%})",

@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from aiexport_edge.proto.version import API_VERSION
 from aiexport_edge.shim.engines.engines import ModelState
+from aiexport_edge.shim.engines.session import EngineState
 from aiexport_edge.shim.services import Services
 
 _HEADERS = {"cache-control": "no-store", "vary": "accept"}
@@ -56,6 +57,10 @@ class Status:
             "status": status,
             "version": API_VERSION,
             "models": models,
+            "engines": {
+                "total": len(engines.sessions),
+                "serving": sum(session.state is EngineState.SERVING for session in engines.sessions),
+            },
             "availability_30d": None if availability is None else round(availability, 6),
             "availability_period": "30 days" if history is not None and history.is_whole else "since install",
             "availability_since": None if since is None else _time(since),

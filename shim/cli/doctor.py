@@ -17,7 +17,7 @@ from pathlib import Path
 
 from aiexport_edge.proto.config import Config, ConfigError, source_directory
 from aiexport_edge.proto.units import split_address
-from aiexport_edge.shim.cli import card_checks, listener_checks
+from aiexport_edge.shim.cli import card_checks, engine_checks, listener_checks
 from aiexport_edge.shim.cli.admin import REMEDY, lacks_login, needs_login
 from aiexport_edge.shim.cli.check import OK, PROBLEM, WARNING, Check
 from aiexport_edge.shim.cli.command import CommandError, json_option, load_config, opened_store, print_json
@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
             checks += card_checks.triton(config.kernel_cache)
         checks += [*_weights(config), *_state(config), *_store(config), *_limits(config), *_ports(config)]
         checks += [*listener_checks.certificate(config), *listener_checks.traces(config)]
+        checks += [*engine_checks.certificates(config), *engine_checks.engines(config)]
     well = all(check.status != PROBLEM for check in checks)
     if args.json:
         print_json({"ok": well, "checks": checks})

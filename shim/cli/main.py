@@ -34,6 +34,7 @@ COMMANDS = {
     "config": ("settings", "check the configuration file, show the settings that hold"),
     "bench": ("bench", "how fast this installation is, and what its machine can do"),
     "compare": ("compare", "replay requests at two servers and show where their replies differ in shape"),
+    "status": ("status", "whether the service answers, and how each engine is"),
     "doctor": ("doctor", "what is wrong with this installation, and what to do"),
 }
 

@@ -12,6 +12,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING
 
+from aiexport_edge.proto.config_values import grpc_target
 from aiexport_edge.shim.cli.command import CommandError, argument_type, load_config, make_state, port_number
 
 if TYPE_CHECKING:
@@ -37,7 +38,11 @@ def add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
     parser.epilog = SHIM_EPILOG
     listener_options(parser)
     parser.add_argument(
-        "--engine", metavar="ADDR", action="append", help="HOST:PORT or unix:PATH of an engine; may be repeated"
+        "--engine",
+        metavar="ADDR",
+        action="append",
+        type=argument_type(grpc_target, "address"),
+        help="HOST:PORT or unix:PATH of an engine, dns:///HOST:PORT for all that a name resolves to; may be repeated",
     )
     parser.add_argument("--workers", metavar="N", type=argument_type(_count, "count"), help="processes (default: 1)")
     parser.set_defaults(run=_shim)

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         rest, admin = _listeners(config, stack)
         address = "unix:" + str(stack.enter_context(_socket_path(config.state)))
         engine = ChildSpec("engine", processes.engine_command(config, address), hidden=_SHIM_SECRETS)
-        return asyncio.run(_Installation(config, rest, admin, engine, (address,)).run())
+        return asyncio.run(_Installation(config, rest, admin, engine, (address, *config.shim.engines)).run())
 
 
 def run_shims(args: argparse.Namespace) -> int:

@@ -31,7 +31,7 @@ class AccessError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One address of an engine (HOST:PORT or unix:PATH); `server_name` is what its certificate is for, where not that."""
+    """One address of an engine, HOST:PORT or unix:PATH; `server_name`: what its certificate is for, where not that."""
 
     address: str
     server_name: str | None = None

@@ -141,15 +141,15 @@ class Engines:
 
     def state(self, model: str) -> ModelState:
         """The best state of `model` on any engine that would take a request."""
-        infos = [
-            session.models[model]
+        able = [
+            session
             for session in self.sessions
             if session.connected and not session.draining and not session.leaving and model in session.models
         ]
-        states = {info.state for info in infos}
-        if pb.MODEL_READY in states:
+        if any(session.can_serve(model) for session in able):
             return ModelState.READY
-        if pb.MODEL_LOADING in states:
+        states = {session.models[model].state for session in able}
+        if states & {pb.MODEL_LOADING, pb.MODEL_READY}:  # ready, but its engine does not serve yet
             return ModelState.LOADING
         return ModelState.FAILED if pb.MODEL_FAILED in states else ModelState.UNAVAILABLE
 

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from support.scripted_engine import ScriptedEngine
 from support.shim_server import HAIKU, ShimServer, until
 
 from aiexport_edge.proto import engine_pb2 as pb
+from aiexport_edge.shim import services
 from aiexport_edge.shim.engines import outliers, session
 from aiexport_edge.shim.engines.routing import Policy, Reason
 from aiexport_edge.shim.engines.session import EngineState
@@ -353,3 +355,26 @@ def test_a_reply_goes_on_at_the_engine_with_the_same_weights(make_engine: Make, 
     assert [reader.text() for reader in readers] == [count(20 + number) for number in range(4)]
     assert len(two.seen.submitted) == 4
     assert not three.seen.submitted
+
+
+def test_what_is_counted(make_engine: Make, make_shim: Shims, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(services, "_MEASURE_S", 0.02)
+    one, two = make_engine("one"), make_engine("two")
+    one.cached_tokens = two.cached_tokens = 4
+    shim = make_shim(one, two)
+    connected(shim, 2)
+    for _ in range(3):
+        assert post(shim, LONG) == 200
+    one.drain()
+    held = [each for each in shim.engines.sessions if each.num_accepted]
+    assert len(held) == 1
+    engine = f'engine="{held[0].address}"'
+    wanted = {
+        f'aiexport_engine_state{{engine="{one.address}",state="draining"}} 1.0',
+        f'aiexport_engine_state{{engine="{two.address}",state="serving"}} 1.0',
+        f'aiexport_engine_prompt_tokens_total{{{engine},kind="cached"}} 12.0',
+        f"aiexport_engine_accepted_total{{{engine}}} 3.0",
+    }
+    with httpx.Client(base_url=shim.admin_url) as admin:
+        until(lambda: wanted <= set(admin.get("/metrics").text.splitlines()), "all is there")
+        assert "draining" in admin.get("/console").text

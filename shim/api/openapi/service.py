@@ -24,6 +24,10 @@ SCHEMAS: dict[str, Any] = {
             "status": {"type": "string", "enum": ["operational", "degraded", "down"]},
             "version": {"const": API_VERSION, "description": "Of the API."},
             "models": {"type": "array", "items": _MODEL},
+            "engines": {
+                **record({"total": {"type": "integer"}, "serving": {"type": "integer"}}),
+                "description": "How many engines there are, and how many of them take requests.",
+            },
             "availability_30d": {
                 "type": ["number", "null"],
                 "minimum": 0,
@@ -90,6 +94,7 @@ PATHS: dict[str, Any] = {
                             "status": "operational",
                             "version": API_VERSION,
                             "models": [_TIER],
+                            "engines": {"total": 2, "serving": 2},
                             "availability_30d": 0.9998,
                             "availability_period": "30 days",
                             "availability_since": "2025-04-01T12:00:00Z",
