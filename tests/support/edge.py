@@ -134,15 +134,20 @@ def start_on(backend: str, directory: Path) -> Edge:
     return edge
 
 
-_TIERS = (("apex-opus-3-20250401", "opus"), (SONNET, "sonnet"), (HAIKU, "haiku"))
+_TIERS = (
+    ("apex-opus-3-20250401", "opus", "Apex Opus 3", 15.0, 75.0),
+    (SONNET, "sonnet", "Apex Sonnet 4", 3.0, 15.0),
+    (HAIKU, "haiku", "Apex Haiku 4", 0.25, 1.25),
+)
 _VLLM_TIER = """\
 [[models]]
 ids = ["{0}"]
 family = "{1}"
+display_name = "{2}"
 source = "demo"
 backend = "vllm"
-input_per_million = 1.0
-output_per_million = 2.0
+input_per_million = {3}
+output_per_million = {4}
 [models.vllm]
 python = "{python}"
 memory_share = 0.3

@@ -69,7 +69,7 @@ def engine_args(config: WorkerConfig) -> dict[str, Any]:
         arguments["kv_cache_memory_bytes"] = config.kv_cache_bytes or CPU_KV_CACHE_BYTES
     if on_processor:
         arguments["block_size"] = CPU_BLOCK_TOKENS
-    if config.attention == "aiexport-edge":
+    if config.attention == "aiexport-edge" and not on_processor:
         arguments["attention_config"] = {"backend": "CUSTOM"}
     return arguments
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 from aiexport_edge.engine.backends.vllm.descendants import bind_if_descendant
+
+ATTENTION = "AIEXPORT_EDGE_VLLM_ATTENTION"  # set where our attention is to take the place of vLLM's
 
 
 def register() -> None:
-    """Binds the process to the worker that it belongs to."""
+    """Binds the process to the worker that it belongs to; brings our attention in where it is wanted."""
     bind_if_descendant()
+    if os.environ.get(ATTENTION):
+        from aiexport_edge.engine.backends.vllm.attention import register_attention
+
+        register_attention()
