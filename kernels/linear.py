@@ -18,6 +18,7 @@ import torch
 from aiexport_edge.kernels.quantization import (
     Fp8Weight,
     Int4Weight,
+    Int8Weight,
     QuantizedWeight,
     Weight,
     quantize_fp8,
@@ -171,22 +172,41 @@ def _pack_own(
 
 
 def _quantized(parts: Sequence[Weight], dtype: torch.dtype, quantize: str) -> QuantizedWeight | None:
-    """The weight in four bits or FP8: as it came, or rounded as `quantize` asks; None where it is neither."""
-    if all(isinstance(part, torch.Tensor) for part in parts) and quantize not in ("int4", "fp8"):
+    """The weight in the form that its device multiplies: as it came, or rounded as `quantize` asks; None: in floats.
+
+    A CPU's int8 products round the weights themselves, part by part.
+    """
+    is_float = all(isinstance(part, torch.Tensor) for part in parts)
+    rounds = quantize in (("int4", "fp8") if parts[0].device.type == "cpu" else ("int8", "int4", "fp8"))
+    if is_float and not rounds:
         return None
     weight = stack(parts, dtype)
-    if isinstance(weight, torch.Tensor):
-        return quantize_int4(weight) if quantize == "int4" else quantize_fp8(weight) if quantize == "fp8" else None
-    return weight
-
-
-def _pack_four_bits(weight: QuantizedWeight, bias: torch.Tensor | None) -> OwnProduct | None:
-    """A weight in four bits in our own packing, None where this processor lacks the products, and for FP8."""
-    if weight.device.type != "cpu" or not isinstance(weight, Int4Weight):
+    if not isinstance(weight, torch.Tensor):
+        return weight
+    if not rounds:
         return None
-    from aiexport_edge.kernels.cpu import int4_products
+    if quantize == "int8":
+        return Int8Weight(*quantize_int8(weight))
+    return quantize_int4(weight) if quantize == "int4" else quantize_fp8(weight)
 
-    return int4_products.PackedInt4(weight, bias) if int4_products.fits(weight) else None
+
+def _pack_bits(
+    weight: QuantizedWeight, bias: torch.Tensor | None, dtype: torch.dtype, *, deterministic: bool
+) -> OwnProduct | None:
+    """The weight in our own packing, None where its device has no products for it: there it is decoded."""
+    if weight.device.type == "cpu":
+        if not isinstance(weight, Int4Weight):
+            return None
+        from aiexport_edge.kernels.cpu import int4_products
+
+        return int4_products.PackedInt4(weight, bias) if int4_products.fits(weight) else None
+    if weight.device.type != "cuda":
+        return None
+    from aiexport_edge.kernels.gpu import quantized_product
+
+    if not quantized_product.fits(weight, dtype):
+        return None
+    return quantized_product.CardProduct(weight, bias, dtype=dtype, deterministic=deterministic)
 
 
 def _pack_quantized(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> tuple[Product, Product]:
@@ -215,7 +235,8 @@ class PackedLinear:
     `deterministic`, the bits of a row of y depend on that row of x alone: not on other rows, its place among them or
     the number of threads. Set that number before (`aiexport_edge.kernels.threads.set_num_threads`). With `quantize`
     W is rounded (`kernels.quantization`): "int8" with a scale per output, "int4" with a scale and a zero per 32 inputs,
-    "fp8" to E4M3 with a scale per output. A CPU has products in int8 and int4; FP8 it decodes into `dtype`.
+    "fp8" to E4M3 with a scale per output. A CPU has products in int8 and int4; FP8 it decodes into `dtype`. A card has
+    all of them (`kernels.gpu.quantized_product`).
     """
 
     def __init__(
@@ -229,7 +250,7 @@ class PackedLinear:
     ) -> None:
         """weight [N, K], or parts of it to be stacked along N, in any float dtype or quantized; bias [N], any float."""
         assert quantize in QUANTIZATIONS
-        given = [weight] if isinstance(weight, torch.Tensor | Int4Weight | Fp8Weight) else list(weight)
+        given = [weight] if isinstance(weight, torch.Tensor | Int4Weight | Int8Weight | Fp8Weight) else list(weight)
         self.out_features, self.in_features = sum(part.shape[0] for part in given), given[0].shape[1]
         self.dtype = dtype
         self.deterministic = deterministic
@@ -238,7 +259,7 @@ class PackedLinear:
         self._own: OwnProduct | None = None
         quantized = _quantized(given, dtype, quantize)
         if quantized is not None:
-            self._own = _pack_four_bits(quantized, bias)
+            self._own = _pack_bits(quantized, bias, dtype, deterministic=deterministic)
             if self._own is not None:
                 return
             given, quantize = [quantized.dequantize(dtype)], "none"

@@ -98,7 +98,33 @@ class Fp8Weight:
         return self.codes.float().mul_(scales).to(dtype)
 
 
-QuantizedWeight = Int4Weight | Fp8Weight
+@dataclass(frozen=True, slots=True)
+class Int8Weight:
+    """W [N, K] in eight bits: W[n, k] = codes[n, k] * scales[n]. codes int8 [N, K], scales float32 [N]."""
+
+    codes: Tensor
+    scales: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.codes.device
+
+    def to(self, device: torch.device) -> Int8Weight:
+        """The same there."""
+        return Int8Weight(self.codes.to(device), self.scales.to(device))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W [N, K]."""
+        return (self.codes.float() * self.scales[:, None]).to(dtype)
+
+
+QuantizedWeight = Int4Weight | Int8Weight | Fp8Weight
 Weight = Tensor | QuantizedWeight
 
 

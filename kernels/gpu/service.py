@@ -13,9 +13,11 @@ import torch
 
 from aiexport_edge.kernels.gpu import (
     decode_attention,
+    fp8_linear,
     gather,
     lora,
     moe,
+    packed_linear,
     paged_attention,
     qk_norm_rope,
     rms_norm,
@@ -246,6 +248,52 @@ def lora_cases(shape: Shape, dtype: torch.dtype, *, num_tokens: tuple[int, ...])
                 yield Case(name, f"{detail}, {count} tokens, {len(part_sizes)} parts", launch)
 
 
+def _card_weight(kind: int, shape: tuple[int, int], group: int) -> packed_linear.CardWeight:
+    """A weight of one of the kernels' kinds; `group` 0: one scale an output."""
+    num_outputs, width = shape
+    half = min(packed_linear.HALF, group or packed_linear.HALF)
+    group = group or width
+    if kind == packed_linear.INT4:
+        codes = _meta(-(-width // (2 * half)), num_outputs, half, dtype=torch.uint8)
+    else:
+        codes = _meta(*shape, dtype=torch.int8 if kind == packed_linear.INT8 else torch.uint8)
+    groups = -(-width // group)
+    zeros = _meta(groups, num_outputs, dtype=torch.uint8)
+    scales = _meta(groups, num_outputs, dtype=torch.float32)
+    return packed_linear.CardWeight(kind, shape, codes, scales, zeros, half, group, None)
+
+
+def packed_cases(
+    architecture: Architecture, shape: Shape, dtype: torch.dtype, *, num_tokens: tuple[int, ...]
+) -> Iterator[Case]:
+    """Products with weights of four and eight bits, and with FP8 rows where the architecture multiplies them."""
+    name = f"{shape.name} {str(dtype).removeprefix('torch.')}"
+    own = (shape.hidden_size + 2 * shape.num_kv_heads * shape.head_dim, shape.hidden_size)
+    for kind, group, bits in (
+        (packed_linear.INT4, 32, "int4/32"),
+        (packed_linear.INT4, 128, "int4/128"),
+        (packed_linear.INT8, 0, "int8"),
+        (packed_linear.E4M3, 0, "fp8"),
+        (packed_linear.E4M3, 128, "fp8/128"),
+    ):
+        weight = _card_weight(kind, own, group)
+        for count in num_tokens:
+            launches, _ = packed_linear.packed_linear_launches(
+                _meta(count, shape.hidden_size, dtype=dtype), weight, None, out_dtype=dtype, architecture=architecture
+            )
+            for kernel, launch in zip(("packed product", "packed sum"), launches, strict=False):
+                yield Case(kernel, f"{name} {bits}, {count} tokens", launch, wide=group != 32)
+        yield Case("decode weight", f"{name} {bits}", packed_linear.decode_weight_launch(weight, dtype)[0], wide=False)
+        if kind != packed_linear.E4M3 or architecture.capability < fp8_linear.LOWEST_CAPABILITY:
+            continue
+        for count in (64, 1024):
+            rows = _meta(count, shape.hidden_size, dtype=dtype)
+            quantize, codes, scales = fp8_linear.quantize_rows_launch(rows, fp8_linear.group_of(weight))
+            yield Case("fp8 rows", f"{name} {bits}, {count} tokens", quantize, wide=False)
+            product, _ = fp8_linear.fp8_linear_launch(codes, scales, weight, None, out_dtype=dtype)
+            yield Case("fp8 product", f"{name} {bits}, {count} tokens", product)
+
+
 def representative_cases(architecture: Architecture) -> Iterator[Case]:
     """Each kernel at least once, in a minute or so for three architectures."""
     for shape in REPRESENTATIVE:
@@ -254,6 +302,7 @@ def representative_cases(architecture: Architecture) -> Iterator[Case]:
     yield from sampler_cases(architecture, QWEN3_8B, masked=True)
     yield from moe_cases(architecture, torch.bfloat16, num_tokens=(1, 256))
     yield from lora_cases(QWEN3_8B, torch.bfloat16, num_tokens=(1, 256))
+    yield from packed_cases(architecture, QWEN3_8B, torch.bfloat16, num_tokens=(1,))
 
 
 def service_cases(architecture: Architecture) -> Iterator[Case]:
@@ -267,6 +316,7 @@ def service_cases(architecture: Architecture) -> Iterator[Case]:
     yield from row_cases(QWEN3_8B, torch.float16)
     for dtype in (torch.bfloat16, torch.float16):
         yield from lora_cases(QWEN3_8B, dtype, num_tokens=(1, 256, 2048))
+        yield from packed_cases(architecture, QWEN3_8B, dtype, num_tokens=(1, 32, 64))
     for masked in (False, True):
         yield from sampler_cases(architecture, QWEN3_8B, masked=masked, batches=(1, 64))
         yield from moe_cases(architecture, torch.float16 if masked else torch.bfloat16, num_tokens=(1, 64, 256, 8192))

@@ -49,7 +49,15 @@ def test_kernels_compile_within_the_limits_of_their_architectures(capfd: pytest.
             print("", done.stdout, sep="\n")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " 0 with faults" in done.stdout
-    for kernel in ("decode_attention", "merge_states", "prefill_attention", "qk_norm_rope", "add_rms_norm", "sampler"):
+    for kernel in (
+        "decode_attention",
+        "merge_states",
+        "prefill_attention",
+        "qk_norm_rope",
+        "add_rms_norm",
+        "sampler",
+        "packed product",
+    ):
         assert f"\n{kernel} " in done.stdout, kernel
 
 
