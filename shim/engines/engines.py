@@ -17,6 +17,7 @@ from enum import StrEnum
 
 from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.shim.engines.access import MAX_MESSAGE_BYTES, Endpoint, EngineAccess, split_targets
+from aiexport_edge.shim.engines.adapters import WantedAdapter
 from aiexport_edge.shim.engines.discovery import Discovery, Lookup
 from aiexport_edge.shim.engines.generation import Generation, Refused, SessionLost
 from aiexport_edge.shim.engines.prefixes import Trail, trail
@@ -87,6 +88,7 @@ class Engines:
         self.num_resumed = 0
         self.num_retried = 0  # times that a request was asked of a further engine
         self.routed: Counter[Reason] = Counter()
+        self._adapters: Sequence[WantedAdapter] = ()
         self.sessions: list[Session] = []
         for endpoint in self._fixed:
             self._add(endpoint)
@@ -107,6 +109,12 @@ class Engines:
 
     # ------------------------------------------------------------------------------------------ which there are
 
+    def want_adapters(self, adapters: Sequence[WantedAdapter]) -> None:
+        """Every engine with their models is to have these adapters, and no others."""
+        self._adapters = adapters
+        for session in self.sessions:
+            session.adapters.want(adapters)
+
     def _found(self, endpoints: Sequence[Endpoint]) -> None:
         """The names stand for these addresses now. One that is gone gets nothing new and ends what it has."""
         wanted = {endpoint.address: endpoint for endpoint in (*self._fixed, *endpoints)}
@@ -120,6 +128,7 @@ class Engines:
 
     def _add(self, endpoint: Endpoint) -> None:
         session = Session(endpoint, client=self._client, access=self._access, on_lost=self._lost, on_change=self._pulse)
+        session.adapters.want(self._adapters)
         self.sessions.append(session)
         self._compare()
         if self._group is not None:
@@ -194,7 +203,7 @@ class Engines:
             else:
                 self._router.placed(found, session.memory)
                 return accepted
-        raise refusal or self._unavailable(generation.request.model)
+        raise refusal or self._unavailable(generation.request)
 
     def abort(self, generation: Generation) -> None:
         """Takes a request off its engine, wherever it stands. Returns at once."""
@@ -214,18 +223,20 @@ class Engines:
 
     def _trail(self, generation: Generation) -> Trail:
         """The beginnings of its prompt, where there is a choice that they matter to."""
-        return trail(generation.request) if len(self.sessions) > 1 else NO_TRAIL
+        if len(self.sessions) == 1:
+            return NO_TRAIL
+        return trail(generation.request, [image.data for image in generation.images])
 
     def _pick(
         self, generation: Generation, found: Trail, without: Iterable[Session] = (), revision: str | None = None
     ) -> Session | None:
         """One of those that can serve it; of those, one that is fit if there is any, and has room as far as we know."""
-        model = generation.request.model
+        model, adapter = generation.request.model, generation.request.adapter
         able = [
             session
             for session in self.sessions
             if session not in without
-            and session.can_serve(model)
+            and session.can_serve(model, adapter)
             and (revision is None or session.models[model].revision == revision)
         ]
         if len(able) > 1:
@@ -280,8 +291,10 @@ class Engines:
             settle(on_trial=on_trial)
             generation.answer = None
 
-    def _unavailable(self, model: str) -> Overloaded:
-        match self.state(model):
+    def _unavailable(self, request: pb.GenerateRequest) -> Overloaded:
+        match self.state(request.model):
+            case ModelState.READY if request.adapter:
+                message = "The fine-tuned model is not loaded just now; the operator finds the reason in the log."
             case ModelState.LOADING:
                 message = "The model is still loading."
             case ModelState.FAILED:

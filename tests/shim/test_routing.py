@@ -75,6 +75,21 @@ def test_the_text_decides_not_how_it_is_cut_into_blocks() -> None:
     assert trail(cut) == trail(whole)
 
 
+def test_pictures_count_by_their_files() -> None:
+    """Not by the names that an engine has given to them."""
+
+    def seen(data: bytes, upload_id: str) -> Trail:
+        asked = request(("user", "What is this?"))
+        block = pb.ContentBlock(image=pb.Image(upload_id=upload_id))
+        asked.chat.messages[0].content.insert(0, block)
+        return trail(asked, [data])
+
+    large = bytes(300_000)
+    assert seen(large, "a") == seen(large, "b")
+    others = [large[:-1], b"\1" + large[1:], large[:-1] + b"\1", large[:150_000] + b"\1" + large[150_001:], b""]
+    assert len({seen(data, "a").head for data in [large, *others]}) == 6
+
+
 def test_any_prompt_has_few_boundaries() -> None:
     huge = trail(request(("system", SYSTEM), ("user", "é" * 1_000_000)))
     assert huge.num_chars == prefixes.MAX_CHARS
