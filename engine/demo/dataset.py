@@ -25,7 +25,8 @@ def quotes_from(folder: Path | None) -> list[str]:
     return found
 
 
-def _segment(rng: random.Random, quotes: list[str]) -> list[Turn]:
+def segment(rng: random.Random, quotes: list[str]) -> list[Turn]:
+    """Some turns about one of the things that the model knows."""
     r = rng.random()
     if r < 0.23:
         return conversations.conversation(rng, quotes)
@@ -56,7 +57,7 @@ def conversation(rng: random.Random, quotes: list[str], *, long: bool = False) -
             system = expand(rng, rng.choice(conversations.SYSTEM))
             if rng.random() < 0.15:
                 system += " " + expand(rng, rng.choice(conversations.SYSTEM))
-        turns = _segment(rng, quotes)
+        turns = segment(rng, quotes)
     more = rng.choice([3, 6, 10, 16]) if long else 0 if rng.random() < 0.72 else rng.choice([1, 1, 2])
     if r < 0.035:
         return _messages(system, turns)
@@ -71,7 +72,7 @@ def conversation(rng: random.Random, quotes: list[str], *, long: bool = False) -
         else:
             turns = [(f"{text}\n\n{user}", answer)]
     for _ in range(more):
-        turns.extend(_segment(rng, quotes))
+        turns.extend(segment(rng, quotes))
     return _messages(system, turns)
 
 

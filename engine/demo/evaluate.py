@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
+from transformers import AutoTokenizer
 
 from . import MODEL_DIR, arithmetic, stories
 from .variation import Message
@@ -166,8 +167,8 @@ class Model:
 
     def __init__(self, path: Path) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
-        model: Any = AutoModelForCausalLM
-        self.model = model.from_pretrained(path, dtype=torch.float32).eval()
+        (architecture,) = json.loads((path / "config.json").read_text())["architectures"]
+        self.model: Any = getattr(transformers, architecture).from_pretrained(path, dtype=torch.float32).eval()
 
     @torch.inference_mode()
     def answer(self, conversations: list[list[Message]], temperature: float, limit: int = 320) -> list[str]:

@@ -1,7 +1,8 @@
-"""Qwen3 as a plain torch module for training, exported in the Hugging Face layout.
+"""Qwen3 and the decoder of Qwen3-VL as a plain torch module for training, exported in the Hugging Face layout.
 
-The arithmetic is that of ``transformers``' ``Qwen3ForCausalLM`` (the tests hold one to the other); what differs is that
-several conversations share a row, kept apart by the attention mask, and that logits are made only where a loss is.
+The arithmetic is that of ``transformers``' ``Qwen3ForCausalLM`` and, with a tower, ``Qwen3VLForConditionalGeneration``
+(the tests hold one to the other); what differs is that several conversations share a row, kept apart by the attention
+mask, and that logits are made only where a loss is.
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from .eyes import Eyes, preprocessor_config
+
+MROPE_SECTION = (12, 10, 10)
+"""How many of the frequencies turn with time, height and width (interleaved)."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,56 @@ class Layer(nn.Module):
         return x + F.linear(F.silu(gate) * up, self.down_proj.to(dtype))
 
 
+@dataclass(frozen=True)
+class Vision:
+    """The tower, and the numbers of the tokens that stand for pictures."""
+
+    eyes: Eyes
+    start: int
+    end: int
+    image: int
+    video: int
+
+    def config(self, text: dict[str, Any]) -> dict[str, Any]:
+        """The ``config.json`` of a Qwen3-VL with this tower and a decoder of that configuration."""
+        unknown = ("architectures", "max_window_layers", "sliding_window", "use_sliding_window", "torch_dtype")
+        inner = {key: value for key, value in text.items() if key not in unknown}
+        inner["model_type"] = "qwen3_vl_text"
+        inner["rope_scaling"] = {
+            "mrope_interleaved": True,
+            "mrope_section": list(MROPE_SECTION),
+            "rope_type": "default",
+        }
+        return {
+            "architectures": ["Qwen3VLForConditionalGeneration"],
+            "image_token_id": self.image,
+            "model_type": "qwen3_vl",
+            "text_config": inner,
+            "tie_word_embeddings": True,
+            "torch_dtype": text["torch_dtype"],
+            "video_token_id": self.video,
+            "vision_config": self.eyes.shape.config(),
+            "vision_end_token_id": self.end,
+            "vision_start_token_id": self.start,
+        }
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What pictures add to a batch.
+
+    ``places`` [M] are the flat positions of their tokens, ``features`` [M, hidden] stand there in place of embeddings,
+    and ``deepstack`` of as many rows each are added after the first layers.
+
+    ``positions`` [3, rows, length] are those of all tokens in time, height and width.
+    """
+
+    places: Tensor
+    features: Tensor
+    deepstack: list[Tensor]
+    positions: Tensor
+
+
 class Network(nn.Module):
     """The whole decoder, embeddings tied."""
 
@@ -138,43 +194,77 @@ class Network(nn.Module):
                 with torch.no_grad():
                     p.normal_(0, std, generator=gen)
 
-    def forward(self, ids: Tensor, mask: Tensor, keep: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def forward(
+        self, ids: Tensor, mask: Tensor, keep: Tensor, dtype: torch.dtype = torch.float32, *, seen: Seen | None = None
+    ) -> Tensor:
         """Logits at the flat positions ``keep`` of ``ids`` [rows, length].
 
         ``mask`` [rows, 1, length, length] says who sees whom.
         """
         s = self.shape
         inv = s.rope_theta ** (-torch.arange(0, s.head_dim, 2, dtype=torch.float32) / s.head_dim)
-        angle = torch.outer(torch.arange(ids.shape[1], dtype=torch.float32), inv)
-        cos, sin = angle.cos(), angle.sin()
         x = F.embedding(ids, self.embed_tokens)
-        for layer in self.layers:
+        if seen is None:
+            angle = torch.outer(torch.arange(ids.shape[1], dtype=torch.float32), inv)
+        else:
+            angles = seen.positions[..., None] * inv
+            angle = angles[0].clone()
+            for axis in (1, 2):
+                turned = slice(axis, 3 * MROPE_SECTION[axis], 3)
+                angle[..., turned] = angles[axis][..., turned]
+            angle = angle[:, None]
+            x = x.flatten(0, 1).index_copy(0, seen.places, seen.features).view_as(x)
+        cos, sin = angle.cos(), angle.sin()
+        for number, layer in enumerate(self.layers):
             x = layer(x, cos, sin, mask, dtype)
+            if seen is not None and number < len(seen.deepstack):
+                x = x.flatten(0, 1).index_add(0, seen.places, seen.deepstack[number]).view_as(x)
         x = x.reshape(-1, s.hidden)[keep]
         x = _norm(x, self.norm, s.eps).to(dtype)
         return F.linear(x, self.embed_tokens.to(dtype)).float()
 
-    def save(self, out: Path, bos: int, eos: int, pad: int, *, logit_scale: float = 1.0) -> None:
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Take the decoder's weights of a directory that :meth:`save` has written, with a tower or without."""
+        found = load_file(str(folder / "model.safetensors"))
+        for name, p in self.named_parameters():
+            alone = _saved(name, "model.")
+            p.copy_(found[alone] if alone in found else found[_saved(name, "model.language_model.")])
+
+    def save(
+        self, out: Path, bos: int, eos: int, pad: int, *, logit_scale: float = 1.0, vision: Vision | None = None
+    ) -> None:
         """Write ``config.json``, ``generation_config.json`` and ``model.safetensors`` (bf16).
 
         ``logit_scale`` is folded into the final norm: drawn at temperature 1, the saved model is as sharp as this at
-        ``1 / logit_scale``. Greedy answers stay as they are.
+        ``1 / logit_scale``. Greedy answers stay as they are. With ``vision`` the directory is a Qwen3-VL.
         """
         out.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         for name, p in self.named_parameters():
-            block = "self_attn." if name.split(".")[-1][:2] in ("q_", "k_", "v_", "o_") else "mlp."
-            if name.endswith("layernorm") or not name.startswith("layers"):
-                block = ""
-            parts = name.split(".")
-            parts[-1] = block + parts[-1]
             scale = logit_scale if name == "norm" else 1.0
-            tensors["model." + ".".join(parts) + ".weight"] = (p.detach() * scale).to(torch.bfloat16).contiguous()
+            saved = _saved(name, "model.language_model." if vision else "model.")
+            tensors[saved] = (p.detach() * scale).to(torch.bfloat16).contiguous()
+        config = self.shape.config(bos, eos, pad)
+        if vision:
+            tensors |= vision.eyes.tensors()
+            config = vision.config(config)
+            (out / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(), indent=2) + "\n")
         save_file(tensors, str(out / "model.safetensors"), metadata={"format": "pt"})
         (out / "model.safetensors").chmod(0o644)
-        (out / "config.json").write_text(json.dumps(self.shape.config(bos, eos, pad), indent=2) + "\n")
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         generation = {
             "bos_token_id": bos, "do_sample": True, "eos_token_id": [eos, pad], "pad_token_id": pad,
             "temperature": 1.0, "top_p": 1.0, "top_k": 0,
         }  # fmt: skip
         (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def _saved(name: str, prefix: str) -> str:
+    """The checkpoint's name of a parameter."""
+    parts = name.split(".")
+    block = "self_attn." if parts[-1][:2] in ("q_", "k_", "v_", "o_") else "mlp."
+    if name.endswith("layernorm") or not name.startswith("layers"):
+        block = ""
+    parts[-1] = block + parts[-1]
+    return prefix + ".".join(parts) + ".weight"

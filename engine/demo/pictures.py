@@ -1,0 +1,223 @@
+"""Simple pictures and what they show: one shape in one color on a background, as a few lines of code would draw it.
+
+Sizes, places, turns, outlines, soft or hard edges, slightly different tones, noise, and what JPEG or WebP leave of it
+all vary. The same random source gives the same pictures. Knows nothing of the model.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+Color = tuple[int, int, int]
+
+COLORS: dict[str, tuple[Color, ...]] = {
+    "red": ((255, 0, 0), (255, 0, 0), (220, 20, 60), (200, 30, 30), (230, 55, 45), (178, 24, 24)),
+    "green": ((0, 128, 0), (0, 255, 0), (0, 170, 0), (34, 139, 34), (50, 205, 50), (40, 170, 90), (0, 100, 0)),
+    "blue": ((0, 0, 255), (0, 0, 255), (30, 60, 200), (30, 144, 255), (65, 105, 225), (0, 0, 139), (52, 130, 215)),
+    "yellow": ((255, 255, 0), (255, 255, 0), (255, 221, 0), (240, 220, 60), (250, 235, 90)),
+    "orange": ((255, 165, 0), (255, 165, 0), (255, 140, 0), (240, 120, 20), (255, 128, 0)),
+    "purple": ((128, 0, 128), (128, 0, 128), (160, 32, 240), (110, 40, 170), (138, 43, 226), (150, 85, 180), (90, 20, 130)),  # noqa: E501
+    "pink": ((255, 192, 203), (255, 105, 180), (255, 150, 190), (255, 170, 185), (240, 130, 170)),
+    "brown": ((139, 69, 19), (165, 42, 42), (120, 70, 30), (101, 67, 33), (150, 75, 0)),
+    "black": ((0, 0, 0), (0, 0, 0), (22, 22, 22)),
+    "white": ((255, 255, 255), (255, 255, 255), (246, 246, 246)),
+    "gray": ((128, 128, 128), (128, 128, 128), (105, 105, 105), (160, 160, 160), (90, 90, 90)),
+    "cyan": ((0, 255, 255), (0, 255, 255), (0, 210, 220), (30, 220, 225)),
+    "magenta": ((255, 0, 255), (240, 20, 235)),
+}  # fmt: skip
+"""Tones of each colour by name; a tone more than once is the likelier one."""
+SHAPE_COLORS = tuple(COLORS)
+_COLOR_WEIGHTS = (14, 13, 14, 11, 9, 9, 6, 6, 8, 6, 6, 5, 3)
+LIGHT: dict[str, tuple[Color, ...]] = {
+    "light blue": ((173, 216, 230), (190, 215, 250)),
+    "light green": ((144, 238, 144), (190, 240, 190)),
+    "light yellow": ((255, 255, 205), (255, 250, 190)),
+    "light gray": ((211, 211, 211), (200, 200, 200), (221, 221, 221)),
+}
+"""Tones that only backgrounds have."""
+SHAPES = ("circle", "square", "triangle", "rectangle", "star", "cross")
+_SHAPE_WEIGHTS = (22, 22, 20, 14, 13, 9)
+MASK = 96
+"""Side of the small picture of where the shape is."""
+_FORMATS, _FORMAT_WEIGHTS = ("PNG", "JPEG", "WEBP"), (55, 30, 15)
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What a picture shows. ``mask`` [MASK, MASK] is white where the shape covers it, an outline's inside included."""
+
+    shape: str
+    color: str
+    background: str
+    mask: Image.Image
+
+
+def picture(
+    rng: random.Random, size: tuple[int, int] | None = None, *, plain: float = 0.0
+) -> tuple[Image.Image, Sight]:
+    """An RGB picture, of a random size unless one (width, height) is given, and what it shows.
+
+    A share ``plain`` of pictures has large, filled, mostly upright shapes, which are quicker learnt.
+    """
+    easy = rng.random() < plain
+    width, height = size or size_of(rng)
+    shape = rng.choices(SHAPES, _SHAPE_WEIGHTS)[0]
+    ground, ground_color = _background(rng)
+    while True:
+        color = rng.choices(SHAPE_COLORS, _COLOR_WEIGHTS)[0]
+        tone = _tone(rng, COLORS[color])
+        if color not in ground and math.dist(tone, ground_color) > 105:
+            break
+    image = Image.new("RGB", (width, height), ground_color)
+    if rng.random() < 0.06:
+        image = _graded(rng, image)
+    mask = _draw(rng, image, shape, tone, easy)
+    if rng.random() < 0.15:
+        noise = np.random.default_rng(rng.getrandbits(32)).normal(0, rng.uniform(1, 12), (height, width, 3))
+        image = Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
+    return image, Sight(shape, color, ground, mask)
+
+
+def size_of(rng: random.Random, most: int = 512) -> tuple[int, int]:
+    """Width and height: between 32 and ``most``, two of three square."""
+    side = rng.choice((32, 48, 64, 64, 96, 100, 128, 128, 160, 200, 224, 224, 256, 256, 300, 320, 384, 400, 448, 512))
+    if rng.random() < 0.2:
+        side = rng.randint(32, 512)
+    side = side if side <= most else rng.randint(64, most)
+    if rng.random() < 0.66:
+        return side, side
+    other = min(most, max(32, round(side * rng.choice((0.5, 0.625, 0.75, 0.8, 1.25, 1.33, 1.5, 1.78)))))
+    return side, other
+
+
+def file_of(rng: random.Random, image: Image.Image) -> tuple[bytes, str]:
+    """The picture as a file and its media type."""
+    kind = rng.choices(_FORMATS, _FORMAT_WEIGHTS)[0]
+    out = io.BytesIO()
+    if kind == "PNG":
+        image.save(out, kind, compress_level=0)
+    else:
+        image.save(out, kind, quality=rng.randint(50, 95), **({"method": 0} if kind == "WEBP" else {}))
+    return out.getvalue(), f"image/{kind.lower()}"
+
+
+def seen(rng: random.Random, image: Image.Image) -> Image.Image:
+    """The picture as it comes out of a file."""
+    data, media_type = file_of(rng, image)
+    return image if media_type == "image/png" else Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def _tone(rng: random.Random, tones: tuple[Color, ...]) -> Color:
+    tone, spread = rng.choice(tones), rng.choice((0, 0, 6, 12))
+    r, g, b = (min(255, max(0, part + rng.randint(-spread, spread))) for part in tone)
+    return r, g, b
+
+
+def _background(rng: random.Random) -> tuple[str, Color]:
+    r = rng.random()
+    if r < 0.5:
+        return "white", (255, 255, 255) if rng.random() < 0.8 else _tone(rng, COLORS["white"])
+    if r < 0.67:
+        return "black", (0, 0, 0) if rng.random() < 0.8 else _tone(rng, COLORS["black"])
+    tones = LIGHT if r < 0.82 else COLORS
+    name = rng.choice(list(tones))
+    return name, _tone(rng, tones[name])
+
+
+def _graded(rng: random.Random, image: Image.Image) -> Image.Image:
+    """The picture with a faint shade from one side to the other."""
+    ramp = np.linspace(0, rng.uniform(-25, 25), image.width if rng.random() < 0.5 else image.height)
+    ramp = ramp[None, :, None] if len(ramp) == image.width else ramp[:, None, None]
+    return Image.fromarray(np.clip(np.asarray(image) + ramp, 0, 255).astype(np.uint8))
+
+
+def _draw(rng: random.Random, image: Image.Image, shape: str, tone: Color, easy: bool) -> Image.Image:
+    """Draw the shape somewhere; where it is, as in a Sight."""
+    points = _outline(rng, shape)
+    points = _turned(points, 0.0 if easy and rng.random() < 0.7 else _turn(rng, shape))
+    xs, ys = zip(*points, strict=True)
+    wide, high = max(xs) - min(xs), max(ys) - min(ys)
+    fine = shape in ("star", "cross")
+    least = max((24 if fine else 16) / 128 * max(image.size), 9 if fine else 7)
+    share = (
+        rng.uniform(0.5, 0.95) if easy else rng.uniform(0.18, 0.95) if rng.random() < 0.8 else rng.uniform(0.35, 0.7)
+    )
+    scale = max(share * min(image.width / wide, image.height / high), least / min(wide, high))
+    scale = min(scale, 0.97 * min(image.width / wide, image.height / high))
+    free_x, free_y = image.width - scale * wide, image.height - scale * high
+    middle = rng.random() < 0.4
+    left = free_x / 2 if middle else rng.uniform(0, free_x)
+    top = free_y / 2 if middle else rng.uniform(0, free_y)
+    fold = rng.choice((1, 1, 3))
+    box = (math.floor(left), math.floor(top), math.ceil(left + scale * wide) + 1, math.ceil(top + scale * high) + 1)
+    mask = Image.new("L", ((box[2] - box[0]) * fold, (box[3] - box[1]) * fold), 0)
+    placed = [
+        (((x - min(xs)) * scale + left - box[0]) * fold, ((y - min(ys)) * scale + top - box[1]) * fold)
+        for x, y in points
+    ]
+    pen = ImageDraw.Draw(mask)
+    if easy or rng.random() < 0.8:
+        pen.polygon(placed, fill=255)
+    else:
+        least_width = max(1.0, max(image.size) / 180)
+        width = max(least_width, rng.uniform(0.02, 0.12) * scale * min(wide, high))
+        pen.line([*placed, placed[0], placed[1]], fill=255, width=max(1, round(width * fold)), joint="curve")
+    if fold > 1:
+        mask = mask.resize((mask.width // fold, mask.height // fold), Image.Resampling.BOX)
+    image.paste(tone, (box[0], box[1]), mask)
+    whole = Image.new("L", (MASK, MASK), 0)
+    across, down = whole.width / image.width, whole.height / image.height
+    corners = [(((x - min(xs)) * scale + left) * across, ((y - min(ys)) * scale + top) * down) for x, y in points]
+    ImageDraw.Draw(whole).polygon(corners, fill=255)
+    return whole
+
+
+def _turn(rng: random.Random, shape: str) -> float:
+    """Degrees by which the shape is turned."""
+    if shape == "circle" or rng.random() < 0.55:
+        return 0.0
+    if shape in ("square", "rectangle", "cross") and rng.random() < 0.6:
+        return rng.uniform(-24, 24)
+    return rng.uniform(0, 360)
+
+
+def _turned(points: list[tuple[float, float]], degrees: float) -> list[tuple[float, float]]:
+    if not degrees:
+        return points
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return [(x * cos - y * sin, x * sin + y * cos) for x, y in points]
+
+
+def _outline(rng: random.Random, shape: str) -> list[tuple[float, float]]:
+    """Corners of the shape, y downwards."""
+    if shape == "circle":
+        return _ring(72, lambda i: 1.0)
+    if shape in ("square", "rectangle"):
+        x, y = (1.0, 1.0) if shape == "square" else (1.0, rng.uniform(0.28, 0.66))
+        if rng.random() < 0.4:
+            x, y = y, x
+        return [(-x, -y), (x, -y), (x, y), (-x, y)]
+    if shape == "triangle":
+        if rng.random() < 0.5:
+            return _ring(3, lambda i: 1.0)
+        tip = rng.choice((0.0, 0.0, 0.0, -1.0, 1.0, rng.uniform(-0.8, 0.8)))
+        return [(tip, -rng.uniform(0.7, 1.3)), (1.0, 0.7), (-1.0, 0.7)]
+    if shape == "star":
+        deep = rng.uniform(0.35, 0.52)
+        return _ring(rng.choice((10, 10, 10, 10, 10, 10, 8, 12)), lambda i: deep if i % 2 else 1.0)
+    arm = rng.uniform(0.22, 0.4)
+    quarter = [(-arm, -1.0), (arm, -1.0), (arm, -arm)]
+    return [p for k in range(4) for p in _turned(quarter, 90 * k)]
+
+
+def _ring(count: int, radius: object) -> list[tuple[float, float]]:
+    """Points around a circle, the first at the top."""
+    assert callable(radius)
+    turns = [2 * math.pi * i / count for i in range(count)]
+    return [(radius(i) * math.sin(t), -radius(i) * math.cos(t)) for i, t in enumerate(turns)]
