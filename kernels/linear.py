@@ -257,12 +257,13 @@ class PackedLinear:
         self._tiling: tuple[int, ...] = ()
         self._gather: Product | None = None
         self._own: OwnProduct | None = None
+        self.is_decoded = False  # quantized weights that are multiplied in floats
         quantized = _quantized(given, dtype, quantize)
         if quantized is not None:
             self._own = _pack_bits(quantized, bias, dtype, deterministic=deterministic)
             if self._own is not None:
                 return
-            given, quantize = [quantized.dequantize(dtype)], "none"
+            given, quantize, self.is_decoded = [quantized.dequantize(dtype)], "none", True
         del quantized, weight
         parts = [part if isinstance(part, torch.Tensor) else part.dequantize(dtype) for part in given]
         del given

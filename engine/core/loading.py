@@ -5,6 +5,7 @@ Owns the order of a start and what of the memory becomes pages. Knows no plans a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -80,6 +81,9 @@ def load(
                 f"the weights of model {model.name} do not fit into the memory of {device}; serve fewer or smaller "
                 "models on it, or free what other programs hold there"
             ) from error
+    for loaded in models:
+        if loaded.note:
+            print(f"model {loaded.name}: {loaded.note}", file=sys.stderr)
     return make_runner(config, models, device, accelerator, keep_logits=keep_logits, progress=warming)
 
 

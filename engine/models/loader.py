@@ -59,6 +59,7 @@ class LoadedModel:
     context_window: int
     weight_bytes: int
     tower: VisionTower | None = None
+    note: str = ""  # what of the weights' form the device lacks, a sentence for the operator
     largest_image_patches: int = 0
 
 
@@ -75,7 +76,7 @@ def load_model(
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Read `directory`. `context_window` 0 is the model's own, `yarn` extends that; `progress` is told bytes done and
-    in all. `quantize` ("int8", "int4", "fp8") rounds the products' weights while they are packed, on a CPU.
+    in all. `quantize` ("int8", "int4", "fp8") rounds the products' weights while they are packed.
 
     Raises ModelError with a sentence for the operator.
     """
@@ -86,8 +87,10 @@ def load_model(
         raise ModelError(
             f"{directory}: a context window of {context_window} tokens is more than the model's {config.context_window}"
         )
-    if quantize != "none" and device.type != "cpu":
-        raise ModelError(f"quantize {quantize} is for models that run on a CPU; leave it out for {directory}")
+    if quantize != "none" and device.type != "cpu" and config.mixture is not None:
+        raise ModelError(
+            f"{directory}: quantize {quantize} of a mixture of experts is for models that run on a CPU; leave it out"
+        )
     with open_checkpoint(directory) as checkpoint:
         weights = _Weights(checkpoint, config, dtype=dtype, quantize=quantize, device=device, progress=progress)
         decoder = _build(weights, context_window or config.context_window, deterministic)
@@ -97,6 +100,7 @@ def load_model(
             tower = load_tower(weights, config.vision, images, deterministic=deterministic)
             largest_image_patches = images.max_pixels // images.patch_size**2
     return LoadedModel(
+        note=weights.note(),
         name=name,
         config=config,
         decoder=decoder,
@@ -284,6 +288,7 @@ class _Weights:
             int(math.prod(entry.shape) * SERVED_BYTES.get(self.rounding(name), item_bytes))
             for name, entry in zip(self._names, entries, strict=True)
         ) + sum(entry.nbytes for entry in stored)
+        self._num_products = self._num_decoded = 0
         self._bytes_done = 0
         self._bytes_total = sum(entry.nbytes for entry in (*entries, *stored))
         self._progress = progress
@@ -397,7 +402,28 @@ class _Weights:
         self, weight: Sequence[Weight], bias: Tensor | None, rounding: str, *, deterministic: bool
     ) -> PackedLinear:
         """The product with these weights' rows, packed, and rounded."""
-        return PackedLinear(weight, bias, dtype=self.dtype, deterministic=deterministic, quantize=rounding)
+        made = PackedLinear(weight, bias, dtype=self.dtype, deterministic=deterministic, quantize=rounding)
+        self._num_products += 1
+        self._num_decoded += made.is_decoded
+        return made
+
+    def note(self) -> str:
+        """What of the weights' form this device has no products for; "" where there is nothing to say."""
+        name = str(self.dtype).removeprefix("torch.")
+        has_mixture = self.config.mixture is not None
+        if self._num_decoded or (self._stored and has_mixture and self.device.type != "cpu"):
+            experts = " and the experts" if has_mixture and self._stored else ""
+            return (
+                f"{self._num_decoded} of {self._num_products} products{experts} have quantized weights that this "
+                f"device does not multiply: they were decoded, and take the memory and the time of {name}"
+            )
+        is_fp8 = self._quantize == "fp8" or any("weight" in stored.tensors for stored in self._stored.values())
+        if is_fp8 and self.device.type == "cuda":
+            from aiexport_edge.kernels.gpu.quantized_product import multiplies_fp8
+
+            if not multiplies_fp8(self.device):
+                return "this card does not multiply FP8: weights in FP8 stay so in memory and are decoded by their bits"
+        return ""
 
     def _report(self) -> None:
         if self._progress is not None:

@@ -26,6 +26,11 @@ def fits(weight: QuantizedWeight, dtype: torch.dtype) -> bool:
     return dtype in DTYPES and takes(weight)
 
 
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether the card has FP8 products; where not, E4M3 is decoded by its bits."""
+    return architecture_of(device).capability >= fp8_linear.LOWEST_CAPABILITY
+
+
 class CardProduct:
     """x Wᵀ + b with W in four or eight bits, on the device where it lies."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.decoding import logits_of
-from support.tiny_models import shared_data
+from support.tiny_models import save, shared_data
 
 from aiexport_edge.engine.core.loading import load
 from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel
@@ -82,6 +82,13 @@ def test_a_core_rounds_what_its_configuration_says() -> None:
     assert runner.weight_bytes[1] < 0.6 * runner.weight_bytes[0]
 
 
-def test_rounding_is_for_processors() -> None:
-    with pytest.raises(ModelError, match="quantize int8 is for models that run on a CPU"):
-        load_model(DEMO, quantize="int8", device=torch.device("meta"))
+def test_what_a_device_cannot_multiply_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    model = CoreModel("fp8", str(DEMO), "auto", 256, True, "", quantize="fp8")
+    load(CoreConfig([model], "cpu", 0, 64 << 20, 4, 64, 1, 0.0))
+    assert "model fp8: 24 of 25 products have quantized weights" in capsys.readouterr().err
+
+
+def test_experts_are_rounded_on_processors_only(tmp_path: Path) -> None:
+    save("qwen3_moe", tmp_path)
+    with pytest.raises(ModelError, match="quantize int8 of a mixture of experts is for models that run on a CPU"):
+        load_model(tmp_path, quantize="int8", device=torch.device("meta"))
