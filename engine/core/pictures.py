@@ -92,7 +92,7 @@ class Pictures:
     def num_clear(self, request: Request, start: int, num_tokens: int) -> int:
         """How many of `num_tokens` from `start` on can be computed before a picture comes that is not encoded.
 
-        The request then holds the pictures whose tokens are among them.
+        The request then holds the pictures whose tokens are among them, and looks at the one that comes after.
         """
         for index, span in enumerate(request.spans):
             if span.end <= start or (index in request.pictures and request.pictures[index].is_ready):
@@ -101,26 +101,21 @@ class Pictures:
                 break
             picture = self._pictures.get(key_of(request, index))
             if picture is None or not picture.is_ready:
+                request.looking_at = index
                 return max(span.start - start, 0)
             if index not in request.pictures:
                 self._hold(request, index, picture)
         return num_tokens
 
-    def next_of(self, request: Request) -> tuple[int, Picture] | None:
-        """The first picture that keeps the request waiting, held and with room for its features; None: no room yet."""
-        for index, span in enumerate(request.spans):
-            if span.end <= request.num_computed_tokens:
-                continue
-            picture = request.pictures.get(index)
-            if picture is None:
-                picture = self._pictures.get(key_of(request, index)) or self._make(request, index)
-                if picture is None:
-                    return None
+    def looked_at(self, request: Request) -> Picture | None:
+        """The picture that keeps the request waiting, held from now on; None: there is no room for its features yet."""
+        index = request.looking_at
+        picture = request.pictures.get(index)
+        if picture is None:
+            picture = self._pictures.get(key_of(request, index)) or self._make(request, index)
+            if picture is not None:
                 self._hold(request, index, picture)
-                return index, picture
-            if not picture.is_ready:
-                return index, picture
-        raise AssertionError("no picture keeps it waiting")
+        return picture
 
     def advance(self, picture: Picture, num_units: int) -> None:
         """So many more of its units are planned."""
@@ -185,7 +180,8 @@ class Pictures:
     def _drop(self, picture: Picture) -> None:
         del self._pictures[picture.key]
         self._num_bytes -= picture.num_bytes
-        self._dropped.append(picture.key)
+        if picture.num_done:
+            self._dropped.append(picture.key)
 
 
 def key_of(request: Request, index: int) -> Key:

@@ -70,6 +70,7 @@ class Request:
     adapter_slot: int = -1  # where its adapter lies on the device, while it holds pages
     page_hashes: list[bytes] = field(default_factory=list)  # of the full pages of token_ids hashed so far
     num_published_pages: int = 0  # of `pages`, those that the prefix cache knows or knew already
+    looking_at: int = -1  # the image that it waits for, or has waited for
     pictures: dict[int, Picture] = field(default_factory=dict)  # by index in `images`, those that it holds
     num_charged_tokens: int = 0  # of token_ids, those that the tenant has been charged for: a recompute is free
 

@@ -411,15 +411,13 @@ class Scheduler:
     def _look(self, request: Request, effort: float, encodes: list[Encode]) -> tuple[bool, float]:
         """Plan work on the picture that keeps the request waiting, as far as `effort` goes, in tokens; one unit is
         always planned where a step has none yet. Returns whether it has been seen then, and what the work costs."""
-        found = self.pictures.next_of(request)
-        if found is None:
-            return False, 0.0
-        index, picture = found
-        num_units = min(int(effort / picture.unit_cost), picture.num_units - picture.num_done)
-        if not picture.is_ready and not encodes:
-            num_units = max(num_units, 1)
+        index, picture = request.looking_at, self.pictures.looked_at(request)
+        if picture is None or picture.is_ready:
+            return picture is not None, 0.0
+        num_units = max(int(effort / picture.unit_cost), 0 if encodes else 1)
         if not num_units:
-            return picture.is_ready, 0.0
+            return False, 0.0
+        num_units = min(num_units, picture.num_units - picture.num_done)
         cost = num_units * picture.unit_cost
         if request.num_charged_tokens <= request.spans[index].start:
             self.charge(request, INPUT_COST * cost)

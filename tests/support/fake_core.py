@@ -3,9 +3,9 @@
 The runner draws ids by a pure function of the ids before them, so that what a request must answer is known beforehand.
 It notes for every (page, offset) which sequence of ids, of which model and salt, its keys and values stand for, and
 asserts before each draw that attention would read exactly its own prefix: a page shared by mistake, a stale prefix hit
-or another tenant's shows there. So does a picture: its digest is part of what its tokens stand for, and they are computed
-when every unit of its encoding has been. Where steps overlap, a launched step reads and writes as late as it can: when it is
-collected.
+or another tenant's shows there. So does a picture: its digest is part of what its tokens stand for, and they are
+computed when every unit of its encoding has been. Where steps overlap, a launched step reads and writes as late as it
+can: when it is collected.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 from aiexport_edge.engine.core.commit import end_of
 from aiexport_edge.engine.core.pages import PagePool
-from aiexport_edge.engine.core.pipeline import Pipeline
 from aiexport_edge.engine.core.pictures import Eyes, Key, Pictures, key_of
+from aiexport_edge.engine.core.pipeline import Pipeline
 from aiexport_edge.engine.core.plan import PENDING_ID, Chunk, Encode, StepPlan, StepResult
 from aiexport_edge.engine.core.prefill_pace import PrefillPace
 from aiexport_edge.engine.core.protocol import (

@@ -72,7 +72,7 @@ PREPROCESSOR = {
 
 
 def make_vision(name: str) -> PreTrainedModel:
-    """The model "qwen3_vl" (tied embeddings) or "qwen3_vl_moe" (untied); its weights give greedy tokens clear winners."""
+    """The model "qwen3_vl" (tied embeddings) or "qwen3_vl_moe" (untied); greedy tokens have clear winners."""
     from transformers import (
         Qwen3VLConfig,
         Qwen3VLForConditionalGeneration,
