@@ -1,19 +1,23 @@
 """The models that clients see: ids, aliases, families, and who may use which.
 
-Owns the names. What is really loaded, and how large it is, the engines say.
+Owns the names. What is really loaded, and how large it is, the engines say. A fine-tuned model is its base under a name
+of its own, which its workspace alone has: to all others it is one that does not exist.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from aiexport_edge.proto.config import ModelSpec
+from aiexport_edge.proto.config_adapters import AdaptersConfig
 from aiexport_edge.proto.config_limits import PlanConfig
+from aiexport_edge.proto.config_values import CUSTOM
 from aiexport_edge.shim.engines.engines import ModelFacts
 from aiexport_edge.shim.errors import NotFound, PermissionDenied, quoted
+from aiexport_edge.shim.store.values import Adapter, Principal
 
 _DATED = re.compile(r"(.+)-(\d{8})", re.ASCII)
 
@@ -24,18 +28,35 @@ class Sizes(Protocol):
     def facts(self, model: str) -> ModelFacts | None: ...
 
 
+class FineTuned(Protocol):
+    """Where the fine-tuned models come from: by id, those of all workspaces, oldest first."""
+
+    @property
+    def by_id(self) -> Mapping[str, Adapter]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """One id of the list. Several may stand for one set of weights."""
+    """One id of the list. Several may stand for one set of weights. `adapter`: the engines' name for it, or ""."""
 
     id: str
     spec: ModelSpec
+    adapter: str = ""
 
 
 class Catalog:
-    """The list of one installation, in the order of its configuration."""
+    """The list of one installation, in the order of its configuration; after it, a workspace's own."""
 
-    def __init__(self, models: Sequence[ModelSpec], plans: Mapping[str, PlanConfig], sizes: Sizes) -> None:
+    def __init__(
+        self,
+        models: Sequence[ModelSpec],
+        plans: Mapping[str, PlanConfig],
+        sizes: Sizes,
+        fine_tuned: FineTuned,
+        surcharges: AdaptersConfig,
+    ) -> None:
+        self._fine_tuned = fine_tuned
+        self._surcharges = surcharges
         self._listed = {model_id: Listed(model_id, spec) for spec in models for model_id in spec.ids}
         self._aliases = _aliases(self._listed)
         self._plans = plans
@@ -46,29 +67,38 @@ class Catalog:
         ids: dict[str, set[str]] = {}
         for listed in self._listed.values():
             ids.setdefault(listed.spec.weights, set()).add(listed.id)
+        for adapter in self._fine_tuned.by_id.values():
+            base = self._listed.get(adapter.base)
+            if base is not None:
+                ids[base.spec.weights].add(adapter.full_id)
         return {weights: frozenset(of_weights) for weights, of_weights in ids.items()}
 
     def weight(self, plan: str) -> float:
         """The plan's share of service against others."""
         return self._plans[plan].weight
 
-    def visible(self, plan: str) -> list[Listed]:
-        """Every id that the plan allows."""
-        return [listed for listed in self._listed.values() if self._allows(plan, listed)]
+    def visible(self, principal: Principal) -> list[Listed]:
+        """Every id that the caller's plan allows, and its workspace's own."""
+        own = [
+            self._own(adapter)
+            for adapter in self._fine_tuned.by_id.values()
+            if adapter.workspace == principal.workspace and adapter.base in self._listed
+        ]
+        return [listed for listed in (*self._listed.values(), *own) if self._allows(principal.plan, listed)]
 
-    def use(self, model_id: str, plan: str) -> Listed:
+    def use(self, model_id: str, principal: Principal) -> Listed:
         """The model to run. Raises `NotFound` for an unlisted one, `PermissionDenied` for one that the plan forbids."""
-        listed = self._find(model_id)
-        if not self._allows(plan, listed):
+        listed = self._find(model_id, principal)
+        if not self._allows(principal.plan, listed):
             raise PermissionDenied(
                 f"The plan of this workspace does not include the model {quoted(model_id)}.", param="model"
             )
         return listed
 
-    def show(self, model_id: str, plan: str) -> Listed:
+    def show(self, model_id: str, principal: Principal) -> Listed:
         """The model to describe. Raises `NotFound`, also for one that the plan forbids."""
-        listed = self._find(model_id)
-        if not self._allows(plan, listed):
+        listed = self._find(model_id, principal)
+        if not self._allows(principal.plan, listed):
             raise _unlisted(model_id)
         return listed
 
@@ -99,11 +129,27 @@ class Catalog:
             "created_at": spec.created_at.isoformat(timespec="seconds").replace("+00:00", "Z"),
         }
 
-    def _find(self, model_id: str) -> Listed:
+    def _find(self, model_id: str, principal: Principal) -> Listed:
         listed = self._listed.get(model_id) or self._aliases.get(model_id)
-        if listed is None:
+        if listed is not None:
+            return listed
+        adapter = self._fine_tuned.by_id.get(model_id)
+        if adapter is None or adapter.workspace != principal.workspace or adapter.base not in self._listed:
             raise _unlisted(model_id)
-        return listed
+        return self._own(adapter)
+
+    def _own(self, adapter: Adapter) -> Listed:
+        """A fine-tuned model: its base but for the family, the name and the price."""
+        base, surcharges = self._listed[adapter.base].spec, self._surcharges
+        spec = replace(
+            base,
+            family=CUSTOM,
+            display_name=f"{base.display_name}, fine-tuned",
+            input_per_million=base.input_per_million + surcharges.input_surcharge,
+            output_per_million=base.output_per_million + surcharges.output_surcharge,
+            created_at=adapter.created_at,
+        )
+        return Listed(adapter.full_id, spec, adapter.adapter_id)
 
     def _allows(self, plan: str, listed: Listed) -> bool:
         return listed.spec.family in self._plans[plan].families

@@ -11,6 +11,7 @@ from functools import partial
 
 from aiexport_edge.proto.config import Config
 from aiexport_edge.shim import metrics
+from aiexport_edge.shim.adapters import Adapters
 from aiexport_edge.shim.address_policy import AddressPolicy
 from aiexport_edge.shim.auth.authenticator import Authenticator
 from aiexport_edge.shim.auth.tokens import SigningKeys, Tokens
@@ -58,7 +59,8 @@ class Services:
         self.threads = ThreadPoolExecutor(4, "shim")
         self.tokens = Tokens(store.database, SigningKeys(store.database, self.secrets))
         self.authenticator = Authenticator(store, self.tokens, self.threads)
-        self.catalog = Catalog(config.models, config.plans, engines)
+        self.adapters = Adapters(store, config.models, engines)
+        self.catalog = Catalog(config.models, config.plans, engines, self.adapters, config.adapters)
         self.process_id = new_id("proc_")
         self.ledger = UsageLedger(UsageRows(store.database, self.process_id), config.store.retention)
         self.limits = Limits(
@@ -102,7 +104,15 @@ class Services:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         self.ledger.start()
-        parts = (self.engines, self.authenticator, self.idempotency, self.uptime, self.batches, self.webhooks)
+        parts = (
+            self.engines,
+            self.adapters,
+            self.authenticator,
+            self.idempotency,
+            self.uptime,
+            self.batches,
+            self.webhooks,
+        )
         tasks = [asyncio.create_task(running) for running in (*(part.run() for part in parts), self._measure())]
         for task in tasks:
             task.add_done_callback(_tell_of_end)

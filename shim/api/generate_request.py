@@ -35,6 +35,7 @@ def generate_request(
     return pb.GenerateRequest(
         request_id=request_id,
         model=listed.spec.weights,
+        adapter=listed.adapter,
         chat=pb.Chat(messages=messages),
         sampling=pb.SamplingParams(
             temperature=request.temperature,

@@ -47,7 +47,7 @@ class Messages:
         require_tokens(scope)
         with services.bodies.lease() as lease:
             request = await self._read(scope, receive, lease)
-            listed = services.catalog.use(request.model, principal.plan)
+            listed = services.catalog.use(request.model, principal)
             exchange.facts["model"] = listed.id
             asked = generate_request(
                 request, listed, principal, services.catalog, exchange.request_id, pb.PRIORITY_INTERACTIVE

@@ -28,7 +28,7 @@ class Models:
         family = request.query_params.get("family")
         if family is not None and family not in FAMILIES:
             raise InvalidRequest(f"family: must be one of {', '.join(FAMILIES)}, not {quoted(family)}", param="family")
-        listed = self._services.catalog.visible(principal.plan)
+        listed = self._services.catalog.visible(principal)
         after_id = request.query_params.get("after_id")
         if after_id is not None:
             ids = [model.id for model in listed]
@@ -41,7 +41,7 @@ class Models:
 
     async def get_model(self, request: Request) -> Response:
         principal = await enter(self._services, request.scope, "messages")
-        listed = self._services.catalog.show(request.path_params["model_id"], principal.plan)
+        listed = self._services.catalog.show(request.path_params["model_id"], principal)
         return _json(self._services.catalog.describe(listed))
 
 

@@ -51,7 +51,7 @@ def engine_request(
     """
     with _at(item.path):
         try:
-            listed = catalog.use(item.request.model, principal.plan)
+            listed = catalog.use(item.request.model, principal)
         except NotFound as error:
             raise InvalidRequest(error.message, param=error.param) from None
         return listed, generate_request(item.request, listed, principal, catalog, request_id, pb.PRIORITY_BATCH)

@@ -27,6 +27,7 @@ COMMANDS = {
     "signing-keys": ("crypto_keys", "the keys that sign OAuth tokens"),
     "master-key": ("crypto_keys", "the key that the store's secrets are encrypted under"),
     "operator": ("operator_login", "the login of the admin listener"),
+    "adapters": ("adapters", "the workspaces' fine-tuned models: add, list, remove"),
     "models": ("models", "list the models, check that their files are complete, import one"),
     "usage": ("usage", "what workspaces have used, by model, key or day"),
     "batches": ("batches", "list, show, cancel and delete batches"),

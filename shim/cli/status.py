@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     shim = config.shim
     access = EngineAccess(shim.engine_ca, shim.engine_cert, shim.engine_key, shim.engine_token_file)
     service = _service(config)
-    engines = look_at(_targets(config), access)
+    engines = look_at(engine_targets(config), access)
     if args.json:
         print_json({"service": service, "engines": engines})
     else:
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if well else 1
 
 
-def _targets(config: Config) -> tuple[str, ...]:
+def engine_targets(config: Config) -> tuple[str, ...]:
     """The engines of the shim here: that of `serve` where it runs, and those of the configuration."""
     if serving_pid(config.state) is None:
         return config.engine_addresses

@@ -9,7 +9,8 @@ and now and then inside a long one, the further in the sparser, so that a conver
               h1 ─▶ h2 ────▶ h3 ──────────▶ h4 ─────▶ h5 ──────────▶ h6        h[i] = H(h[i-1], text between)
 
 Where boundaries stand depends on nothing but the text before them, so two conversations have the same hashes exactly as
-far as they are the same. The chain begins with the tenant's cache salt and the model: nothing is found across either.
+far as they are the same. The chain begins with the tenant's cache salt, the model and its adapter: nothing is found
+across any of them.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def trail(request: pb.GenerateRequest, images: Sequence[bytes] = ()) -> Trail:
 
     Reads a bounded part of the prompt: 10 µs for a short one, at most some 300 µs.
     """
-    digest = blake2b(request.tenant.cache_salt + request.model.encode(), digest_size=_DIGEST_BYTES).digest()
+    digest = blake2b(
+        request.tenant.cache_salt + f"{request.model} {request.adapter}".encode(), digest_size=_DIGEST_BYTES
+    ).digest()
     digests: list[int] = []
     chars: list[int] = []
     position = last = 0  # of the reader, of the last boundary

@@ -24,6 +24,7 @@ import grpc.aio
 from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.proto.engine_pb2_grpc import EngineStub
 from aiexport_edge.shim.engines.access import AccessError, Endpoint, EngineAccess
+from aiexport_edge.shim.engines.adapters import AdapterKeeper
 from aiexport_edge.shim.engines.generation import Generation, SessionLost
 from aiexport_edge.shim.engines.handshake import why_refused
 from aiexport_edge.shim.engines.outliers import Fitness, Outlier
@@ -82,6 +83,7 @@ class Session:
         self.prompt_tokens = 0  # of requests that started here, and those of them that it had cached
         self.cached_tokens = 0
         self.models: Mapping[str, pb.ModelInfo] = {}  # as last told, also while disconnected
+        self.adapters = AdapterKeeper(self.address, on_change)
         self._client = client
         self._access = access
         self._on_lost = on_lost
@@ -104,8 +106,10 @@ class Session:
         """The generations that are placed here."""
         return self._live.values()
 
-    def can_serve(self, model: str) -> bool:
-        """Whether a request for `model` would be taken now."""
+    def can_serve(self, model: str, adapter: str = "") -> bool:
+        """Whether a request for `model`, with `adapter` where it is not "", would be taken now."""
+        if adapter and adapter not in self.adapters.loaded:
+            return False
         if not (self.connected and self.serving) or self.draining or self.leaving:
             return False
         info = self.models.get(model)
@@ -235,6 +239,7 @@ class Session:
             side_tasks = [
                 asyncio.create_task(self._write(call)),
                 asyncio.create_task(self._keep_refreshing(channel, stub, metadata, call)),
+                asyncio.create_task(self.adapters.keep(stub, metadata, self.models)),
             ]
             try:
                 while (outputs := await call.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
@@ -362,6 +367,7 @@ class Session:
         was_connected, was_draining = self.connected, self.draining
         self.connected = self.draining = False
         self._ask_stats = self._upload = None
+        self.adapters.forget()
         self._outgoing.clear()
         lost = list(self._live.values())
         self._live.clear()

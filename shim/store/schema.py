@@ -21,7 +21,7 @@ from sqlalchemy import (
     text,
 )
 
-REVISION = "0005"  # the newest migration; known here so that a start on a current database need not import Alembic
+REVISION = "0006"  # the newest migration; known here so that a start on a current database need not import Alembic
 
 metadata = MetaData()
 
@@ -39,6 +39,27 @@ workspaces = Table(
     # A deleted workspace keeps its row for its usage and frees its name.
     Index(
         "workspaces_name",
+        "name",
+        unique=True,
+        sqlite_where=text("deleted_at IS NULL"),
+        postgresql_where=text("deleted_at IS NULL"),
+    ),
+)
+
+# Low-rank adapters, which are the workspaces' fine-tuned models. One that is added anew under its name is another row.
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("id", String(40), primary_key=True),  # by which the engines know it
+    Column("workspace_id", String(40), ForeignKey("workspaces.id"), nullable=False, index=True),
+    Column("name", String(63), nullable=False),
+    Column("base", String(128), nullable=False),  # id of the model that it is for
+    Column("path", Text, nullable=False),  # of its directory, on the engines' machines
+    Column("created_at", BigInteger, nullable=False),
+    Column("deleted_at", BigInteger),
+    Index(
+        "adapters_name",
+        "workspace_id",
         "name",
         unique=True,
         sqlite_where=text("deleted_at IS NULL"),
@@ -119,7 +140,7 @@ usage = Table(
     Column("process_id", String(40), nullable=False),
     Column("workspace_id", String(40), ForeignKey("workspaces.id"), nullable=False),
     Column("key_id", String(40), nullable=False),
-    Column("model", String(128), nullable=False),
+    Column("model", String(160), nullable=False),
     Column("status", String(16), nullable=False),  # running, completed, aborted, failed
     Column("input_tokens", BigInteger, nullable=False),  # less the cached ones
     Column("cache_read_input_tokens", BigInteger, nullable=False),
@@ -146,7 +167,7 @@ usage_days = Table(
     metadata,
     Column("workspace_id", String(40), ForeignKey("workspaces.id"), primary_key=True),
     Column("day", Integer, primary_key=True, autoincrement=False),
-    Column("model", String(128), primary_key=True),
+    Column("model", String(160), primary_key=True),
     Column("key_id", String(40), primary_key=True),
     Column("batch", Boolean, primary_key=True),
     Column("requests", BigInteger, nullable=False),
@@ -254,7 +275,7 @@ batch_items = Table(
     Column("batch_id", String(40), ForeignKey("batches.id"), primary_key=True),
     Column("item_index", Integer, primary_key=True, autoincrement=False),
     Column("custom_id", String(64)),
-    Column("model", String(128), nullable=False),
+    Column("model", String(160), nullable=False),
     Column("body_bytes", Integer, nullable=False),
     Column("state", String(16), nullable=False),  # queued, processing, succeeded, errored, canceled, expired
     Column("owner", String(40)),  # the process that has it, in `processes`

@@ -19,6 +19,18 @@ class Workspace:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapter:
+    """A fine-tuned model of a workspace: `full_id` is what its requests name, `adapter_id` what the engines know."""
+
+    full_id: str
+    workspace: str
+    base: str
+    path: str
+    created_at: datetime
+    adapter_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Key:
     """A key as it can be listed: everything but itself."""
 

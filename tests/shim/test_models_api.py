@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.shim.catalog import Catalog
 from aiexport_edge.shim.engines.engines import ModelFacts
 from aiexport_edge.shim.errors import NotFound
+from aiexport_edge.shim.store.values import Adapter, Principal
 
 OPUS = "apex-opus-3-20250401"
 
@@ -108,13 +109,18 @@ def test_an_alias_stands_for_the_newest_date(tmp_path: Path) -> None:
         def facts(self, model: str) -> ModelFacts | None:
             return None
 
-    catalog = Catalog(models, config.plans, NoSizes())
-    assert catalog.use("m", "pro").id == "m-20250601"
-    assert catalog.use("n", "pro").spec is models[1]
-    assert [listed.id for listed in catalog.visible("pro")] == ["m-20250101", "m-20250601", "n", "m-20250301"]
-    assert catalog.describe(catalog.use("n", "pro"))["context_window"] is None
+    class NoneTuned:
+        def __init__(self) -> None:
+            self.by_id: Mapping[str, Adapter] = {}
+
+    catalog = Catalog(models, config.plans, NoSizes(), NoneTuned(), config.adapters)
+    caller = Principal("key", "key_1", b"", "ws_1", "acme", "pro", b"", frozenset(), None, False, None, None)
+    assert catalog.use("m", caller).id == "m-20250601"
+    assert catalog.use("n", caller).spec is models[1]
+    assert [listed.id for listed in catalog.visible(caller)] == ["m-20250101", "m-20250601", "n", "m-20250301"]
+    assert catalog.describe(catalog.use("n", caller))["context_window"] is None
     with pytest.raises(NotFound):
-        catalog.use("m-2025", "pro")
+        catalog.use("m-2025", caller)
 
 
 def test_several_dates_on_one_set_of_weights(

@@ -52,7 +52,7 @@ def upgrade() -> None:
         sa.Column("process_id", sa.String(40), nullable=False),
         sa.Column("workspace_id", sa.String(40), sa.ForeignKey("workspaces.id"), nullable=False),
         sa.Column("key_id", sa.String(40), nullable=False),
-        sa.Column("model", sa.String(128), nullable=False),
+        sa.Column("model", sa.String(160), nullable=False),
         sa.Column("status", sa.String(16), nullable=False),
         sa.Column("input_tokens", sa.BigInteger, nullable=False),
         sa.Column("cache_read_input_tokens", sa.BigInteger, nullable=False),

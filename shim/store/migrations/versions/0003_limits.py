@@ -19,7 +19,7 @@ def upgrade() -> None:
         "usage_days",
         sa.Column("workspace_id", sa.String(40), sa.ForeignKey("workspaces.id"), primary_key=True),
         sa.Column("day", sa.Integer, primary_key=True, autoincrement=False),
-        sa.Column("model", sa.String(128), primary_key=True),
+        sa.Column("model", sa.String(160), primary_key=True),
         sa.Column("key_id", sa.String(40), primary_key=True),
         sa.Column("batch", sa.Boolean, primary_key=True),
         sa.Column("requests", sa.BigInteger, nullable=False),

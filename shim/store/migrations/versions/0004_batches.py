@@ -39,7 +39,7 @@ def upgrade() -> None:
         sa.Column("batch_id", sa.String(40), sa.ForeignKey("batches.id"), primary_key=True),
         sa.Column("item_index", sa.Integer, primary_key=True, autoincrement=False),
         sa.Column("custom_id", sa.String(64)),
-        sa.Column("model", sa.String(128), nullable=False),
+        sa.Column("model", sa.String(160), nullable=False),
         sa.Column("body_bytes", sa.Integer, nullable=False),
         sa.Column("state", sa.String(16), nullable=False),
         sa.Column("owner", sa.String(40)),
