@@ -46,6 +46,10 @@ class InvalidRequest(ApiError):
     """The request can never succeed as it is."""
 
 
+class NotFetched(InvalidRequest):
+    """A URL of the request brought nothing; asked again later, it might."""
+
+
 class Unauthenticated(ApiError):
     """Credentials are missing, unknown, expired or revoked."""
 
@@ -96,6 +100,7 @@ class Overloaded(ApiError):
 
 TABLE: dict[type[ApiError], tuple[int, str]] = {
     InvalidRequest: (400, "invalid_request_error"),
+    NotFetched: (400, "invalid_request_error"),
     Unauthenticated: (401, "authentication_error"),
     PermissionDenied: (403, "permission_error"),
     NotFound: (404, "not_found_error"),

@@ -26,8 +26,8 @@ from aiexport_edge.shim.body import BodyBudget
 from aiexport_edge.shim.catalog import Catalog, Listed
 from aiexport_edge.shim.engines.engines import Engines
 from aiexport_edge.shim.engines.generation import Generation
-from aiexport_edge.shim.errors import ApiError, InternalError, Overloaded, RateLimited
-from aiexport_edge.shim.images.fetch import ImageFetcher, NotFetched
+from aiexport_edge.shim.errors import ApiError, InternalError, NotFetched, Overloaded, RateLimited
+from aiexport_edge.shim.images.fetch import ImageFetcher
 from aiexport_edge.shim.images.sources import ImageRules
 from aiexport_edge.shim.limits.limits import Limits, OverQuota, Reservation
 from aiexport_edge.shim.prices import Price

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from aiexport_edge.proto.version import product_version
-from aiexport_edge.shim.errors import ApiError, InvalidRequest, quoted
+from aiexport_edge.shim.errors import NotFetched, quoted
 from aiexport_edge.shim.images.sources import MEDIA_TYPES, ImageData, ImageLink, ImageRules, ImageSource
 from aiexport_edge.shim.outgoing import NotReached, connected, tls_context
 
@@ -23,10 +23,6 @@ MAX_AT_ONCE = 16  # of this process; others wait, within their time
 _MAX_HEAD_BYTES = 32 << 10
 _READ_BYTES = 64 << 10
 _SYNONYMS = {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg", "image/x-png": "image/png"}
-
-
-class NotFetched(InvalidRequest):
-    """A URL brought no picture. Another try may: its host may have been away."""
 
 
 class ImageFetcher:
@@ -43,14 +39,16 @@ class ImageFetcher:
 
         Raises `NotFetched`, and `InvalidRequest` for what can never be taken.
         """
-        tasks: dict[int, asyncio.Task[ImageData]] = {}
+        tasks = {
+            index: asyncio.create_task(self._fetch(source, grow), name="fetch of an image")
+            for index, source in enumerate(sources)
+            if isinstance(source, ImageLink)
+        }
         try:
-            async with asyncio.TaskGroup() as group:
-                for index, source in enumerate(sources):
-                    if isinstance(source, ImageLink):
-                        tasks[index] = group.create_task(self._fetch(source, grow))
-        except* ApiError as several:
-            raise _first(several) from None
+            await asyncio.gather(*tasks.values())
+        finally:  # where one has failed, or the client is gone
+            for task in tasks.values():
+                task.cancel()
         return [
             tasks[index].result() if isinstance(source, ImageLink) else source for index, source in enumerate(sources)
         ]
@@ -134,9 +132,3 @@ class ImageFetcher:
 
 def _failed(link: ImageLink, what: str) -> NotFetched:
     return NotFetched(f"{link.path}: the image {what}", param=link.path)
-
-
-def _first(several: BaseExceptionGroup[ApiError]) -> ApiError:
-    """The one of the first block."""
-    errors: list[ApiError] = [error for error in several.exceptions if isinstance(error, ApiError)]
-    return min(errors, key=lambda error: error.param or "")
