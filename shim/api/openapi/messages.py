@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from aiexport_edge.shim.api.messages_request import (
-    IMAGE_TYPES,
     MAX_STOP_SEQUENCE_CHARS,
     MAX_STOP_SEQUENCES,
 )
@@ -20,6 +19,7 @@ from aiexport_edge.shim.api.openapi.parts import (
     reply,
     secured,
 )
+from aiexport_edge.shim.images.sources import MEDIA_TYPES
 
 _TOKENS = {"type": "integer", "minimum": 0}
 _TEXT_BLOCK = {
@@ -27,7 +27,7 @@ _TEXT_BLOCK = {
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
     "required": ["type", "text"],
 }
-_MEDIA_TYPES = "|".join(kind.removeprefix("image/") for kind in IMAGE_TYPES)
+_MEDIA_TYPES = "|".join(kind.removeprefix("image/") for kind in MEDIA_TYPES)
 
 MESSAGE_FIELDS: dict[str, Any] = {
     "model": {
@@ -111,7 +111,12 @@ SCHEMAS: dict[str, Any] = {
     "TextBlock": _TEXT_BLOCK,
     "ImageBlock": {
         "type": "object",
-        "description": "For models with vision; else a 400.",
+        "description": (
+            "In a message of the user, for a model whose `vision` is true; else a 400. A picture is turned as its EXIF "
+            "data say, transparency becomes white, and of an animation the first frame counts. One that is broken, not "
+            "of its declared type or larger than the operator allows is a 400 whose `param` is its block, such as "
+            "`messages.0.content.1`. Video is not taken."
+        ),
         "properties": {
             "type": {"const": "image"},
             "source": {
@@ -120,8 +125,13 @@ SCHEMAS: dict[str, Any] = {
                         "type": "object",
                         "properties": {
                             "type": {"const": "base64"},
-                            "media_type": {"type": "string", "enum": list(IMAGE_TYPES)},
-                            "data": {"type": "string", "contentEncoding": "base64"},
+                            "media_type": {"type": "string", "enum": list(MEDIA_TYPES)},
+                            "data": {
+                                "type": "string",
+                                "contentEncoding": "base64",
+                                "minLength": 1,
+                                "description": "The file, of at most 10 MiB unless the operator says otherwise.",
+                            },
                         },
                         "required": ["type", "media_type", "data"],
                     },
@@ -132,7 +142,11 @@ SCHEMAS: dict[str, Any] = {
                             "url": {
                                 "type": "string",
                                 "pattern": rf"^(https?://|data:image/({_MEDIA_TYPES});base64,)",
-                                "description": "A `data:` URL, or one of a host that the operator allows.",
+                                "description": (
+                                    "A `data:` URL, or one of a host that the operator allows: fetched once, redirects "
+                                    "not followed, its `Content-Type` one of those above. In a batch it is fetched "
+                                    "when the request runs."
+                                ),
                             },
                         },
                         "required": ["type", "url"],
