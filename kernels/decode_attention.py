@@ -63,7 +63,7 @@ def plan_decode(
         from aiexport_edge.kernels.gpu import decode_attention as gpu
 
         return gpu.plan_splits(q, k_cache, block_tables, seq_lens, sliding_window=sliding_window)
-    if q.device.type == "cpu" and k_cache.dtype in (torch.float32, torch.bfloat16, torch.float16):
+    if q.device.type == "cpu":
         from aiexport_edge.kernels.cpu import attention as cpu
 
         query_start_loc = _query_start_loc(q.shape[0], q.device)
@@ -118,6 +118,8 @@ def decode_attention(
             seq_lens,
             scale=scale,
             sliding_window=sliding_window,
+            k_scale=k_scale,
+            v_scale=v_scale,
             plan=plan,
             batch_invariant=batch_invariant,
         )

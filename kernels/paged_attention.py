@@ -78,15 +78,24 @@ def paged_attention(
     v_scale: torch.Tensor | None = None,
     batch_invariant: bool = False,
 ) -> torch.Tensor:
-    """See `paged_attention_reference`, which is what runs for codes on the CPU.
+    """See `paged_attention_reference`.
 
     `batch_invariant`: a token's bits do not depend on what is computed with it. On the CPU they never do.
     """
-    if q.device.type == "cpu" and k_scale is None:
+    if q.device.type == "cpu":
         from aiexport_edge.kernels.cpu import attention as cpu
 
         return cpu.paged_attention(
-            q, k_cache, v_cache, block_tables, query_start_loc, seq_lens, scale=scale, sliding_window=sliding_window
+            q,
+            k_cache,
+            v_cache,
+            block_tables,
+            query_start_loc,
+            seq_lens,
+            scale=scale,
+            sliding_window=sliding_window,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
     if q.is_cuda:
         from aiexport_edge.kernels.gpu import paged_attention as gpu

@@ -102,11 +102,11 @@ def qk_norm_rope(
     v_scale: torch.Tensor | None = None,
     batch_invariant: bool = False,
 ) -> torch.Tensor:
-    """See `qk_norm_rope_reference`, which is what runs for codes on the CPU.
+    """See `qk_norm_rope_reference`.
 
     `batch_invariant`: a token's bits do not depend on what is computed with it. On the CPU they never do.
     """
-    if qkv.device.type == "cpu" and k_scale is None:
+    if qkv.device.type == "cpu":
         from aiexport_edge.kernels.cpu import rope as cpu
 
         return cpu.qk_norm_rope(
@@ -122,6 +122,8 @@ def qk_norm_rope(
             k_weight=k_weight,
             eps=eps,
             mrope_section=mrope_section,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
     if qkv.is_cuda:
         from aiexport_edge.kernels.gpu import qk_norm_rope as gpu

@@ -55,6 +55,7 @@ from aiexport_edge.kernels.cpu.dot import HAS_BFLOAT16
 from aiexport_edge.kernels.cpu.jit import inner, kernel
 from aiexport_edge.kernels.cpu.memory import (
     as_float,
+    get_float32,
     get_int32,
     get_int64,
     load,
@@ -65,7 +66,7 @@ from aiexport_edge.kernels.cpu.memory import (
     widen_columns,
 )
 from aiexport_edge.kernels.cpu.simd import LANES, multiply, splat
-from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
+from aiexport_edge.kernels.cpu.units import DTYPES, KV_DTYPES, begin, end, next_unit
 from aiexport_edge.kernels.threads import empty, float_bits, is_recording, launch, num_threads
 
 TILE_ROWS = 64
@@ -161,14 +162,25 @@ def _attend_block(
 
 
 @inner
+def _scale_of(scales: int, head: int) -> float:
+    """What a head's codes are to be multiplied by; 1 where there are none."""
+    if scales == 0:
+        return 1.0
+    return float(get_float32(scales, head))
+
+
+@inner
 def _finish_tile(
-    state: int, rows: int, group: int, out: int, dtype: int, row_bytes: int, head_dim: int, scratch: int
+    state: int, rows: int, group: int, out: int, dtype: int, row_bytes: int, head_dim: int, scratch: int, scale: float
 ) -> None:
-    """From the states of a tile's rows to the result; `out` is the first query's first head."""
+    """From the states of a tile's rows to the result, times `scale`; `out` is the first query's first head."""
     width = (head_dim + COLUMNS - 1) // COLUMNS * COLUMNS
     head_bytes = head_dim * (4 if dtype == 0 else 2)
     for row in range(rows):
         finish(state + row * 4 * (width + 2 * LANES), width, scratch)
+        if scale != 1.0:
+            for i in range(0, width, LANES):
+                store(scratch + 4 * i, multiply(load(scratch + 4 * i), splat(np.float32(scale))))
         narrow(dtype, scratch, out + row // group * row_bytes + row % group * head_bytes, head_dim)
 
 
@@ -190,6 +202,8 @@ def attend_tiles(
     v_page: int,
     v_head: int,
     v_token: int,
+    k_scales: int,
+    v_scales: int,
     block_tables: int,
     tables_stride: int,
     tokens_per_page: int,
@@ -216,7 +230,6 @@ def attend_tiles(
     following = here + 16 * BLOCK
     work_space = following + 16 * BLOCK
     scale = as_float(scale_bits)
-    factor = splat(np.float32(scale))
 
     unit = begin(control)
     while unit < num_units:
@@ -227,6 +240,7 @@ def attend_tiles(
         page_table = block_tables + 4 * get_int64(record, SEQUENCE) * tables_stride
         head_keys, head_values = keys + head * k_head, values + head * v_head
         whole = states + unit * state_bytes if by_split else own_state
+        factor = splat(np.float32(scale * _scale_of(k_scales, head)))
 
         for row in range(rows):
             place = queries + 4 * row * width
@@ -280,7 +294,8 @@ def attend_tiles(
                 merge(whole, state, width, rows)
 
         if not by_split:
-            _finish_tile(whole, rows, group, out + first_head, q_dtype, row_bytes, head_dim, work_space)
+            own_scale = _scale_of(v_scales, head)
+            _finish_tile(whole, rows, group, out + first_head, q_dtype, row_bytes, head_dim, work_space, own_scale)
         unit = next_unit(control)
     end(control)
 
@@ -299,6 +314,7 @@ def merge_tiles(
     states: int,
     state_bytes: int,
     row_bytes: int,
+    v_scales: int,
 ) -> None:
     """The attention of each tile from the states of its splits, which stand one after the other in the plan."""
     group = num_q_heads // num_kv_heads
@@ -317,7 +333,8 @@ def merge_tiles(
                 merge(states + unit * state_bytes, states + (later * num_kv_heads + head) * state_bytes, width, rows)
                 later += 1
             first_head = out + head * group * head_bytes + first_row * row_bytes
-            _finish_tile(states + unit * state_bytes, rows, group, first_head, q_dtype, row_bytes, head_dim, scratch)
+            own, own_scale = states + unit * state_bytes, _scale_of(v_scales, head)
+            _finish_tile(own, rows, group, first_head, q_dtype, row_bytes, head_dim, scratch, own_scale)
         unit = next_unit(control)
     end(control)
 
@@ -385,6 +402,8 @@ def paged_attention(
     *,
     scale: float,
     sliding_window: int,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     plan: torch.Tensor | None = None,
     batch_invariant: bool = True,
 ) -> torch.Tensor:
@@ -416,6 +435,8 @@ def paged_attention(
     k_page, k_head, k_token, k_item = (kv_bytes * stride for stride in k_cache.stride())
     v_page, v_head, v_token, v_item = (kv_bytes * stride for stride in v_cache.stride())
     assert k_item == v_item == kv_bytes
+    assert (k_scale is not None) == (v_scale is not None) == (kv_bytes == 1)
+    v_scales = 0 if v_scale is None else v_scale.data_ptr()
     q_dtype, row_bytes = DTYPES[q.dtype], num_q_heads * head_dim * q.element_size()
     most_rows = most_queries * group
     width = -(-head_dim // COLUMNS) * COLUMNS
@@ -432,13 +453,15 @@ def paged_attention(
         q_dtype,
         k_cache.data_ptr(),
         v_cache.data_ptr(),
-        DTYPES[k_cache.dtype],
+        KV_DTYPES[k_cache.dtype],
         k_page,
         k_head,
         k_token,
         v_page,
         v_head,
         v_token,
+        0 if k_scale is None else k_scale.data_ptr(),
+        v_scales,
         block_tables.data_ptr(),
         block_tables.stride(0),
         tokens_per_page,
@@ -468,6 +491,7 @@ def paged_attention(
             states.data_ptr(),
             state_bytes,
             row_bytes,
+            v_scales,
             units_at=plan.data_ptr() + 8 * NUM_MERGES,
         )
     return out

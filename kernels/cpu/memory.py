@@ -1,6 +1,7 @@
 """What kernels do with memory: items, vectors, rows of any of three dtypes to and from float32.
 
-Addresses are int64, in bytes; a dtype is one of the codes `FLOAT32`, `BFLOAT16`, `FLOAT16`. Knows no operation of a
+Addresses are int64, in bytes; a dtype is one of the codes `FLOAT32`, `BFLOAT16`, `FLOAT16`,
+`E4M3` (8 bits, of keys and values only). Knows no operation of a
 model.
 """
 
@@ -34,9 +35,10 @@ from aiexport_edge.kernels.cpu.simd import (
     vector,
 )
 
-FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
+FLOAT32, BFLOAT16, FLOAT16, E4M3 = 0, 1, 2, 3
 
 _HAS_FLOAT16 = not IS_X86 or "f16c" in FEATURES
+OCTETS = ir.VectorType(ir.IntType(8), LANES)
 _FLOATS_16 = ir.VectorType(ir.HalfType(), LANES)
 
 
@@ -48,7 +50,8 @@ def pointer(builder: Any, address: Any, item: Any, index: Any = None) -> Any:
 
 def read(builder: Any, address: Any, form: Any = FLOATS) -> Any:
     """A vector in memory, at any multiple of its items' size."""
-    return builder.load(pointer(builder, address, form), align=2 if form is HALVES else 4, typ=form)
+    align = {HALVES: 2, OCTETS: 1}.get(form, 4)
+    return builder.load(pointer(builder, address, form), align=align, typ=form)
 
 
 # --- 16-bit floats ---
@@ -107,6 +110,34 @@ def _to_float16(builder: Any, value: Any) -> Any:
     return builder.trunc(builder.or_(sign, half), HALVES)
 
 
+# --- 8-bit floats: E4M3 has bias 7, no infinities, and 448 is the largest ---
+
+
+def _from_e4m3(builder: Any, octets: Any) -> Any:
+    """Exact. The exponent is 120 less than a float32's: a product mends it, for denormals too."""
+    words = builder.zext(octets, WORDS)
+    sign = builder.shl(builder.and_(words, constant(WORDS, 0x80)), constant(WORDS, 24))
+    rest = builder.shl(builder.and_(words, constant(WORDS, 0x7F)), constant(WORDS, 20))
+    return builder.fmul(builder.bitcast(builder.or_(sign, rest), FLOATS), constant(FLOATS, 2.0**120))
+
+
+def _to_e4m3(builder: Any, value: Any) -> Any:
+    """Round to nearest, ties to even; beyond 448 it saturates."""
+    bits = builder.bitcast(value, WORDS)
+    sign = builder.lshr(builder.and_(bits, constant(WORDS, 0x80000000)), constant(WORDS, 24))
+    size = builder.bitcast(builder.and_(bits, constant(WORDS, 0x7FFFFFFF)), FLOATS)
+    is_large = builder.fcmp_unordered("ugt", size, constant(FLOATS, 448.0))
+    size = builder.select(is_large, constant(FLOATS, 448.0), size)
+    wide = builder.bitcast(size, WORDS)
+    normal = builder.add(builder.add(wide, constant(WORDS, 0x7FFFF)), _bit(builder, wide, 20))
+    normal = builder.sub(builder.lshr(normal, constant(WORDS, 20)), constant(WORDS, (127 - 7) << 3))
+    # Below 2**-6 codes are multiples of 2**-9: the sum's low bits are the rounded integer.
+    small = builder.fadd(builder.fmul(size, constant(FLOATS, 512.0)), constant(FLOATS, 12582912.0))
+    small = builder.and_(builder.bitcast(small, WORDS), constant(WORDS, 0xF))
+    is_small = builder.fcmp_ordered("<", size, constant(FLOATS, 2.0**-6))
+    return builder.trunc(builder.or_(sign, builder.select(is_small, small, normal)), OCTETS)
+
+
 # --- Vectors in memory ---
 
 
@@ -147,6 +178,17 @@ _AS_FLOAT16 = _Storage(
     _from_float16,
     _to_float16,
     lambda builder, words: [_from_float16(builder, half) for half in _low_and_high(builder, words)],
+)
+_AS_E4M3 = _Storage(
+    OCTETS,
+    "v16i8",
+    1,
+    _from_e4m3,
+    _to_e4m3,
+    lambda builder, words: [
+        _from_e4m3(builder, builder.trunc(builder.lshr(words, constant(WORDS, 8 * place)), OCTETS))
+        for place in range(4)
+    ],
 )
 
 
@@ -202,6 +244,9 @@ _store_bfloat16, _store_first_bfloat16 = _storer(_AS_BFLOAT16), _first_storer(_A
 _load_float16, _load_first_float16 = _loader(_AS_FLOAT16), _first_loader(_AS_FLOAT16)
 _store_float16, _store_first_float16 = _storer(_AS_FLOAT16), _first_storer(_AS_FLOAT16)
 
+_load_e4m3, _load_first_e4m3 = _loader(_AS_E4M3), _first_loader(_AS_E4M3)
+_store_e4m3, _store_first_e4m3 = _storer(_AS_E4M3), _first_storer(_AS_E4M3)
+
 
 def transpose(builder: Any, rows: list[Any]) -> list[Any]:
     """Sixteen rows of sixteen lanes to sixteen columns: exchange the off-diagonal quarters of ever smaller squares."""
@@ -240,7 +285,7 @@ def _transposer(storage: _Storage) -> Any:
 
 
 _columns_float32, _columns_bfloat16 = _transposer(_AS_FLOAT32), _transposer(_AS_BFLOAT16)
-_columns_float16 = _transposer(_AS_FLOAT16)
+_columns_float16, _columns_e4m3 = _transposer(_AS_FLOAT16), _transposer(_AS_E4M3)
 
 
 @operation(none, int64)
@@ -313,6 +358,11 @@ def widen(dtype: int, source: int, target: int, count: int) -> None:
             store(target + 4 * i, _load_bfloat16(source + 2 * i))
         if rest:
             store(target + 4 * whole, _load_first_bfloat16(source + 2 * whole, rest))
+    elif dtype == E4M3:
+        for i in range(0, whole, LANES):
+            store(target + 4 * i, _load_e4m3(source + i))
+        if rest:
+            store(target + 4 * whole, _load_first_e4m3(source + whole, rest))
     else:
         for i in range(0, whole, LANES):
             store(target + 4 * i, _load_float16(source + 2 * i))
@@ -335,6 +385,11 @@ def narrow(dtype: int, source: int, target: int, count: int) -> None:
             _store_bfloat16(target + 2 * i, load(source + 4 * i))
         if rest:
             _store_first_bfloat16(target + 2 * whole, load(source + 4 * whole), rest)
+    elif dtype == E4M3:
+        for i in range(0, whole, LANES):
+            _store_e4m3(target + i, load(source + 4 * i))
+        if rest:
+            _store_first_e4m3(target + whole, load(source + 4 * whole), rest)
     else:
         for i in range(0, whole, LANES):
             _store_float16(target + 2 * i, load(source + 4 * i))
@@ -346,7 +401,8 @@ def narrow(dtype: int, source: int, target: int, count: int) -> None:
 def widen_columns(dtype: int, addresses: int, target: int, target_stride: int, count: int) -> None:
     """Column r of target[count, 16] in float32 = `count` numbers of `dtype` at the r-th of sixteen addresses.
 
-    Rows of the target lie `target_stride` bytes apart; up to the next multiple of 32 they are written too.
+    Rows of the target lie `target_stride` bytes apart; up to the next multiple of 32, of 64 for `E4M3`, they are
+    written too.
     """
     if dtype == FLOAT32:
         for i in range(0, count, LANES):
@@ -354,6 +410,9 @@ def widen_columns(dtype: int, addresses: int, target: int, target_stride: int, c
     elif dtype == BFLOAT16:
         for i in range(0, count, 2 * LANES):
             _columns_bfloat16(addresses, 2 * i, count - i, target + i * target_stride, target_stride)
+    elif dtype == E4M3:
+        for i in range(0, count, 4 * LANES):
+            _columns_e4m3(addresses, i, count - i, target + i * target_stride, target_stride)
     else:
         for i in range(0, count, 2 * LANES):
             _columns_float16(addresses, 2 * i, count - i, target + i * target_stride, target_stride)

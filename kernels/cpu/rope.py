@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from aiexport_edge.kernels.cpu.jit import inner, kernel
@@ -11,15 +12,17 @@ from aiexport_edge.kernels.cpu.memory import (
     as_float,
     get_float32,
     get_int64,
+    load,
     load_first,
     narrow,
     set_float32,
+    store,
     store_first,
     widen,
 )
 from aiexport_edge.kernels.cpu.norm import scale_row
-from aiexport_edge.kernels.cpu.simd import LANES, fma, multiply, negate
-from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
+from aiexport_edge.kernels.cpu.simd import LANES, divide, fma, multiply, negate, splat
+from aiexport_edge.kernels.cpu.units import DTYPES, KV_DTYPES, begin, end, next_unit
 from aiexport_edge.kernels.threads import empty, float_bits, launch
 
 TOKENS_PER_UNIT = 4
@@ -58,6 +61,14 @@ def _rotate(head: int, rotation: int, half: int) -> None:
         store_first(head + 4 * (half + i), fma(second, cos, multiply(first, sin)), count)
 
 
+@inner
+def _shrink(head: int, scale: float, count: int) -> None:
+    """A float32 head over its scale."""
+    by = splat(np.float32(scale))
+    for i in range(0, count, LANES):
+        store(head + 4 * i, divide(load(head + 4 * i), by))
+
+
 @kernel
 def norm_rope_tokens(
     control: int,
@@ -87,12 +98,14 @@ def norm_rope_tokens(
     v_page: int,
     v_head: int,
     v_token: int,
+    k_scales: int,
+    v_scales: int,
     q_weight: int,
     k_weight: int,
     weight_dtype: int,
     eps_bits: int,
 ) -> None:
-    """q heads to `out`, k and v heads to their pages. A weight of 0 is no norm."""
+    """q heads to `out`, k and v heads to their pages. A weight of 0 is no norm; codes are of a head over its scale."""
     padded = (head_dim + LANES - 1) // LANES * LANES
     head, wide_q_weight, wide_k_weight = scratch, scratch + 4 * padded, scratch + 8 * padded
     mixed = scratch + 12 * padded
@@ -123,8 +136,12 @@ def norm_rope_tokens(
                 if k_weight != 0:
                     scale_row(head, wide_k_weight, head_dim, eps)
                 _rotate(head, rotation, half)
+                if k_scales != 0:
+                    _shrink(head, get_float32(k_scales, number), head_dim)
                 narrow(kv_dtype, head, keys + page * k_page + number * k_head + offset * k_token, head_dim)
                 widen(dtype, key + num_kv_heads * head_dim * item, head, head_dim)
+                if v_scales != 0:
+                    _shrink(head, get_float32(v_scales, number), head_dim)
                 narrow(kv_dtype, head, values + page * v_page + number * v_head + offset * v_token, head_dim)
         unit = next_unit(control)
     end(control)
@@ -144,6 +161,8 @@ def qk_norm_rope(
     k_weight: torch.Tensor | None,
     eps: float,
     mrope_section: Sequence[int] | None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `aiexport_edge.kernels.qk_norm_rope.qk_norm_rope_reference`."""
     qkv, cos_sin = qkv.contiguous(), cos_sin.contiguous()
@@ -156,6 +175,7 @@ def qk_norm_rope(
     k_page, k_head, k_token, k_item = (kv_bytes * stride for stride in k_cache.stride())
     v_page, v_head, v_token, v_item = (kv_bytes * stride for stride in v_cache.stride())
     assert k_item == v_item == kv_bytes
+    assert (k_scale is not None) == (v_scale is not None) == (kv_bytes == 1)
     weight = q_weight if k_weight is None else k_weight
     out = empty((num_tokens, num_q_heads, head_dim), qkv.dtype)
     launch(
@@ -179,7 +199,7 @@ def qk_norm_rope(
         slots.data_ptr(),
         k_cache.data_ptr(),
         v_cache.data_ptr(),
-        DTYPES[k_cache.dtype],
+        KV_DTYPES[k_cache.dtype],
         k_cache.shape[2],
         k_page,
         k_head,
@@ -187,6 +207,8 @@ def qk_norm_rope(
         v_page,
         v_head,
         v_token,
+        0 if k_scale is None else k_scale.data_ptr(),
+        0 if v_scale is None else v_scale.data_ptr(),
         0 if q_weight is None else q_weight.data_ptr(),
         0 if k_weight is None else k_weight.data_ptr(),
         0 if weight is None else DTYPES[weight.dtype],

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from aiexport_edge.kernels.cpu.jit import inner
-from aiexport_edge.kernels.cpu.memory import BFLOAT16, FLOAT16, FLOAT32, fetch_add
+from aiexport_edge.kernels.cpu.memory import BFLOAT16, E4M3, FLOAT16, FLOAT32, fetch_add
 
 DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+KV_DTYPES = DTYPES | {torch.float8_e4m3fn: E4M3, torch.uint8: E4M3}  # codes, where there are scales
 
 
 @inner
