@@ -1,0 +1,1 @@
+"""What routing by the beginning of a conversation is worth (`python -m benchmarks.routing`)."""
