@@ -143,19 +143,18 @@ def step_bytes(served: Served, num_tokens: int, num_rows: int) -> int:
 
 
 def picture_bytes(served: Sequence[Served]) -> int:
-    """What is kept of pictures' features: the largest one, and some more."""
-    largest = max(
-        (
-            min(LARGEST_PICTURE_TOKENS, each.window)
-            * (1 + len(each.config.vision.deepstack_layers))
-            * each.config.hidden_size
-            * each.item_bytes
-            for each in served
-            if each.config.vision is not None
-        ),
-        default=0,
-    )
-    return largest + min(largest, SPARE_PICTURE_BYTES)
+    """What is kept of pictures' features, the largest one's and some more, and what that one takes in the tower."""
+    kept = passing = 0
+    for each in served:
+        vision = each.config.vision
+        if vision is None:
+            continue
+        tokens = min(LARGEST_PICTURE_TOKENS, each.window)
+        kept = max(kept, tokens * (1 + len(vision.deepstack_layers)) * each.config.hidden_size * each.item_bytes)
+        # Pixels and patches; hidden states, two sets of queries, keys and values.
+        patch = 9 * vision.patch_size**2 + 7 * vision.hidden_size * each.item_bytes
+        passing = max(passing, tokens * vision.merge_size**2 * patch)
+    return kept + min(kept, SPARE_PICTURE_BYTES) + passing
 
 
 def vision_parameters(config: ModelConfig) -> int:

@@ -1,15 +1,15 @@
 """The three tiers on one card: which model serves each, how its weights are rounded, and how long its context is.
 
 Owns the choice for every size of card; what fits is computed (`memory.py`), so that a table, a file and `config check`
-never differ. A card's first choice whose roundings the engine has on cards is taken. Ids, families, contexts and prices
-are those of the vendor's page; a context is shorter where the card's memory does not do for one request of its length.
-Imports no torch.
+never differ. Ids, families, contexts and prices are those of the vendor's page; a context is shorter where the card's
+memory does not do for one request of its length. Imports no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from aiexport_edge.engine.models.config import ModelConfig
@@ -17,7 +17,7 @@ from aiexport_edge.engine.models.memory import CARD_MIB, CardMemory, Served, car
 
 PUBLISHED = Path(__file__).parent / "published"  # configurations of models that people serve, by directory name
 # What a card computes with: roundings of products, and of mixtures' experts.
-CARD_QUANTIZATIONS = ("none",)
+CARD_QUANTIZATIONS = ("none", "int8", "int4", "fp8")
 CARD_EXPERT_QUANTIZATIONS = ("none",)
 MAX_NUM_RUNNING = 32
 MEMORY_SHARE = 0.9
@@ -42,14 +42,15 @@ TIERS = (
     Tier("apex-sonnet-4-20250501", "sonnet", "Apex Sonnet 4", 200_000, 3.0, 15.0, "2025-05-01T00:00:00Z"),
     Tier("apex-haiku-4-20250401", "haiku", "Apex Haiku 4", 100_000, 0.25, 1.25, "2025-04-01T00:00:00Z"),
 )
-Choice = tuple[tuple[str, str, str], str]  # sizes of Qwen3-VL by tier, and the rounding of all
-CHOICES: dict[int, tuple[Choice, ...]] = {
-    8: ((("4B", "4B", "4B"), "int4"), (("2B", "2B", "2B"), "none")),
-    16: ((("8B", "8B", "2B"), "int4"), (("4B", "4B", "4B"), "none")),
-    24: ((("8B", "8B", "4B"), "int4"), (("4B", "4B", "2B"), "none")),
-    48: ((("30B-A3B", "8B", "4B"), "int4"), (("8B", "8B", "4B"), "none")),
-    80: ((("30B-A3B", "8B", "4B"), "fp8"), (("30B-A3B", "30B-A3B", "2B"), "none")),
-    141: ((("32B", "30B-A3B", "8B"), "fp8"), (("30B-A3B", "30B-A3B", "8B"), "none")),
+Choice = tuple[tuple[str, str], tuple[str, str], tuple[str, str]]  # by tier: a size of Qwen3-VL, and its rounding
+# Opus the largest that leaves room for a long context, then smaller ones.
+CHOICES: dict[int, Choice] = {
+    8: (("4B", "int4"), ("4B", "int4"), ("4B", "int4")),
+    16: (("8B", "int4"), ("8B", "int4"), ("2B", "int4")),
+    24: (("8B", "int4"), ("8B", "int4"), ("4B", "int4")),
+    48: (("8B", "fp8"), ("8B", "fp8"), ("4B", "fp8")),
+    80: (("32B", "int4"), ("8B", "fp8"), ("4B", "fp8")),
+    141: (("32B", "fp8"), ("8B", "none"), ("4B", "none")),
 }
 
 
@@ -74,16 +75,18 @@ class Preset:
 
 def preset(card: int) -> Preset:
     """For a card of so many GB, one of CARD_MIB."""
-    sizes, quantize = next(choice for choice in CHOICES[card] if _is_served(choice))
-    names = [f"Qwen3-VL-{size}-Instruct" for size in sizes]
-    windows = {name: max(tier.window for tier, of in zip(TIERS, names, strict=True) if of == name) for name in names}
-    memory = _memory(card, windows, quantize)
-    # One request may take the whole pool: a window is as long as that, and no longer than the vendor's.
-    for model in memory.models:
-        if not model.fits:
-            windows[model.name] = model.pool_tokens // ROUND_TOKENS * ROUND_TOKENS
-    tiers = tuple(TierPreset(tier, name, quantize, windows[name]) for tier, name in zip(TIERS, names, strict=True))
-    return Preset(card, tiers, _memory(card, windows, quantize))
+    chosen = [(f"Qwen3-VL-{size}-Instruct", quantize) for size, quantize in CHOICES[card]]
+    windows = {each: max(tier.window for tier, of in zip(TIERS, chosen, strict=True) if of == each) for each in chosen}
+    # One request may take the whole pool: a window is as long as that, and no longer than the vendor's. It shrinks in
+    # small steps, since a shorter one leaves more for the pool.
+    while not (memory := _memory(card, windows)).fits:
+        for each, model in zip(windows, memory.models, strict=True):
+            if not model.fits:
+                windows[each] = max(model.pool_tokens, int(0.98 * model.window))
+    for each, window in windows.items():
+        windows[each] = window // ROUND_TOKENS * ROUND_TOKENS
+    tiers = tuple(TierPreset(tier, *each, windows[each]) for tier, each in zip(TIERS, chosen, strict=True))
+    return Preset(card, tiers, _memory(card, windows))
 
 
 def presets() -> Iterator[Preset]:
@@ -91,6 +94,7 @@ def presets() -> Iterator[Preset]:
     return map(preset, CARD_MIB)
 
 
+@cache
 def published(name: str) -> ModelConfig | None:
     """The configuration that a model of this directory name is published with."""
     directory = PUBLISHED / name
@@ -142,16 +146,9 @@ def to_table(all_of: Sequence[Preset]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _is_served(choice: Choice) -> bool:
-    sizes, quantize = choice
-    if quantize not in CARD_QUANTIZATIONS:
-        return False
-    return quantize in CARD_EXPERT_QUANTIZATIONS or not any("-A" in size for size in sizes)
-
-
-def _memory(card: int, windows: dict[str, int], quantize: str) -> CardMemory:
+def _memory(card: int, windows: dict[tuple[str, str], int]) -> CardMemory:
     served = []
-    for name, window in windows.items():
+    for (name, quantize), window in windows.items():
         config = published(name)
         assert config is not None
         served.append(Served(name, config, quantize, window))

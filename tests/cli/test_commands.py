@@ -207,7 +207,7 @@ def test_config_check_and_show(cli: Cli, tmp_path: Path) -> None:
 
     text = cli("config", "preset", "--card", "24")[0]
     file.write_text(text)
-    assert "Qwen3-VL-4B-Instruct: 4,438 million parameters" in cli("config", "check", str(file), "--card", "24")[0]
+    assert "Qwen3-VL-8B-Instruct: 8,767 million parameters" in cli("config", "check", str(file), "--card", "24")[0]
     assert cli.json("config", "check", str(file), "--card", "24")["card"]["gb"] == 24
     assert "a card of 8 GB has 8.0 GiB" in cli("config", "check", str(file), "--card", "8", status=1)[1]
     assert "there is no directory" in cli("config", "check", str(file), status=1)[1]
