@@ -139,3 +139,67 @@ def test_tokens_and_logits_are_those_of_transformers(
         if not overlaps:
             torch.testing.assert_close(torch.stack(core.logits[handle]), logits, rtol=0, atol=1e-4)
     assert core.scheduler.pool.num_used == 0
+
+
+def test_a_picture_seen_before_is_found_again_and_another_of_its_size_is_not(directory: Path) -> None:
+    model = make_vision(directory.name)
+    before, after = prompts([6, 30], vocabulary=380)
+    first, other = picture((8, 16), seed=1), picture((8, 16), seed=2)
+    core = core_of(directory)
+    cached = []
+    for given, salt in [
+        (prompt(before, first, after), b""),
+        (prompt(before, first, after[:9]), b""),
+        (prompt(before, other, after), b""),
+        (prompt(before, first, after), b"another workspace"),
+    ]:
+        handle = core.add(given, num_tokens=16, salt=salt)
+        core.run()
+        assert core.output(handle) == greedy_vision(model, directory, given, 16)[0]
+        cached.append(core.requests[handle].num_cached_tokens)
+    # 6 tokens, 34 of the picture with its start and end, 9 after it: three pages of 16.
+    assert cached == [0, 48, 0, 0]
+
+
+def test_page_famine_and_beginnings_in_common_change_no_token(directory: Path) -> None:
+    model = make_vision(directory.name)
+    beginning, *questions = prompts([10, 5, 9, 14, 20, 7, 3], vocabulary=380)
+    shared = [beginning, picture((12, 12), seed=3)]
+    given = [prompt(*shared, question, picture((4 + 2 * index, 8))) for index, question in enumerate(questions)]
+    given[-1] = prompt(questions[-1])
+    core = core_of(directory, num_pages=24)
+    handles = [core.add(each, num_tokens=40) for each in given]
+    core.run()
+    assert core.scheduler.num_preemptions > 0
+    assert sum(core.requests[handle].num_cached_tokens for handle in handles) > 0
+    for handle, each in zip(handles, given, strict=True):
+        assert core.output(handle) == greedy_vision(model, directory, each, 40)[0]
+
+
+def test_a_reply_goes_on_where_an_earlier_attempt_stopped(
+    directory: Path, conversations: list[Prompt], expected: list[tuple[list[int], torch.Tensor]]
+) -> None:
+    core = core_of(directory, max_step_tokens=64)
+    handles = [
+        core.add(given, output=ids[: 5 + 20 * index])
+        for index, (given, (ids, _)) in enumerate(zip(conversations[:3], expected, strict=False))
+    ]
+    core.run()
+    assert [core.output(handle) for handle in handles] == [ids for ids, _ in expected[:3]]
+
+
+def test_deterministic_logits_do_not_depend_on_chunks_neighbours_or_hits(
+    directory: Path, conversations: list[Prompt]
+) -> None:
+    seen = []
+    for max_step_tokens, alone in ((512, True), (40, False), (23, False)):
+        core = core_of(directory, deterministic=True, max_step_tokens=max_step_tokens)
+        handle = core.add(conversations[1], num_tokens=12)
+        for given in [] if alone else conversations:
+            core.add(given, num_tokens=12)
+        core.run()
+        again = core.add(conversations[1], num_tokens=12)
+        core.run()
+        assert core.requests[again].num_cached_tokens > 0
+        seen += [torch.stack(core.logits[handle]), torch.stack(core.logits[again])]
+    assert all(torch.equal(logits, seen[0]) for logits in seen[1:])
