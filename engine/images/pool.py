@@ -242,7 +242,7 @@ class _Worker:
         left = deadline - time.monotonic()
         if left <= 0:
             raise BlockingIOError(errno.EAGAIN, "the time is over")
-        value = struct.pack("ll", int(left), int(left % 1 * 1e6) + 1)
+        value = struct.pack("ll", *divmod(int(left * 1e6) + 1, 1_000_000))  # a timeval; 0 would be for ever
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
 
