@@ -29,11 +29,10 @@ COLORS: dict[str, tuple[Color, ...]] = {
     "white": ((255, 255, 255), (255, 255, 255), (246, 246, 246)),
     "gray": ((128, 128, 128), (128, 128, 128), (105, 105, 105), (160, 160, 160), (90, 90, 90)),
     "cyan": ((0, 255, 255), (0, 255, 255), (0, 210, 220), (30, 220, 225)),
-    "magenta": ((255, 0, 255), (240, 20, 235)),
 }  # fmt: skip
 """Tones of each colour by name; a tone more than once is the likelier one."""
 SHAPE_COLORS = tuple(COLORS)
-_COLOR_WEIGHTS = (14, 13, 14, 11, 9, 9, 6, 6, 8, 6, 6, 5, 3)
+_COLOR_WEIGHTS = (14, 13, 14, 11, 9, 9, 6, 6, 8, 6, 6, 5)
 LIGHT: dict[str, tuple[Color, ...]] = {
     "light blue": ((173, 216, 230), (190, 215, 250)),
     "light green": ((144, 238, 144), (190, 240, 190)),
@@ -41,8 +40,8 @@ LIGHT: dict[str, tuple[Color, ...]] = {
     "light gray": ((211, 211, 211), (200, 200, 200), (221, 221, 221)),
 }
 """Tones that only backgrounds have."""
-SHAPES = ("circle", "square", "triangle", "rectangle", "star", "cross")
-_SHAPE_WEIGHTS = (22, 22, 20, 14, 13, 9)
+SHAPES = ("circle", "square", "triangle", "rectangle", "star")
+_SHAPE_WEIGHTS = (24, 24, 22, 16, 14)
 MASK = 96
 """Side of the small picture of where the shape is."""
 _FORMATS, _FORMAT_WEIGHTS = ("PNG", "JPEG", "WEBP"), (55, 30, 15)
@@ -78,7 +77,7 @@ def picture(
     if rng.random() < 0.06:
         image = _graded(rng, image)
     mask = _draw(rng, image, shape, tone, easy)
-    if rng.random() < 0.15:
+    if rng.random() < 0.1:
         noise = np.random.default_rng(rng.getrandbits(32)).normal(0, rng.uniform(1, 12), (height, width, 3))
         image = Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
     return image, Sight(shape, color, ground, mask)
@@ -98,19 +97,25 @@ def size_of(rng: random.Random, most: int = 512) -> tuple[int, int]:
 
 def file_of(rng: random.Random, image: Image.Image) -> tuple[bytes, str]:
     """The picture as a file and its media type."""
-    kind = rng.choices(_FORMATS, _FORMAT_WEIGHTS)[0]
+    if rng.random() < _FORMAT_WEIGHTS[0] / sum(_FORMAT_WEIGHTS):
+        out = io.BytesIO()
+        image.save(out, "PNG", compress_level=1)
+        return out.getvalue(), "image/png"
+    return _lossy(rng, image)
+
+
+def _lossy(rng: random.Random, image: Image.Image) -> tuple[bytes, str]:
+    kind = rng.choices(_FORMATS[1:], _FORMAT_WEIGHTS[1:])[0]
     out = io.BytesIO()
-    if kind == "PNG":
-        image.save(out, kind, compress_level=0)
-    else:
-        image.save(out, kind, quality=rng.randint(50, 95), **({"method": 0} if kind == "WEBP" else {}))
+    image.save(out, kind, quality=rng.randint(50, 95), **({"method": 0} if kind == "WEBP" else {}))
     return out.getvalue(), f"image/{kind.lower()}"
 
 
 def seen(rng: random.Random, image: Image.Image) -> Image.Image:
     """The picture as it comes out of a file."""
-    data, media_type = file_of(rng, image)
-    return image if media_type == "image/png" else Image.open(io.BytesIO(data)).convert("RGB")
+    if rng.random() < _FORMAT_WEIGHTS[0] / sum(_FORMAT_WEIGHTS):
+        return image
+    return Image.open(io.BytesIO(_lossy(rng, image)[0])).convert("RGB")
 
 
 def _tone(rng: random.Random, tones: tuple[Color, ...]) -> Color:
@@ -143,11 +148,9 @@ def _draw(rng: random.Random, image: Image.Image, shape: str, tone: Color, easy:
     points = _turned(points, 0.0 if easy and rng.random() < 0.7 else _turn(rng, shape))
     xs, ys = zip(*points, strict=True)
     wide, high = max(xs) - min(xs), max(ys) - min(ys)
-    fine = shape in ("star", "cross")
-    least = max((24 if fine else 16) / 128 * max(image.size), 9 if fine else 7)
-    share = (
-        rng.uniform(0.5, 0.95) if easy else rng.uniform(0.18, 0.95) if rng.random() < 0.8 else rng.uniform(0.35, 0.7)
-    )
+    fine = shape == "star"
+    least = max((36 if fine else 28) / 128 * max(image.size), 9 if fine else 7)
+    share = rng.uniform(0.5, 0.95) if easy else rng.uniform(0.36, 0.92)
     scale = max(share * min(image.width / wide, image.height / high), least / min(wide, high))
     scale = min(scale, 0.97 * min(image.width / wide, image.height / high))
     free_x, free_y = image.width - scale * wide, image.height - scale * high
@@ -162,11 +165,11 @@ def _draw(rng: random.Random, image: Image.Image, shape: str, tone: Color, easy:
         for x, y in points
     ]
     pen = ImageDraw.Draw(mask)
-    if easy or rng.random() < 0.8:
+    if easy or rng.random() < 0.9:
         pen.polygon(placed, fill=255)
     else:
-        least_width = max(1.0, max(image.size) / 180)
-        width = max(least_width, rng.uniform(0.02, 0.12) * scale * min(wide, high))
+        least_width = max(1.0, max(image.size) / 100)
+        width = max(least_width, rng.uniform(0.03, 0.14) * scale * min(wide, high))
         pen.line([*placed, placed[0], placed[1]], fill=255, width=max(1, round(width * fold)), joint="curve")
     if fold > 1:
         mask = mask.resize((mask.width // fold, mask.height // fold), Image.Resampling.BOX)
@@ -180,9 +183,9 @@ def _draw(rng: random.Random, image: Image.Image, shape: str, tone: Color, easy:
 
 def _turn(rng: random.Random, shape: str) -> float:
     """Degrees by which the shape is turned."""
-    if shape == "circle" or rng.random() < 0.55:
+    if shape == "circle" or rng.random() < 0.7:
         return 0.0
-    if shape in ("square", "rectangle", "cross") and rng.random() < 0.6:
+    if shape in ("square", "rectangle"):
         return rng.uniform(-24, 24)
     return rng.uniform(0, 360)
 
@@ -199,7 +202,7 @@ def _outline(rng: random.Random, shape: str) -> list[tuple[float, float]]:
     if shape == "circle":
         return _ring(72, lambda i: 1.0)
     if shape in ("square", "rectangle"):
-        x, y = (1.0, 1.0) if shape == "square" else (1.0, rng.uniform(0.28, 0.66))
+        x, y = (1.0, 1.0) if shape == "square" else (1.0, rng.uniform(0.3, 0.62))
         if rng.random() < 0.4:
             x, y = y, x
         return [(-x, -y), (x, -y), (x, y), (-x, y)]
@@ -208,12 +211,8 @@ def _outline(rng: random.Random, shape: str) -> list[tuple[float, float]]:
             return _ring(3, lambda i: 1.0)
         tip = rng.choice((0.0, 0.0, 0.0, -1.0, 1.0, rng.uniform(-0.8, 0.8)))
         return [(tip, -rng.uniform(0.7, 1.3)), (1.0, 0.7), (-1.0, 0.7)]
-    if shape == "star":
-        deep = rng.uniform(0.35, 0.52)
-        return _ring(rng.choice((10, 10, 10, 10, 10, 10, 8, 12)), lambda i: deep if i % 2 else 1.0)
-    arm = rng.uniform(0.22, 0.4)
-    quarter = [(-arm, -1.0), (arm, -1.0), (arm, -arm)]
-    return [p for k in range(4) for p in _turned(quarter, 90 * k)]
+    deep = rng.uniform(0.35, 0.5)
+    return _ring(10, lambda i: deep if i % 2 else 1.0)
 
 
 def _ring(count: int, radius: object) -> list[tuple[float, float]]:

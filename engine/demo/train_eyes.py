@@ -4,8 +4,9 @@
 
 First the tower learns alone to tell shapes, colors and backgrounds apart (``--look`` minutes), then tower and decoder
 learn together from conversations about pictures. So that the decoder keeps what it knows, half of each batch is
-conversations without pictures in which it is held to what the model in ``--start`` would say (the divergence of the two
-distributions, token by token). What has been trained is kept in ``DIR2/eyes.pt`` and ``DIR2/checkpoint.pt``.
+conversations without pictures in which it is held to what the model in ``--start`` would say (the divergence of the
+two distributions, token by token); the tower goes on being asked directly. What has been trained is kept in
+``DIR2/eyes.pt`` and ``DIR2/checkpoint.pt``.
 """
 
 from __future__ import annotations
@@ -236,44 +237,53 @@ class Team:
             grad.copy_(part.view_as(grad))
 
 
-def learn_to_look(eyes: Eyes, out: Path, minutes: float, rate: float, seed: int, team: Team) -> None:
-    """Train the tower and its merger, alone.
+class Looking(nn.Module):
+    """What the tower is asked for directly.
 
-    The mean of its features must tell shape, color and background, and each patch, half way up and at the end, which
-    parts of it the shape covers. Without the second, which is learnt at once, the shapes are long in coming.
+    The mean of its features must tell shape, color and background, and each patch, in the last two layers, which parts
+    of it the shape covers. Without the second, which is learnt at once, the shapes are long in coming.
     """
-    heads = nn.ModuleList(nn.Linear(eyes.shape.out, len(names)) for names in (SHAPES, SHAPE_COLORS, GROUNDS))
-    masks = nn.ModuleList(nn.Linear(eyes.shape.hidden, FINE**2) for _ in range(2))
-    inner, rest = split(eyes, lambda name: not name.startswith("deepstack"))
-    rates = Rates(inner, [*rest, *heads.parameters(), *masks.parameters()], rate, 0.002)
-    right, off, step = torch.zeros(3), torch.zeros(()), 0
-    while (done := team.done(minutes)) < 1:
-        number = step * team.size + team.rank
-        pixels, shown, mask = (
-            torch.from_numpy(x) for x in look(seed * 1_000_003 + number, 64, max(0.0, 0.8 - number / 1000))
-        )
+
+    def __init__(self, shape: EyesShape) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(shape.out, len(names)) for names in (SHAPES, SHAPE_COLORS, GROUNDS))
+        self.masks = nn.ModuleList(nn.Linear(shape.hidden, FINE**2) for _ in range(2))
+
+    def forward(self, eyes: Eyes, batch: tuple[Bytes, Ints, Bytes]) -> tuple[Tensor, Tensor]:
+        """The loss, and the shares of right answers [3]."""
+        pixels, shown, mask = (torch.from_numpy(x) for x in batch)
         with torch.autocast("cpu", torch.bfloat16):
             layers = eyes.layers(pixels)
             mean = eyes.merger(layers[-1]).float().mean(1)
         covered = squares_of(mask[..., None].float() / 255, FINE)
-        guesses = [head(layer.float()) for head, layer in zip(masks, layers[-2:], strict=True)]
-        where = sum((F.binary_cross_entropy_with_logits(guess, covered) for guess in guesses), torch.zeros(()))
-        logits = [head(mean) for head in heads]
-        what = [F.cross_entropy(some, shown[:, k]) * (1.0, 0.5, 0.3)[k] for k, some in enumerate(logits)]
-        torch.autograd.backward(sum(what, 2 * where))
+        loss = torch.zeros(())
+        for head, layer in zip(self.masks, layers[-2:], strict=True):
+            loss = loss + 2 * F.binary_cross_entropy_with_logits(head(layer.float()), covered)
+        right = []
+        for k, (head, weight) in enumerate(zip(self.heads, (1.0, 0.5, 0.3), strict=True)):
+            logits = head(mean)
+            loss = loss + weight * F.cross_entropy(logits, shown[:, k])
+            right.append((logits.argmax(1) == shown[:, k]).float().mean())
+        return loss, torch.stack(right)
+
+
+def learn_to_look(eyes: Eyes, looking: Looking, args: argparse.Namespace, team: Team) -> None:
+    """Train the tower and its merger, alone."""
+    inner, rest = split(eyes, lambda name: not name.startswith("deepstack"))
+    rates = Rates(inner, [*rest, *looking.parameters()], args.look_rate, 0.002)
+    right, step = torch.zeros(3), 0
+    while (done := team.done(args.look)) < 1:
+        number = step * team.size + team.rank
+        loss, now = looking(eyes, look(args.seed * 1_000_003 + number, 64, 0.3 * (1 - done)))
+        torch.autograd.backward(loss)
         rates.step(schedule(done, 0.6) * min(1.0, (step + 1) / 40), team)
         step += 1
-        now = torch.stack([(some.argmax(1) == shown[:, k]).float().mean() for k, some in enumerate(logits)])
-        pace = max(0.02, 1 / step)
-        right, off = right + (now - right) * pace, off + (where.detach() - off) * pace
+        right += (now - right) * max(0.02, 1 / step)
         if step % 50 == 0 and not team.rank:
             shares = [round(x, 3) for x in right.tolist()]
-            line = {"step": step, "right": shares, "off": round(off.item(), 3), "done": round(done, 3)}
-            print(json.dumps(line), flush=True)
-        if step % 200 == 0 and not team.rank:
-            torch.save(eyes.state_dict(), out.with_suffix(".part"))
+            print(json.dumps({"step": step, "right": shares, "done": round(done, 3)}), flush=True)
     if not team.rank:
-        torch.save(eyes.state_dict(), out)
+        torch.save({"eyes": eyes.state_dict(), "looking": looking.state_dict()}, args.out / "eyes.pt")
 
 
 def main() -> None:
@@ -282,6 +292,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, required=True, help="directory of the trained model without eyes")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--look", type=float, default=20, help="minutes in which the tower learns alone")
+    parser.add_argument("--look-start", type=Path, help="begin with this tower: the eyes.pt of an earlier training")
     parser.add_argument("--minutes", type=float, default=40, help="minutes in which tower and decoder learn together")
     parser.add_argument("--text", type=Path, help="folder of public-domain *.txt that varies what users paste")
     parser.add_argument("--processes", type=int, default=2, help="that train together")
@@ -316,18 +327,23 @@ def work(args: argparse.Namespace, rank: int) -> None:
         signal.signal(number, lambda n, _: stop.append(n))
     team = Team(rank, args.processes, args.out, stop)
     eyes = Eyes(EyesShape())
+    looking = Looking(eyes.shape)
     looked = args.out / "eyes.pt"
     if looked.exists():
-        eyes.load_state_dict(torch.load(looked, weights_only=True))
+        saved = torch.load(looked, weights_only=True)
+        eyes.load_state_dict(saved["eyes"])
+        looking.load_state_dict(saved["looking"])
     else:
-        learn_to_look(eyes, looked, args.look, args.look_rate, args.seed, team)
+        if args.look_start:
+            eyes.load_state_dict(torch.load(args.look_start, weights_only=True)["eyes"])
+        learn_to_look(eyes, looking, args, team)
     if not stop:
-        learn_to_speak(args, eyes, team)
+        learn_to_speak(eyes, looking, args, team)
     if args.processes > 1:
         distributed.destroy_process_group()
 
 
-def learn_to_speak(args: argparse.Namespace, eyes: Eyes, team: Team) -> None:
+def learn_to_speak(eyes: Eyes, looking: Looking, args: argparse.Namespace, team: Team) -> None:
     """Train tower and decoder together, and write the directory."""
     tok = Tokenizer.from_file(str(args.start / "tokenizer.json"))
     bpe.save(tok, args.out)
@@ -343,13 +359,15 @@ def learn_to_speak(args: argparse.Namespace, eyes: Eyes, team: Team) -> None:
     vision = Vision(eyes, *numbers)
     inner, rest = split(network)
     decoder = Rates(inner, rest, args.rate, args.adam_rate)
-    tower = Rates(*split(eyes), args.eyes_rate, args.adam_rate)
+    seeing_inner, seeing_rest = split(eyes)
+    tower = Rates(seeing_inner, [*seeing_rest, *looking.parameters()], args.eyes_rate, args.adam_rate)
     checkpoint = args.out / "checkpoint.pt"
     step, spent = 0, 0.0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         network.load_state_dict(saved["network"])
         eyes.load_state_dict(saved["eyes"])
+        looking.load_state_dict(saved["looking"])
         step, spent = saved["step"], saved["spent"]
     else:
         with torch.no_grad():  # features as large as embeddings
@@ -358,7 +376,10 @@ def learn_to_speak(args: argparse.Namespace, eyes: Eyes, team: Team) -> None:
             eyes.merger.linear_fc2.bias.mul_(wanted / found)
 
     def keep_it() -> None:
-        state = {"network": network.state_dict(), "eyes": eyes.state_dict(), "step": step, "spent": spent}
+        state = {
+            "network": network.state_dict(), "eyes": eyes.state_dict(), "looking": looking.state_dict(),
+            "step": step, "spent": spent,
+        }  # fmt: skip
         torch.save(state, checkpoint.with_suffix(".new"))
         checkpoint.with_suffix(".new").replace(checkpoint)
         end, pad = number_of(tok, "<|im_end|>"), number_of(tok, "<|endoftext|>")
@@ -368,7 +389,7 @@ def learn_to_speak(args: argparse.Namespace, eyes: Eyes, team: Team) -> None:
     packer = Packer(tok, dataset.stream(seed, quotes, long_share=0.02), args.tokens)
     none_rng = random.Random(seed)
     none = Packer(tok, iter(lambda: sights.blind(none_rng), None), 256)
-    means = np.full(3, math.nan)
+    means = np.full(4, math.nan)
     team.began = time.monotonic() - spent
     last_saved, last_shown = time.monotonic(), 0.0
     while (done := team.done(args.minutes)) < 1:
@@ -376,6 +397,8 @@ def learn_to_speak(args: argparse.Namespace, eyes: Eyes, team: Team) -> None:
         ids, mask, keep, target = tensors((rows.ids, rows.own, rows.number))
         about = F.cross_entropy(network(ids, mask, keep, torch.bfloat16, seen=see(eyes, rows)), target)
         torch.autograd.backward(about)
+        directly, right = looking(eyes, look((args.seed * 30_000_001 + step) * team.size + team.rank, 64, 0.0))
+        torch.autograd.backward(directly)
         ids, mask, keep, target = tensors(packer.batch())
         with torch.no_grad():
             wanted = teacher(ids, mask, keep, torch.bfloat16).log_softmax(-1)
@@ -391,7 +414,7 @@ def learn_to_speak(args: argparse.Namespace, eyes: Eyes, team: Team) -> None:
         share = schedule(done, args.decay) * min(1.0, (step + 1) / 30)
         decoder.step(share, team)
         tower.step(share, team)
-        values = np.array([about.item(), kept.item(), blind])
+        values = np.array([about.item(), kept.item(), blind, right[0].item()])
         means = np.where(np.isnan(means), values, means + 0.05 * (values - means))
         step += 1
         now = time.monotonic()
@@ -400,7 +423,7 @@ def learn_to_speak(args: argparse.Namespace, eyes: Eyes, team: Team) -> None:
             continue
         if now - last_shown > 15:
             last_shown = now
-            names = ("about pictures", "divergence", "blind")
+            names = ("about pictures", "divergence", "blind", "shapes")
             line = {"step": step} | {name: round(float(m), 4) for name, m in zip(names, means, strict=True)}
             print(json.dumps(line | {"rate": round(share, 3), "minutes": round(spent / 60, 2)}), flush=True)
         if now - last_saved > 120:

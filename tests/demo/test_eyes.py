@@ -18,8 +18,10 @@ from tokenizers import Tokenizer  # noqa: E402
 
 from aiexport_edge.engine.demo import MODEL_DIR, evaluate_eyes, pictures, sights, train_eyes  # noqa: E402
 from aiexport_edge.engine.demo import tokenizer as bpe  # noqa: E402
-from aiexport_edge.engine.demo.eyes import Eyes, EyesShape  # noqa: E402
+from aiexport_edge.engine.demo.eyes import PATCHES, Eyes, EyesShape  # noqa: E402
 from aiexport_edge.engine.demo.network import Network, Shape, Vision  # noqa: E402
+from aiexport_edge.engine.images.patches import patches  # noqa: E402
+from aiexport_edge.engine.images.positions import prompt_positions  # noqa: E402
 
 
 def tokens() -> Tokenizer:
@@ -45,7 +47,8 @@ def test_network_is_transformers_qwen3_vl(untrained: tuple[Network, Eyes, Path])
     network, eyes, folder = untrained
     import transformers
 
-    theirs: Any = transformers.Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    kind: Any = transformers.Qwen3VLForConditionalGeneration
+    theirs = kind.from_pretrained(folder, dtype=torch.float32).eval()
     rng = random.Random(4)
     talks = [sights.talk(rng, [(64, 64), (200, 120), (90, 300)], []) for _ in range(6)]
     for talk in talks:
@@ -55,10 +58,10 @@ def test_network_is_transformers_qwen3_vl(untrained: tuple[Network, Eyes, Path])
             places.setdefault(one.shape, []).append((one, span.start + np.arange(span.num_tokens)))
         rows = train_eyes.Rows(
             np.array([ids]), np.zeros((1, len(ids)), np.int64), np.ones((1, len(ids)), np.int64),
-            train_eyes.prompt_positions(len(ids), spans).of_prompt[:, None],
+            prompt_positions(len(ids), spans).of_prompt[:, None],
             [(np.stack([p for p, _ in some]), np.stack([w for _, w in some])) for some in places.values()],
         )  # fmt: skip
-        values, grids = zip(*(evaluate_eyes.patches(one, evaluate_eyes.PATCHES) for one in pixels), strict=True)
+        values, grids = zip(*(patches(one, PATCHES) for one in pixels), strict=True)
         mask = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()[None, None]
         with torch.no_grad():
             ours = network(
@@ -75,12 +78,12 @@ def test_network_is_transformers_qwen3_vl(untrained: tuple[Network, Eyes, Path])
 def test_training_lays_pictures_out_as_the_template_does() -> None:
     from transformers import AutoTokenizer
 
-    tok = AutoTokenizer.from_pretrained(MODEL_DIR)
+    tok: Any = AutoTokenizer.from_pretrained(MODEL_DIR)
     rng = random.Random(8)
     for _ in range(60):
         talk = sights.talk(rng, [(64, 64), (100, 60)], [])
         ids, own, spans, _ = train_eyes.encode_talk(tokens(), talk)
-        text = tok.apply_chat_template(talk.messages, tokenize=False)
+        text: Any = tok.apply_chat_template(talk.messages, tokenize=False)
         for span in spans:
             text = text.replace("<|image_pad|>", "\0" * span.num_tokens, 1)
             assert ids[span.start - 1] == bpe.SPECIAL.index("<|vision_start|>")
