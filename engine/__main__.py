@@ -71,6 +71,7 @@ def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: st
                 deterministic=fact.deterministic,
                 revision=fact.revision,
                 quantize=weights.quantize,
+                kv_cache_dtype=weights.kv_cache_dtype,
                 yarn_factor=0.0 if yarn is None else yarn.factor,
                 yarn_original=0 if yarn is None else yarn.original,
             )
@@ -163,7 +164,9 @@ def _facts(config: Config) -> list[ModelFacts]:
             ModelFacts(
                 name=weights.name,
                 directory=directory,
-                revision=model_revision(directory, quantize=_rounding(weights), yarn=yarn),
+                revision=model_revision(
+                    directory, quantize=_rounding(weights), kv_cache_dtype=weights.kv_cache_dtype, yarn=yarn
+                ),
                 vocab_size=model.vocab_size,
                 context_window=window,
                 max_output_tokens=min(max(limits), window),

@@ -38,6 +38,7 @@ ROUTINGS = ("prefix", "least-load", "round-robin")
 PLANS = ("free", "pro", "enterprise")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "int8", "int4", "fp8")
+KV_CACHE_DTYPES = ("auto", "fp8")
 
 
 class ConfigError(Exception):
@@ -95,6 +96,7 @@ class WeightsSpec:
     deterministic: bool
     vllm: VllmConfig | None
     rope_scaling: RopeScaling | None  # in the place of the checkpoint's own
+    kv_cache_dtype: str  # of keys and values; "auto": the model's, or what its checkpoint is made for
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +261,7 @@ def check_sources(config: Config) -> None:
 
 
 # What two entries must agree in to be served by one set of weights: the fields of a `WeightsSpec` but its name.
-_Shared = tuple[str, str, str, int, bool, VllmConfig | None, RopeScaling | None]
+_Shared = tuple[str, str, str, int, bool, VllmConfig | None, RopeScaling | None, str]
 
 
 class _Table:
@@ -402,6 +404,7 @@ def _model(
     display_name = table.take("display_name", values.text, "")
     dtype = table.take("dtype", values.one_of(DTYPES), "auto")
     quantize = table.take("quantize", values.one_of(QUANTIZATIONS), "none")
+    kv_cache_dtype = table.take("kv_cache_dtype", values.one_of(KV_CACHE_DTYPES), "auto")
     context_window = table.take("context_window", values.integer(0, 1 << 24), 0)
     max_output_tokens = table.take("max_output_tokens", values.integer(0, 1 << 24), 0)
     input_per_million = table.take("input_per_million", values.price, 0.0)
@@ -414,7 +417,7 @@ def _model(
     json_mode = table.take("json_mode", values.boolean, family != "haiku")
     table.end()
     if vllm is not None:
-        refuse_what_vllm_lacks(table, deterministic=deterministic, quantize=quantize)
+        refuse_what_vllm_lacks(table, deterministic=deterministic, quantize=quantize, kv_cache_dtype=kv_cache_dtype)
         if scaling is not None:
             raise table.error(
                 "rope_scaling", "is of the native backend; for vLLM write it into the model's config.json"
@@ -424,7 +427,7 @@ def _model(
             raise table.error(key, f"is missing; {_MODEL_REMEDIES[key]}")
     if context_window and max_output_tokens > context_window:
         raise table.error("max_output_tokens", f"must be at most the context_window, {context_window}")
-    shared = (source, dtype, quantize, context_window, deterministic, vllm, scaling)
+    shared = (source, dtype, quantize, context_window, deterministic, vllm, scaling, kv_cache_dtype)
     if shared not in weights:
         weights[shared] = WeightsSpec(_weights_name(source, weights.values()), *shared)
     return ModelSpec(

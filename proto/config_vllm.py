@@ -83,7 +83,7 @@ def read_backend(table: _Table, base: Path) -> VllmConfig | None:
     return None
 
 
-def refuse_what_vllm_lacks(table: _Table, *, deterministic: bool, quantize: str) -> None:
+def refuse_what_vllm_lacks(table: _Table, *, deterministic: bool, quantize: str, kv_cache_dtype: str) -> None:
     """Raises `ConfigError` for a setting that a model with `backend = "vllm"` cannot keep."""
     if deterministic:
         raise table.error(
@@ -93,6 +93,8 @@ def refuse_what_vllm_lacks(table: _Table, *, deterministic: bool, quantize: str)
         )
     if quantize != "none":
         raise table.error("quantize", 'is of the native backend; vLLM\'s own is "quantization" in [models.vllm]')
+    if kv_cache_dtype != "auto":
+        raise table.error("kv_cache_dtype", "is of the native backend; leave it out")
 
 
 def _gpus(value: object) -> tuple[int, ...]:

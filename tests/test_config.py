@@ -109,6 +109,15 @@ def test_rounded_weights_are_weights_of_their_own(tmp_path: Path) -> None:
         read(tmp_path, MODEL + 'quantize = "int7"\n')
 
 
+def test_the_form_of_keys_and_values(tmp_path: Path) -> None:
+    config = read(tmp_path, MODEL + MODEL.replace("apex-haiku", "apex-opus") + 'kv_cache_dtype = "fp8"\n')
+    assert [weights.kv_cache_dtype for weights in config.weights] == ["auto", "fp8"]
+    with pytest.raises(ConfigError, match="kv_cache_dtype"):
+        read(tmp_path, MODEL + 'kv_cache_dtype = "int8"\n')
+    with pytest.raises(ConfigError, match="kv_cache_dtype: is of the native backend"):
+        read(tmp_path, MODEL + 'backend = "vllm"\nkv_cache_dtype = "fp8"\n')
+
+
 def test_json_mode_is_for_sonnet_and_opus_unless_the_operator_says_otherwise(tmp_path: Path) -> None:
     entry = '[[models]]\nids = ["{0}"]\nfamily = "{0}"\nsource = "demo"\n'
     entries = "".join(map(entry.format, ("opus", "sonnet", "haiku")))

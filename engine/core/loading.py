@@ -69,6 +69,7 @@ def load(
                     name=model.name,
                     dtype=model.dtype,
                     quantize=model.quantize,
+                    kv_cache_dtype=model.kv_cache_dtype,
                     context_window=model.context_window,
                     deterministic=model.deterministic,
                     yarn=Yarn(model.yarn_factor, model.yarn_original) if model.yarn_factor else None,
@@ -103,7 +104,7 @@ def make_runner(
     """
     adapters = [_adapters_of(config, model, device) for model in models]
     needs = [
-        ModelNeed(model.name, model.config.kv_bytes_per_token(model.dtype.itemsize), model.context_window)
+        ModelNeed(model.name, model.config.kv_bytes_per_token(model.kv_dtype.itemsize), model.context_window)
         for model in models
     ]
 

@@ -36,7 +36,8 @@ class CoreModel(msgspec.Struct, frozen=True, array_like=True):
     `dtype` is "float32", "bfloat16", "float16" or "auto": a float32 checkpoint stays so, a 16-bit one is bfloat16
     where the device multiplies it, else float32. `quantize` is what weights are rounded to while they are loaded:
     "none", "int8", "int4" or "fp8". `context_window` is in tokens, prompt and output together, and already resolved
-    by the parent. `yarn_factor`, where it is not 0, and `yarn_original` are the operator's `Yarn`.
+    by the parent. `yarn_factor`, where it is not 0, and `yarn_original` are the operator's `Yarn`. `kv_cache_dtype`:
+    "auto" is the model's dtype, or what its checkpoint is made for; "fp8" is one byte a number.
     """
 
     name: str
@@ -48,6 +49,7 @@ class CoreModel(msgspec.Struct, frozen=True, array_like=True):
     quantize: str = "none"
     yarn_factor: float = 0.0
     yarn_original: int = 0
+    kv_cache_dtype: str = "auto"
 
 
 class CoreConfig(msgspec.Struct, frozen=True, array_like=True):

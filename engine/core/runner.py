@@ -114,7 +114,7 @@ class Runner:
                 num_layers=model.config.num_layers,
                 num_kv_heads=model.config.num_kv_heads,
                 head_dim=model.config.head_dim,
-                dtype=model.dtype,
+                dtype=model.kv_dtype,
             )
             for index, model in enumerate(models)
         ]
@@ -138,6 +138,10 @@ class Runner:
         self._accelerator = accelerator
         self._graphs = self._make_graphs(accelerator) if accelerator is not None and graphed else []
         self._programs = self._make_programs() if accelerator is None and graphed else []
+
+    def has_adapters(self, model: int) -> bool:
+        """Whether the model has places for adapters."""
+        return self._adapters[model] is not None
 
     @property
     def overlaps(self) -> bool:

@@ -98,7 +98,10 @@ class MixtureOfExperts:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The weights of one layer; norms [hidden] or [head_dim], products packed. `sliding_window` 0 sees everything."""
+    """The weights of one layer; norms [hidden] or [head_dim], products packed. `sliding_window` 0 sees everything.
+
+    `k_scale` and `v_scale` (float32 [KV heads]) are there where keys and values are kept in FP8 (`kernels.kv_codes`).
+    """
 
     input_norm: Tensor
     qkv: PackedLinear | AdaptedLinear
@@ -108,6 +111,8 @@ class Layer:
     post_attention_norm: Tensor
     mlp: Mlp | MixtureOfExperts
     sliding_window: int
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
 
 class Decoder:
@@ -206,6 +211,8 @@ class Decoder:
             k_weight=layer.k_norm,
             eps=self.config.rms_norm_eps,
             mrope_section=self.config.rope.mrope_section if batch.has_axes else None,
+            k_scale=layer.k_scale,
+            v_scale=layer.v_scale,
             batch_invariant=self.deterministic,
         )
 
@@ -229,6 +236,8 @@ class Decoder:
                 batch.seq_lens,
                 scale=self.scale,
                 sliding_window=window,
+                k_scale=layer.k_scale,
+                v_scale=layer.v_scale,
                 plan=plans[window],
                 batch_invariant=self.deterministic,
             )
@@ -241,6 +250,8 @@ class Decoder:
                 batch.seq_lens,
                 scale=self.scale,
                 sliding_window=window,
+                k_scale=layer.k_scale,
+                v_scale=layer.v_scale,
                 batch_invariant=self.deterministic,
             )
         return attended.view(attended.shape[0], -1)

@@ -35,6 +35,7 @@ FUSIONS = {
 }
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 ROUTER = "mlp.gate"
+KV_SCALES = ("k_scale", "v_scale")
 # One tensor each for all experts of a layer, as Qwen3-VL's mixtures have them.
 FUSED_GATE_UP, FUSED_DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 HEAD_ROUNDING = {"none": "none", "int8": "int8", "int4": "int8", "fp8": "none"}
@@ -59,7 +60,14 @@ class LoadedModel:
     context_window: int
     weight_bytes: int
     tower: VisionTower | None = None
+    fp8_kv_cache: bool = False  # keys and values as codes of E4M3
     note: str = ""  # what of the weights' form the device lacks, a sentence for the operator
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of the caches' elements."""
+        return torch.uint8 if self.fp8_kv_cache else self.dtype
+
     largest_image_patches: int = 0
 
 
@@ -69,6 +77,7 @@ def load_model(
     name: str = "",
     dtype: str = "auto",
     quantize: str = "none",
+    kv_cache_dtype: str = "auto",
     context_window: int = 0,
     deterministic: bool = False,
     device: torch.device | None = None,
@@ -76,7 +85,9 @@ def load_model(
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Read `directory`. `context_window` 0 is the model's own, `yarn` extends that; `progress` is told bytes done and
-    in all. `quantize` ("int8", "int4", "fp8") rounds the products' weights while they are packed.
+    in all. `quantize` ("int8", "int4", "fp8") rounds the products' weights while they are packed. `kv_cache_dtype`
+    "fp8" keeps keys and values in E4M3, with the checkpoint's scales or 1; "auto" does so for checkpoints that are made
+    for it.
 
     Raises ModelError with a sentence for the operator.
     """
@@ -92,7 +103,15 @@ def load_model(
             f"{directory}: quantize {quantize} of a mixture of experts is for models that run on a CPU; leave it out"
         )
     with open_checkpoint(directory) as checkpoint:
-        weights = _Weights(checkpoint, config, dtype=dtype, quantize=quantize, device=device, progress=progress)
+        weights = _Weights(
+            checkpoint,
+            config,
+            dtype=dtype,
+            quantize=quantize,
+            kv_cache_dtype=kv_cache_dtype,
+            device=device,
+            progress=progress,
+        )
         decoder = _build(weights, context_window or config.context_window, deterministic)
         tower, largest_image_patches = None, 0
         if config.vision is not None:
@@ -101,6 +120,7 @@ def load_model(
             largest_image_patches = images.max_pixels // images.patch_size**2
     return LoadedModel(
         note=weights.note(),
+        fp8_kv_cache=weights.fp8_kv_cache,
         name=name,
         config=config,
         decoder=decoder,
@@ -194,6 +214,7 @@ def _check(checkpoint: Checkpoint, config: ModelConfig) -> tuple[dict[str, str],
     """
     expected = _shapes(config)
     present = {name for name in checkpoint.entries if not name.endswith(HARMLESS)}
+    present -= _kv_scales(checkpoint, config)
     names = {name: _own_name(name, config) for name in expected}
     if config.tie_word_embeddings:
         if names[EMBEDDING] not in present and HEAD in present:
@@ -223,6 +244,20 @@ def _check(checkpoint: Checkpoint, config: ModelConfig) -> tuple[dict[str, str],
         if entry.dtype not in DTYPES:
             raise ModelError(f"{entry.file}: {source} is {entry.dtype}; supported are {', '.join(DTYPES)}")
     return names, stored
+
+
+def _kv_scales(checkpoint: Checkpoint, config: ModelConfig) -> set[str]:
+    """The scales of keys and values in FP8 that the checkpoint has. Raises ModelError for any of another shape."""
+    names = (f"model.layers.{index}.self_attn.{name}" for index in range(config.num_layers) for name in KV_SCALES)
+    found = {_own_name(name, config) for name in names} & checkpoint.entries.keys()
+    for name in found:
+        entry = checkpoint.entries[name]
+        if math.prod(entry.shape) not in (1, config.num_kv_heads) or entry.dtype not in DTYPES:
+            raise ModelError(
+                f"{entry.file}: {name} is {entry.dtype} {list(entry.shape)}; one number, or one for each of the "
+                f"{config.num_kv_heads} KV heads, is needed"
+            )
+    return found
 
 
 def _own_name(name: str, config: ModelConfig) -> str:
@@ -266,6 +301,7 @@ class _Weights:
         *,
         dtype: str,
         quantize: str,
+        kv_cache_dtype: str,
         device: torch.device,
         progress: Progress | None,
     ) -> None:
@@ -274,6 +310,8 @@ class _Weights:
         self._quantize = quantize
         self._checkpoint = checkpoint
         self._names, self._stored = _check(checkpoint, config)
+        is_made_for_fp8 = config.quantization is not None and config.quantization.fp8_kv_cache
+        self.fp8_kv_cache = kv_cache_dtype == "fp8" or is_made_for_fp8
         if self._stored and quantize != "none":
             raise ModelError(
                 f"{checkpoint.directory}: the weights are quantized already; leave out quantize, or take the 16-bit "
@@ -407,6 +445,23 @@ class _Weights:
         self._num_decoded += made.is_decoded
         return made
 
+    def kv_scale(self, prefix: str, name: str) -> Tensor | None:
+        """float32 [KV heads], what the layer's codes of keys or values are multiplied by; None where they are floats.
+
+        Without a scale in the checkpoint it is 1: E4M3 reaches 448, which keys and values hardly do.
+        """
+        if not self.fp8_kv_cache:
+            return None
+        source = _own_name(f"{prefix}.self_attn.{name}", self.config)
+        scales = torch.ones(self.config.num_kv_heads)
+        if source in self._checkpoint.entries:
+            scales *= self._checkpoint.tensor(source).float().flatten()
+        if not bool((scales > 0).all()) or not bool(scales.isfinite().all()):
+            raise ModelError(
+                f"{self._checkpoint.directory}: {source} is {scales.tolist()}; positive numbers are needed"
+            )
+        return scales.to(self.device)
+
     def note(self) -> str:
         """What of the weights' form this device has no products for; "" where there is nothing to say."""
         name = str(self.dtype).removeprefix("torch.")
@@ -483,4 +538,6 @@ def _layer(weights: _Weights, index: int, deterministic: bool) -> Layer:
         post_attention_norm=norm("post_attention_layernorm"),
         mlp=mixture() if config.mixture is not None and index in config.mixture.layers else mlp(),
         sliding_window=config.sliding_windows[index],
+        k_scale=weights.kv_scale(prefix, "k_scale"),
+        v_scale=weights.kv_scale(prefix, "v_scale"),
     )

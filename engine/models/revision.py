@@ -28,16 +28,18 @@ SAMPLE_BLOCKS, BLOCK_BYTES = 256, 4096
 LONGEST_HEADER = 100_000_000  # safetensors' own limit
 
 
-def model_revision(directory: Path | str, *, quantize: str = "none", yarn: Yarn | None = None) -> str:
+def model_revision(
+    directory: Path | str, *, quantize: str = "none", kv_cache_dtype: str = "auto", yarn: Yarn | None = None
+) -> str:
     """32 hexadecimal digits that change with the directory's configuration, tokenizer, template or weights.
 
     Reading gigabytes at each start would take too long. The small files are hashed whole, and so are weight files of
     up to 16 MiB; of a larger one its size, its header (every tensor's name, dtype, shape and place) and 256 blocks of
     4 KiB spread evenly from the first byte to the last. Training or merging changes nearly every block, so this tells
     versions of a model apart; it is no defence against someone who alters single weights on purpose. `quantize`, what
-    the weights are rounded to when they are loaded, and `yarn` count too: the same prompt has other keys and values
-    then. Where the directory lies and when its files were written do not count. Raises ModelError where a file cannot
-    be read.
+    the weights are rounded to when they are loaded, `kv_cache_dtype` and `yarn` count too: the same prompt has other
+    keys and values then. Where the directory lies and when its files were written do not count. Raises ModelError where
+    a file cannot be read.
     """
     directory = Path(directory)
     digest = hashlib.blake2b(digest_size=16)
@@ -48,6 +50,8 @@ def model_revision(directory: Path | str, *, quantize: str = "none", yarn: Yarn 
                 _add(digest, name, file.read_bytes())
         if quantize != "none":
             _add(digest, "quantize", quantize.encode())
+        if kv_cache_dtype != "auto":
+            _add(digest, "kv_cache_dtype", kv_cache_dtype.encode())
         if yarn is not None:
             _add(digest, "yarn", f"{yarn.factor!r} {yarn.original}".encode())
         for file in sorted(directory.glob("*.safetensors")):

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.decoding import logits_of
+from support.driver import Driver
 from support.tiny_models import save, shared_data
 
 from aiexport_edge.engine.core.loading import load
@@ -92,3 +94,63 @@ def test_experts_are_rounded_on_processors_only(tmp_path: Path) -> None:
     save("qwen3_moe", tmp_path)
     with pytest.raises(ModelError, match="quantize int8 of a mixture of experts is for models that run on a CPU"):
         load_model(tmp_path, quantize="int8", device=torch.device("meta"))
+
+
+def test_keys_and_values_in_fp8(directory: Path) -> None:
+    """What it costs, as above; a token takes half the bytes of bfloat16, a quarter of float32."""
+    plain, coded = load_model(directory), load_model(directory, kv_cache_dtype="fp8")
+    assert coded.kv_dtype.itemsize == 1
+    divergence = []
+    for ids in drawn_texts(directory):
+        before = torch.log_softmax(logits_of(plain, ids), dim=-1)
+        after = torch.log_softmax(logits_of(coded, ids), dim=-1)
+        divergence.append((before.exp() * (before - after)).sum(-1).mean())
+    assert torch.stack(divergence).mean() <= (0.01 if directory == DEMO else 0.05)
+
+
+def test_a_core_keeps_keys_and_values_as_its_configuration_says() -> None:
+    """Prefilled in chunks, cached and decoded by recorded programs: greedy text stays that of one chunk."""
+    texts = {}
+    for kv_cache_dtype, chunk in (("auto", 64), ("fp8", 64), ("fp8", 7)):
+        model = CoreModel("demo", str(DEMO), "auto", 256, True, "", kv_cache_dtype=kv_cache_dtype)
+        runner = load(CoreConfig([model], "cpu", 0, 8 << 20, 4, 64, 1, 0.0), keep_logits=True)
+        driver = Driver(runner)
+        request = driver.add(list(range(40, 70)))
+        driver.run([request], 24, chunk)
+        texts[kv_cache_dtype, chunk] = driver.outcome(request)[0]
+        if kv_cache_dtype == "fp8":
+            token_bytes = load_model(DEMO).config.kv_bytes_per_token(1)
+            assert runner.tokens_per_page[0] == runner.page_bytes // token_bytes == 16
+    assert texts["fp8", 64] == texts["fp8", 7]
+
+
+def test_scales_of_keys_and_values_come_from_the_checkpoint(tmp_path: Path) -> None:
+    save("qwen3", tmp_path)
+    file = tmp_path / "model.safetensors"
+    scales = {
+        f"model.layers.{layer}.self_attn.{name}": torch.full(shape, 0.05)
+        for layer, shape in enumerate([(1,), (), (2,)])
+        for name in ("k_scale", "v_scale")
+    }
+    save_file(load_file(file) | scales, file)
+    coded = load_model(tmp_path, kv_cache_dtype="fp8")
+    assert [layer.k_scale.tolist() for layer in coded.decoder.layers if layer.k_scale is not None] == [
+        pytest.approx([0.05, 0.05])
+    ] * 3
+    assert load_model(tmp_path).decoder.layers[0].k_scale is None
+    ids = torch.arange(3, 60)
+    exact = logits_of(load_model(tmp_path), ids)
+    assert (logits_of(coded, ids) - exact).norm() <= 0.15 * exact.norm()
+    scales["model.layers.1.self_attn.v_scale"] = torch.tensor(0.0)
+    save_file(load_file(file) | scales, file)
+    with pytest.raises(ModelError, match=r"v_scale is \[0.0, 0.0\]; positive numbers are needed"):
+        load_model(tmp_path, kv_cache_dtype="fp8")
+    scales["model.layers.1.self_attn.v_scale"] = torch.ones(3)
+    save_file(load_file(file) | scales, file)
+    with pytest.raises(ModelError, match="v_scale is F32"):
+        load_model(tmp_path)
+
+
+def test_the_form_of_keys_and_values_is_part_of_the_revision() -> None:
+    assert model_revision(DEMO, kv_cache_dtype="fp8") != model_revision(DEMO)
+    assert model_revision(DEMO, kv_cache_dtype="auto") == model_revision(DEMO)

@@ -12,14 +12,14 @@ from aiexport_edge.engine.models.loader import LoadedModel
 def logits_of(model: LoadedModel, ids: torch.Tensor) -> torch.Tensor:
     """float32 [tokens, vocabulary], each token's after those before it."""
     length, config = ids.shape[0], model.config
-    page_bytes = config.kv_bytes_per_token(model.dtype.itemsize) * length
+    page_bytes = config.kv_bytes_per_token(model.kv_dtype.itemsize) * length
     memory = KVMemory(PoolShape(page_bytes, 2, (length,)), torch.device("cpu"))
     caches = memory.layers(
         0,
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        dtype=model.dtype,
+        dtype=model.kv_dtype,
     )
     batch = Batch(
         input_ids=ids,
