@@ -6,8 +6,10 @@ The only module through which a worker imports vllm; the engine process never do
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -57,6 +59,8 @@ def engine_args(config: WorkerConfig) -> dict[str, Any]:
         "load_format": "safetensors",
         "disable_log_stats": True,
     }
+    if "vision_config" in json.loads((Path(model.path) / "config.json").read_bytes()):
+        arguments["language_model_only"] = True  # pictures are refused before they come here
     if config.distributed != "auto":
         arguments["distributed_executor_backend"] = config.distributed
         if config.data_parallel > 1:
