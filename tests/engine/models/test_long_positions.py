@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from support.tiny_models import DYNAMIC_ROPE, LINEAR_ROPE, LLAMA3_ROPE, SHAPE, YARN_ROPE, PreTrainedModel, prompts
+from support.tiny_vision import save_vision
 
 from aiexport_edge.engine.core.kv_memory import KVMemory, PoolShape
 from aiexport_edge.engine.models.config import ModelConfig, ModelError, Yarn
@@ -60,8 +61,11 @@ def make(family: str, rope: dict[str, Any] | None, **changes: Any) -> PreTrained
 
 
 @torch.inference_mode()
-def every_logit(model: LoadedModel, ids: list[int]) -> torch.Tensor:
-    """float32 [T, vocabulary], in two chunks."""
+def every_logit(model: LoadedModel, ids: list[int], positions: torch.Tensor | None = None) -> torch.Tensor:
+    """float32 [T, vocabulary], in two chunks; `positions` [3, T] are those of text by themselves."""
+    has_axes = positions is not None
+    if positions is None:
+        positions = torch.arange(len(ids)).repeat(3, 1)
     config = model.config
     page_bytes = len(ids) * config.kv_bytes_per_token(4)
     memory = KVMemory(PoolShape(page_bytes, 2, (len(ids),)), torch.device("cpu"))
@@ -77,12 +81,13 @@ def every_logit(model: LoadedModel, ids: list[int]) -> torch.Tensor:
         batch = Batch(
             input_ids=torch.tensor(ids[start:end]),
             inputs_embeds=None,
-            positions=torch.arange(start, end).repeat(3, 1),
+            positions=positions[:, start:end].contiguous(),
             slots=torch.arange(start, end) + len(ids),
             block_tables=torch.tensor([[1]], dtype=torch.int32),
             query_start_loc=torch.tensor([0, end - start], dtype=torch.int32),
             seq_lens=torch.tensor([end], dtype=torch.int32),
             rows=None,
+            has_axes=has_axes,
         )
         logits.append(model.decoder.logits(model.decoder.forward(batch, caches)))
     return torch.cat(logits)
@@ -110,6 +115,27 @@ def test_an_operators_yarn_is_what_transformers_computes(family: str, tmp_path: 
     model = load_model(tmp_path, dtype="float32", yarn=Yarn(4.0), context_window=LENGTH)
     assert model.config.context_window == 256
     torch.testing.assert_close(every_logit(model, ids), theirs(torch.tensor([ids])).logits[0], rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_yarn_over_positions_of_three_axes(tmp_path: Path) -> None:
+    """Qwen3-VL, as its makers say that it is extended: the sections of axes stay, by each of which the scaled
+    frequencies turn."""
+    save_vision("qwen3_vl", tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    config.text_config.rope_parameters = {**config.text_config.rope_parameters, **scaling}
+    auto: Any = transformers.Qwen3VLForConditionalGeneration
+    theirs = auto.from_pretrained(tmp_path, config=config, dtype=torch.float32).eval()
+    ids = prompts([LENGTH], vocabulary=300)[0]
+    steps = torch.tensor([[1, 2, 3]]).T * torch.arange(LENGTH) // torch.tensor([[3, 2, 3]]).T
+    inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, LENGTH, dtype=torch.int64)}
+    hidden = theirs.model.language_model(**inputs, position_ids=steps[:, None]).last_hidden_state
+    model = load_model(tmp_path, dtype="float32", yarn=Yarn(4.0, 64))
+    assert model.config.rope.mrope_section is not None
+    torch.testing.assert_close(every_logit(model, ids, steps), theirs.lm_head(hidden)[0], rtol=0, atol=1e-4)
+    plain = every_logit(load_model(tmp_path, dtype="float32"), ids, steps)
+    assert (plain - theirs.lm_head(hidden)[0]).abs().max() > 0.1, "the scaling matters"
 
 
 def test_an_operators_yarn_over_a_window_that_is_said(tmp_path: Path) -> None:
