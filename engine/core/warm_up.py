@@ -39,12 +39,14 @@ def warm_up(runner: Runner, graphs: Sequence[DecodeGraphs], progress: Progress) 
             parts += [_step(runner, *chunks) for chunks in _card_variants(runner, model)]
             prompts = [dummy_request(runner, model, size) for size in _sizes(runner, model)]
             parts += [_plan(runner, plan) for plan in picture_steps(runner, model, prompts)]
+            parts += [_step(runner, *chunks) for chunks in _adapted_steps(runner, model, _sizes(runner, model))]
         parts += [_step(runner, *chunks) for chunks in largest_steps(runner)]
     else:
         for model in range(runner.num_models):
             parts += [_step(runner, *chunks) for chunks in _short_steps(runner, model)]
             prompt = dummy_request(runner, model, _short(runner, model))
             parts += [_plan(runner, plan) for plan in picture_steps(runner, model, [prompt])]
+            parts += [_step(runner, *chunks) for chunks in _adapted_steps(runner, model, [_short(runner, model)])]
     for done, part in enumerate(parts):
         progress(done, len(parts))
         part()
@@ -101,6 +103,18 @@ def _sizes(runner: Runner, model: int) -> list[int]:
     """Every power of two of tokens that fits into a step."""
     longest = min(runner.max_step_tokens, runner.context_windows[model] - 1)
     return [1 << power for power in range(longest.bit_length())]
+
+
+def _adapted_steps(runner: Runner, model: int, sizes: Sequence[int]) -> list[list[Chunk]]:
+    """Prompts of these sizes and a decode, with an adapter that adds nothing; none where the model can have none."""
+    if not runner.has_adapters(model):
+        return []
+    steps = []
+    for size in sizes:
+        request = dummy_request(runner, model, size)
+        request.adapter_slot = 0
+        steps += [[Chunk(request, 0, size, samples=size > 1)], [Chunk(request, size, 1, samples=True)]]
+    return steps
 
 
 def _short_steps(runner: Runner, model: int) -> list[list[Chunk]]:

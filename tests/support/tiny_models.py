@@ -78,7 +78,11 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
 
 def make(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model `name` of CONFIGS with weights large enough that its greedy tokens have clear winners."""
-    config = CONFIGS[name]()
+    return make_of(CONFIGS[name](), dtype)
+
+
+def make_of(config: Any, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of a configuration of transformers, with such weights."""
     config.pad_token_id, config.bos_token_id, config.eos_token_id = None, 1, 2
     auto: Any = transformers.AutoModelForCausalLM
     model: PreTrainedModel = auto.from_config(config).eval()
