@@ -101,10 +101,13 @@ def _until_serving(url: str, number: int, folder: Path) -> None:
             ready = all(model["state"] == "ready" for model in status["models"])
             if ready and status["engines"]["serving"] == number:
                 return
+            if any(model["state"] == "failed" for model in status["models"]):
+                break
         except httpx.HTTPError:
             pass
         time.sleep(0.2)
-    raise RuntimeError(f"not all engines serve after {START_S:.0f} s; their logs are in {folder}")
+    logs = "".join(f"\n{log.name}: {log.read_text()[-600:]}" for log in sorted(folder.glob("*.log")))
+    raise RuntimeError(f"not all engines serve:{logs}")
 
 
 def _free_port() -> int:
