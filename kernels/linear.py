@@ -187,7 +187,13 @@ def _quantized(parts: Sequence[Weight], dtype: torch.dtype, quantize: str) -> Qu
         return None
     if quantize == "int8":
         return Int8Weight(*quantize_int8(weight))
-    return quantize_int4(weight) if quantize == "int4" else quantize_fp8(weight)
+    if quantize == "fp8":
+        return quantize_fp8(weight)
+    if weight.device.type != "cpu":
+        return quantize_int4(weight)
+    from aiexport_edge.kernels.cpu import int4_products
+
+    return int4_products.round_weight(weight)
 
 
 def _pack_bits(

@@ -10,10 +10,12 @@ the rows beside it.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from aiexport_edge.kernels.cpu.dot import COLUMNS, HAS_INT8, MOST_ROWS, Tile, int4_tile
 from aiexport_edge.kernels.cpu.jit import inner, kernel
+from aiexport_edge.kernels.cpu.memory import load, set_float32, store, widen
 from aiexport_edge.kernels.cpu.products import (
     allocate,
     pack_words,
@@ -22,12 +24,14 @@ from aiexport_edge.kernels.cpu.products import (
     tile_rows,
     write_tile,
 )
-from aiexport_edge.kernels.cpu.simd import LANES
+from aiexport_edge.kernels.cpu.simd import LANES, add, fma, max_lanes, maximum, multiply, negate, splat, sum_lanes
 from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
-from aiexport_edge.kernels.quantization import Int4Weight
+from aiexport_edge.kernels.cpu.words import int4_codes, store_octets
+from aiexport_edge.kernels.quantization import INT4_GROUP, SHRINKS, Int4Weight
 from aiexport_edge.kernels.threads import empty, launch
 
 LARGEST_GROUP = 128  # inputs of a row that share a scale, whatever the weight's group
+NUM_SHRINKS = len(SHRINKS)
 GROUP_STEP = 16  # rows are rounded sixteen numbers at a time
 
 
@@ -111,6 +115,88 @@ def multiply_int4(
             write_tile(scratch, rows, 0, own_bias, place, out_dtype, num_outputs * item, columns)
         unit = next_unit(control)
     end(control)
+
+
+@inner
+def _error(place: int, count: int, scale: float, zero: float) -> float:
+    """Squared error of `count` numbers as codes."""
+    total = splat(np.float32(0.0))
+    by, offset = splat(np.float32(scale)), splat(np.float32(-zero))
+    for i in range(0, count, LANES):
+        value = load(place + 4 * i)
+        code = int4_codes(value, np.float32(scale), np.float32(zero))
+        off = add(multiply(add(code, offset), by), negate(value))
+        total = fma(off, off, total)
+    return float(sum_lanes(total))
+
+
+@kernel
+def round_groups(
+    control: int,
+    scratch: int,
+    num_units: int,
+    weight: int,
+    dtype: int,
+    width: int,
+    group: int,
+    codes: int,
+    scales: int,
+    zeros: int,
+) -> None:
+    """`quantization.quantize_int4` of a row a unit; `codes` bytes and `zeros` float32, of whole groups."""
+    groups = (width + group - 1) // group
+    item = 4 if dtype == 0 else 2
+    unit = begin(control)
+    while unit < num_units:
+        for i in range(width // LANES * LANES, groups * group, LANES):
+            store(scratch + 4 * i, splat(np.float32(0.0)))
+        widen(dtype, weight + unit * width * item, scratch, width)
+        for number in range(groups):
+            place = scratch + 4 * number * group
+            above, below = splat(np.float32(0.0)), splat(np.float32(0.0))
+            for i in range(0, group, LANES):
+                above = maximum(load(place + 4 * i), above)
+                below = maximum(negate(load(place + 4 * i)), below)
+            low, size = -max_lanes(below), max_lanes(above) + max_lanes(below)
+            best_scale, best_zero, least = np.float32(0.0), np.float32(0.0), -1.0
+            for step in range(NUM_SHRINKS):
+                shrink = np.float32(1.0 - 0.05 * step)
+                scale = max(size * (shrink / np.float32(15.0)), np.float32(1e-30))
+                zero = np.float32(np.rint(low * -shrink / scale))
+                error = _error(place, group, scale, zero)
+                if least < 0.0 or error < least:
+                    best_scale, best_zero, least = scale, zero, error
+            for i in range(0, group, LANES):
+                rounded = int4_codes(load(place + 4 * i), best_scale, best_zero)
+                store_octets(codes + (unit * groups + number) * group + i, rounded)
+            set_float32(scales, unit * groups + number, best_scale)
+            set_float32(zeros, unit * groups + number, best_zero)
+        unit = next_unit(control)
+    end(control)
+
+
+def round_weight(weight: torch.Tensor, group: int = INT4_GROUP) -> Int4Weight:
+    """`quantization.quantize_int4` of a weight [N, K] on a CPU, in any float dtype; groups of a multiple of 16."""
+    assert group % GROUP_STEP == 0
+    weight = weight.contiguous()
+    num_outputs, width = weight.shape
+    groups = -(-width // group)
+    codes = torch.empty((num_outputs, groups * group), dtype=torch.uint8)
+    scales, zeros = torch.empty((num_outputs, groups)), torch.empty((num_outputs, groups))
+    launch(
+        round_groups,
+        num_outputs,
+        3.0 * weight.numel(),
+        4 * (groups * group + LANES),
+        weight.data_ptr(),
+        DTYPES[weight.dtype],
+        width,
+        group,
+        codes.data_ptr(),
+        scales.data_ptr(),
+        zeros.data_ptr(),
+    )
+    return Int4Weight(codes[:, :width], scales, zeros.to(torch.uint8), group)
 
 
 def fits(weight: Int4Weight) -> bool:

@@ -81,6 +81,23 @@ def quantize_unsigned(builder: Any, source: Any, scale: Any, target: Any, count:
     call(builder, "llvm.masked.store.v16i8.p0", ir.VoidType(), *arguments)
 
 
+@operation(vector, vector, float32, float32)
+def int4_codes(builder: Any, value: Any, scale: Any, zero: Any) -> Any:
+    """value / scale to the nearest integer, ties to even, plus zero, held to 0 … 15."""
+    scaled = builder.fdiv(value, broadcast(builder, scale, FLOATS))
+    rounded = call(builder, "llvm.rint.v16f32", FLOATS, scaled)
+    code = builder.fadd(rounded, broadcast(builder, zero, FLOATS))
+    code = builder.select(builder.fcmp_ordered(">", code, constant(FLOATS, 15.0)), constant(FLOATS, 15.0), code)
+    return builder.select(builder.fcmp_ordered("<", code, constant(FLOATS, 0.0)), constant(FLOATS, 0.0), code)
+
+
+@operation(none, int64, vector)
+def store_octets(builder: Any, address: Any, value: Any) -> None:
+    """Sixteen whole numbers from 0 to 127 to memory as bytes."""
+    octets = builder.trunc(builder.fptosi(value, WORDS), _BYTES)
+    builder.store(octets, pointer(builder, address, _BYTES), align=1)
+
+
 @operation(none, int64, int64, int64, int64)
 def gather_columns(builder: Any, addresses: Any, offset: Any, target: Any, target_stride: Any) -> None:
     """target[w, r] = word w of the 16 words that begin `offset` bytes into the r-th of sixteen rows."""

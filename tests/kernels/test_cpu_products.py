@@ -161,3 +161,18 @@ def test_rounding_to_few_bits(quantize: str) -> None:
     assert error <= {"int4": 0.09, "fp8": 0.03}[quantize]
     row = torch.zeros(1, 70)
     assert not (quantize_int4(row) if quantize == "int4" else quantize_fp8(row)).dequantize().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(7, 32), (3, 70), (40, 1000)])
+def test_a_processor_rounds_to_four_bits_as_its_reference(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Of two ranges with nearly the same error, which follows from the order of a sum, either may be chosen."""
+    from aiexport_edge.kernels.cpu.int4_products import round_weight
+
+    weight = randn(torch.Generator().manual_seed(10), *shape, dtype=dtype)
+    weight[0] = 0.0
+    actual, expected = round_weight(weight, 32), quantize_int4(weight, 32)
+    assert (actual.codes == expected.codes).float().mean() > 0.99
+    assert actual.scales.shape == expected.scales.shape
+    wide = weight.float()
+    assert (actual.dequantize() - wide).norm() <= 1.001 * (expected.dequantize() - wide).norm()
