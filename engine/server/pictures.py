@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from aiexport_edge.engine.core.protocol import ImageInput
@@ -206,17 +206,38 @@ async def hold_all(blocks: Sequence[ImageBlock], vision: Vision | None, pictures
 # ---------------------------------------------------------------------------------------------------- uploads
 
 
+class UploadEvents:
+    """A client's events, one at a time, up to its `end` or the end of its stream."""
+
+    def __init__(self, events: AsyncIterable[pb.UploadEvent]) -> None:
+        self._events = aiter(events)
+        self._ended = False
+
+    async def next(self) -> pb.UploadEvent | None:
+        event = await anext(self._events, None)
+        self._ended = event is None or event.WhichOneof("event") == "end"
+        return event
+
+    async def expect(self, kind: str) -> pb.UploadEvent:
+        """Raises `InvalidRequest` where the next is of another kind."""
+        event = await self.next()
+        if event is None or event.WhichOneof("event") != kind:
+            raise InvalidRequest(f"The next of an upload is a {kind}.", "event")
+        return event
+
+    async def drain(self) -> None:
+        """Reads on to the end: a call that is ended while its client writes loses the reason on the way."""
+        while not self._ended:
+            await self.next()
+
+
 async def receive_images(
-    events: AsyncIterable[pb.UploadEvent],
-    models: Mapping[str, Model],
-    pictures: Pictures,
-    stack: contextlib.AsyncExitStack,
+    events: UploadEvents, models: Mapping[str, Model], pictures: Pictures, stack: contextlib.ExitStack
 ) -> pb.UploadedImages:
     """Reads a call of UploadImages up to its `end`, decoding each file while the next one comes. What it returns is
     there until `stack` is closed. Raises `RequestError`.
     """
-    incoming = aiter(events)
-    vision = _vision(await _next(incoming, "model"), models)
+    vision = _vision(await events.expect("model"), models)
     tasks: list[asyncio.Task[HeldPicture]] = []
 
     def let_go() -> None:
@@ -225,12 +246,12 @@ async def receive_images(
             task.add_done_callback(_release)
 
     stack.callback(let_go)
-    while (event := await anext(incoming, None)) is not None:
+    while (event := await events.next()) is not None:
         match event.WhichOneof("event"):
             case "end":
                 break
             case "header":
-                tasks.append(await _receive_file(event.header, incoming, vision, pictures, len(tasks)))
+                tasks.append(await _receive_file(event.header, events, vision, pictures, len(tasks)))
             case _:
                 raise InvalidRequest("An upload is a model, then headers with their chunks, then an end.", "event")
     else:
@@ -246,7 +267,7 @@ async def receive_images(
 
 
 async def _receive_file(
-    header: pb.ImageHeader, events: AsyncIterator[pb.UploadEvent], vision: Vision, pictures: Pictures, index: int
+    header: pb.ImageHeader, events: UploadEvents, vision: Vision, pictures: Pictures, index: int
 ) -> asyncio.Task[HeldPicture]:
     """The file after its header; the task decodes it, and holds its bytes until then."""
     field = f"images.{index}"
@@ -264,7 +285,7 @@ async def _receive_file(
         chunks: list[bytes] = []
         missing = header.num_bytes
         while missing > 0:
-            chunk = (await _next(events, "chunk")).chunk
+            chunk = (await events.expect("chunk")).chunk
             if not 0 < len(chunk) <= min(missing, MAX_CHUNK_BYTES):
                 raise InvalidRequest("A chunk has 1 byte to 1 MiB, and all of a file's num_bytes together.", field)
             chunks.append(chunk)
@@ -279,13 +300,6 @@ async def _receive_file(
     task = asyncio.create_task(decode(), name="picture")
     task.add_done_callback(lambda _: until_decoded.close())
     return task
-
-
-async def _next(events: AsyncIterator[pb.UploadEvent], kind: str) -> pb.UploadEvent:
-    event = await anext(events, None)
-    if event is None or event.WhichOneof("event") != kind:
-        raise InvalidRequest(f"The next of an upload is a {kind}.", "event")
-    return event
 
 
 def _vision(event: pb.UploadEvent, models: Mapping[str, Model]) -> Vision:

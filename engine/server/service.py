@@ -17,7 +17,7 @@ from aiexport_edge.engine.server import errors
 from aiexport_edge.engine.server.adapters import to_proto
 from aiexport_edge.engine.server.generation import Generations
 from aiexport_edge.engine.server.outbox import Outbox, OutboxBound
-from aiexport_edge.engine.server.pictures import UPLOAD_S, receive_images
+from aiexport_edge.engine.server.pictures import UPLOAD_S, UploadEvents, receive_images
 from aiexport_edge.engine.server.session import Session
 from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.proto.engine_pb2_grpc import EngineServicer
@@ -78,17 +78,23 @@ class EngineService(EngineServicer):
     async def UploadImages(
         self, request_iterator: AsyncIterator[pb.UploadEvent], context: grpc.aio.ServicerContext[Any, Any]
     ) -> None:
-        generations = self._generations
+        generations, events = self._generations, UploadEvents(request_iterator)
+        refusal: errors.RequestError | None = None
         try:
-            async with asyncio.timeout(UPLOAD_S), contextlib.AsyncExitStack() as stack:
-                uploaded = await receive_images(request_iterator, generations.models, generations.pictures, stack)
-                await context.write(uploaded)
-                async for _ in request_iterator:  # there for as long as the client does not end the call
-                    raise errors.InvalidRequest("Nothing follows the end of an upload.", "event")
-        except errors.RequestError as error:
-            await errors.abort(context, error.detail)
+            async with asyncio.timeout(UPLOAD_S):
+                try:
+                    with contextlib.ExitStack() as stack:
+                        uploaded = await receive_images(events, generations.models, generations.pictures, stack)
+                        await context.write(uploaded)
+                        if await events.next() is not None:  # there for as long as the client does not end the call
+                            raise errors.InvalidRequest("Nothing follows the end of an upload.", "event")
+                except errors.RequestError as error:
+                    refusal = error
+                    await events.drain()
         except TimeoutError:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, f"An upload lasts {UPLOAD_S:.0f} s at most.")
+        if refusal is not None:
+            await errors.abort(context, refusal.detail)
 
     async def CountTokens(
         self, request: pb.CountTokensRequest, context: grpc.aio.ServicerContext[Any, Any]

@@ -15,10 +15,10 @@ import grpc.aio
 from support.scripted_core import command, core_config, undisturbed
 
 from aiexport_edge.engine.backends.native import NativeBackend
-from aiexport_edge.engine.server.facts import ModelFacts
+from aiexport_edge.engine.server.facts import ModelFacts, Vision
 from aiexport_edge.engine.server.listener import ListenerConfig
 from aiexport_edge.engine.server.outbox import DEFAULT_BOUND, OutboxBound
-from aiexport_edge.engine.server.process import Server, ServerConfig
+from aiexport_edge.engine.server.process import ImageConfig, Server, ServerConfig
 from aiexport_edge.engine.text.template import ChatTemplate, Message
 from aiexport_edge.engine.text.tokenizer import Tokenizer
 from aiexport_edge.proto import engine_pb2 as pb
@@ -93,10 +93,20 @@ async def engine(
     drain_s: float = 30.0,
     outbox: OutboxBound = DEFAULT_BOUND,
     served_directory: Path | None = None,
+    vision: Vision | None = None,
+    images: ImageConfig = ImageConfig(),  # noqa: B008 (frozen)
 ) -> AsyncIterator[Engine]:
     """Serves one model `m0` with the tokenizer of `directory` (or, to break it, of another) on a free port."""
     facts = ModelFacts(
-        "m0", served_directory or directory, "revision-0", VOCAB_SIZE, CONTEXT_WINDOW, MAX_OUTPUT_TOKENS, True, ()
+        "m0",
+        served_directory or directory,
+        "revision-0",
+        VOCAB_SIZE,
+        CONTEXT_WINDOW,
+        MAX_OUTPUT_TOKENS,
+        True,
+        (),
+        vision,
     )
     backend = NativeBackend(core_config(max_num_running=max_num_running), command=command(*core_options))
     config = ServerConfig(
@@ -106,6 +116,7 @@ async def engine(
         tenant_queue_share=tenant_queue_share,
         drain_s=drain_s,
         outbox=outbox,
+        images=images,
     )
     server = Server(config, backend)
     try:

@@ -21,8 +21,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from aiexport_edge.engine.core.pictures import Eyes
 from aiexport_edge.engine.core.plan import StepPlan, StepResult
 from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel, pack_ids
+from aiexport_edge.engine.models.vision_config import VisionConfig
 
 NUM_IDS = 90  # the ids drawn are below; with a byte-level tokenizer, printable ASCII
 TOKENS_PER_PAGE = 4
@@ -67,6 +69,33 @@ def core_config(*, num_models: int = 1, max_num_running: int = 64) -> CoreConfig
     )
 
 
+# What the scheduler has to know of a tower that sees at no cost.
+EYES = Eyes(
+    VisionConfig(
+        num_layers=1,
+        hidden_size=8,
+        intermediate_size=8,
+        num_heads=1,
+        in_channels=3,
+        patch_size=4,
+        temporal_patch_size=2,
+        merge_size=2,
+        out_hidden_size=8,
+        num_positions=16,
+        deepstack_layers=(),
+        rope_theta=10000.0,
+        image_token_id=0,
+        video_token_id=0,
+        vision_start_id=0,
+        vision_end_id=0,
+    ),
+    block_patches=64,
+    token_operations=1e9,
+    token_bytes=32,
+    largest_patches=256,
+)
+
+
 class ScriptedRunner:
     """Draws by the rule; sleeps in each step as a device would compute."""
 
@@ -78,8 +107,8 @@ class ScriptedRunner:
         self.weight_bytes = [0] * num_models
         self.overlaps = False
         self.pace = None
-        self.eyes = [None] * num_models
-        self.picture_bytes = 0
+        self.eyes = [EYES] * num_models
+        self.picture_bytes = 1 << 20
         self._step_s = step_s
         self._poison = poison
         self._broken = broken
