@@ -77,7 +77,7 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
     turns = conversations.read(
         args.trace, scale=SCALE, max_prompt=MAX_PROMPT, max_output=MAX_OUTPUT, number=args.requests
     )
-    configs = [ENGINE.format(pool=args.pool)] * 3
+    configs, model = [ENGINE.format(pool=args.pool)] * 3, ""
     if args.vllm is not None:
         model = MODEL.format(source=source_directory("demo"))
         native = ENGINE.format(pool=args.pool) + model
@@ -92,7 +92,7 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{policy.value} …", file=sys.stderr)
         with (
             tempfile.TemporaryDirectory() as folder,
-            running(Path(folder) / "r", configs, policy.value) as installation,
+            running(Path(folder) / "r", configs, policy.value, model) as installation,
         ):
             found[policy.value] = asyncio.run(Replay(installation, turns, streams=args.streams).run())
             print(json.dumps(found[policy.value]), file=sys.stderr)

@@ -39,15 +39,15 @@ class Installation:
 
 
 @contextmanager
-def running(folder: Path, configs: Sequence[str], policy: str) -> Iterator[Installation]:
-    """`configs` are the engines' configuration files; ends with everything stopped."""
+def running(folder: Path, configs: Sequence[str], policy: str, models: str = "") -> Iterator[Installation]:
+    """`configs` are the engines' configuration files, `models` is the shim's part of one; ends with all stopped."""
     folder.mkdir()
     with ExitStack() as stack:
         addresses = tuple(_engine(stack, folder, f"e{index}", text) for index, text in enumerate(configs))
         port, admin_port = _free_port(), _free_port()
         file = folder / "shim.toml"
         listed = ", ".join(f'"{address}"' for address in addresses)
-        file.write_text(f'[shim]\nport = {port}\nrouting = "{policy}"\nengines = [{listed}]\n')
+        file.write_text(f'[shim]\nport = {port}\nrouting = "{policy}"\nengines = [{listed}]\n{models}')
         places = ["--config", str(file), "--state", str(folder / "state")]
         _cli("workspaces", "create", "bench", "--plan", "enterprise", *places)
         key = str(_cli("keys", "create", "--workspace", "bench", *places)["key"])
