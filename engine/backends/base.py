@@ -55,7 +55,7 @@ class RequestListener(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BackendConstraint:
-    """The reply is a document of `grammar` (`structured.compile`), of which the prompt holds `prefix`. `vocabulary` is
+    """The reply is a document of `grammar` (`structured.packed`), of which the prompt holds `prefix`. `vocabulary` is
     the model's: the core has no tokenizer.
     """
 

@@ -1,7 +1,8 @@
-"""The constraints of this core's requests: what their grammars need is compiled in a thread, and remembered.
+"""The constraints of this core's requests: what their grammars need is made in a thread, and remembered.
 
 Owns the models' vocabularies, their compiled grammars and the requests that wait for one. A request waits off the step
-loop: nothing of a grammar is compiled between two steps. Knows no scheduler.
+loop: nothing of a grammar is made between two steps. Grammars come compiled; what is left to do here, for the grammar
+library, it does without the interpreter. Knows no scheduler.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from aiexport_edge.engine.core.protocol import AddRequest, AddVocabulary, unpack_ids
-from aiexport_edge.engine.structured.compile import MAX_KEPT, MAX_KEPT_STATES, compile_grammar
+from aiexport_edge.engine.structured.compile import MAX_KEPT, MAX_KEPT_STATES
 from aiexport_edge.engine.structured.constraint import Constraint
 from aiexport_edge.engine.structured.endings import Endings
 from aiexport_edge.engine.structured.grammar import CompiledMasks, TokenMasks
+from aiexport_edge.engine.structured.packed import unpack
 from aiexport_edge.engine.structured.vocabulary import Vocabulary
 
 
@@ -111,5 +113,5 @@ class Grammars:
             vocabulary = Vocabulary(words.tokens, words.stop_ids, len(words.tokens))
             known = self._vocabularies[message.model] = (vocabulary, TokenMasks(vocabulary))
         vocabulary, masks = known
-        compiled = compile_grammar(grammar)
+        compiled = unpack(grammar)
         return _Kit(Endings(compiled.reader, vocabulary), masks.compile(compiled.lark), compiled.num_states)

@@ -111,7 +111,7 @@ class AddRequest(msgspec.Struct, frozen=True, array_like=True, tag="add"):
     `output_ids` are ids that an earlier attempt produced: they count as output (budget, draw indices), are not sent
     back, and are computed like a prompt. `max_tokens` is the whole budget, those included; the parent has made sure
     that prompt and budget fit the context window. A request on `probation` was in the step that an earlier core died
-    in: until it has produced a token it runs in steps of its own. With a `grammar` (`structured.compile`) the output is
+    in: until it has produced a token it runs in steps of its own. With a `grammar` (`structured.packed`) the output is
     a document of it, of which the prompt holds `document_prefix`; the model's `AddVocabulary` has come before.
     `images` go by `start`; their tokens lie in the prompt.
     """

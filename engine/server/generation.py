@@ -42,9 +42,8 @@ from aiexport_edge.engine.server.prompt import (
     num_characters,
     priority_of,
 )
-from aiexport_edge.engine.server.response_format import ResponseFormats, constraint_of, is_constrained
+from aiexport_edge.engine.server.response_format import Format, ResponseFormats, constraint_of, is_constrained
 from aiexport_edge.engine.server.tracing import RequestTracer
-from aiexport_edge.engine.structured.endings import Endings
 from aiexport_edge.engine.text.reply import ReplyText
 from aiexport_edge.engine.text.template import Encoded, Picture
 from aiexport_edge.proto import engine_pb2 as pb
@@ -174,11 +173,11 @@ class Generation:
             check_images(blocks, model, self._owner.pictures)
             self._owner.admission.enter(self._tenant)
             self._waiting = True
-            endings = self._owner.formats.ready(request, model) if is_constrained(request) else None
+            format_ = self._owner.formats.ready(request, model) if is_constrained(request) else None
             is_short = num_characters(request) <= INLINE_CHARACTERS and are_uploaded(blocks)
-            if is_short and (endings is not None or not is_constrained(request)):
+            if is_short and (format_ is not None or not is_constrained(request)):
                 self._held = hold_uploaded(blocks, self._owner.pictures)
-                self._accept(request, model, text, encode_prompt(request, model, text, self._pictures()), endings)
+                self._accept(request, model, text, encode_prompt(request, model, text, self._pictures()), format_)
             else:
                 if are_uploaded(blocks):  # at once: the client may end their call
                     self._held, blocks = hold_uploaded(blocks, self._owner.pictures), []
@@ -194,11 +193,11 @@ class Generation:
             if blocks:
                 self._hold(await hold_all(blocks, model.facts.vision, self._owner.pictures))
             prompt = await self._owner.in_thread(encode_prompt, request, model, text, self._pictures())
-            endings = None
+            format_ = None
             if is_constrained(request):
-                endings = await self._owner.formats.prepare(request, model, text)
+                format_ = await self._owner.formats.prepare(request, model, text)
             if not self.ended:
-                self._accept(request, model, text, prompt, endings)
+                self._accept(request, model, text, prompt, format_)
         except Exception as error:
             self._refuse(error)
 
@@ -208,11 +207,11 @@ class Generation:
         model: Model,
         text: ModelText,
         prompt: Encoded,
-        endings: Endings | None,
+        format_: Format | None,
     ) -> None:
         prompt_ids = prompt.ids
         max_tokens = budget(request, model, len(prompt_ids))
-        constraint, is_whole = (None, False) if endings is None else constraint_of(request, endings, max_tokens)
+        constraint, is_whole = (None, False) if format_ is None else constraint_of(request, format_, max_tokens)
         sampling = request.sampling
         seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(64)
         self._num_prompt_tokens = len(prompt_ids)

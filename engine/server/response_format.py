@@ -1,6 +1,6 @@
 """`response_format` of a request: its grammar, and whether a document of it fits the request.
 
-Owns the process's compiled grammars and the vocabularies that they are measured in. Everything here refuses before a
+Owns the engine's compiled grammars and the vocabularies that they are measured in. Everything here refuses before a
 token is generated; what then keeps the promise is the core's (`engine/structured/constraint.py`).
 """
 
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 from aiexport_edge.engine.backends.base import BackendConstraint
 from aiexport_edge.engine.server.errors import InvalidRequest, RequestError
 from aiexport_edge.engine.server.models import Model, ModelText
 from aiexport_edge.engine.server.prompt import BLOCK_SEPARATOR
-from aiexport_edge.engine.structured.compile import ANY_OBJECT, Busy, Compiled, GrammarCache
+from aiexport_edge.engine.structured.compile import ANY_OBJECT, Compiled
+from aiexport_edge.engine.structured.compiler import Busy, GrammarCache, Unavailable
 from aiexport_edge.engine.structured.constraint import Constraint, NoRoom, NotABeginning, NotSpellable
 from aiexport_edge.engine.structured.endings import Endings
 from aiexport_edge.engine.structured.prefix import document_prefix
@@ -30,6 +32,14 @@ def is_constrained(request: pb.GenerateRequest) -> bool:
     return request.response_format.WhichOneof("format") is not None
 
 
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A request's grammar: `endings` for this process, `packed` for the core."""
+
+    endings: Endings
+    packed: bytes
+
+
 class ResponseFormats:
     """For all models of this process. Methods are for the event loop."""
 
@@ -37,25 +47,25 @@ class ResponseFormats:
         self._cache = GrammarCache()
         self._vocabularies: dict[int, Future[Vocabulary]] = {}
 
-    def ready(self, request: pb.GenerateRequest, model: Model) -> Endings | None:
+    def ready(self, request: pb.GenerateRequest, model: Model) -> Format | None:
         """Where nothing has to be compiled any more."""
         compiled = self._cache.get(request.tenant.cache_salt, _grammar(request))
         vocabulary = self._vocabularies.get(model.index)
         if compiled is None or vocabulary is None or not vocabulary.done():
             return None
-        return Endings(compiled.reader, vocabulary.result())
+        return Format(Endings(compiled.reader, vocabulary.result()), compiled.packed)
 
-    async def prepare(self, request: pb.GenerateRequest, model: Model, text: ModelText) -> Endings:
+    async def prepare(self, request: pb.GenerateRequest, model: Model, text: ModelText) -> Format:
         """Compiles what has to be. Raises `RequestError`."""
         vocabulary = self._vocabularies.get(model.index)
         if vocabulary is None:
             vocabulary = self._cache.run(lambda: _vocabulary(model, text))
             self._vocabularies[model.index] = vocabulary
         compiled = await self._compiled(request.tenant.cache_salt, _grammar(request))
-        return Endings(compiled.reader, await asyncio.wrap_future(vocabulary))
+        return Format(Endings(compiled.reader, await asyncio.wrap_future(vocabulary)), compiled.packed)
 
     def close(self) -> None:
-        """Frees the thread."""
+        """Frees what compiles."""
         self._cache.close()
 
     async def _compiled(self, salt: bytes, grammar: bytes) -> Compiled:
@@ -70,9 +80,13 @@ class ResponseFormats:
             raise RequestError(
                 pb.ERROR_QUEUE_FULL, "Too many schemas are being read; try again soon.", retry_after_ms=_RETRY_MS
             ) from error
+        except Unavailable as error:
+            raise RequestError(
+                pb.ERROR_QUEUE_FULL, "Schemas cannot be read just now; try again soon.", retry_after_ms=_RETRY_MS
+            ) from error
 
 
-def constraint_of(request: pb.GenerateRequest, endings: Endings, max_tokens: int) -> tuple[BackendConstraint, bool]:
+def constraint_of(request: pb.GenerateRequest, format_: Format, max_tokens: int) -> tuple[BackendConstraint, bool]:
     """What the backend is given, and whether the ids to be resumed with make a whole document already. Raises
     `InvalidRequest` where no document can come of this request.
     """
@@ -80,7 +94,7 @@ def constraint_of(request: pb.GenerateRequest, endings: Endings, max_tokens: int
     if request.WhichOneof("prompt") == "chat" and request.chat.messages[-1].role == pb.ROLE_ASSISTANT:
         prefix = document_prefix(BLOCK_SEPARATOR.join(block.text for block in request.chat.messages[-1].content))
     try:
-        constraint = Constraint(endings, prefix=prefix, max_tokens=max_tokens)
+        constraint = Constraint(format_.endings, prefix=prefix, max_tokens=max_tokens)
         is_whole = constraint.replay(request.resume.forced_ids)
     except NotABeginning as error:
         raise InvalidRequest(
@@ -99,7 +113,7 @@ def constraint_of(request: pb.GenerateRequest, endings: Endings, max_tokens: int
             limit=max_tokens,
             actual=error.num_tokens,
         ) from error
-    return BackendConstraint(_grammar(request), prefix, endings.vocabulary), is_whole
+    return BackendConstraint(format_.packed, prefix, format_.endings.vocabulary), is_whole
 
 
 def _grammar(request: pb.GenerateRequest) -> bytes:

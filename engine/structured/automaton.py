@@ -12,7 +12,12 @@ Knuth's generalisation of Dijkstra's algorithm (1977), in which a call costs wha
 from __future__ import annotations
 
 import heapq
+from array import array
 from collections.abc import Sequence
+from itertools import accumulate, chain
+from typing import Any
+
+import msgspec
 
 from aiexport_edge.engine.structured.expressions import (
     Alt,
@@ -41,35 +46,106 @@ class NoDocument(Exception):
     """No document of this grammar ever ends."""
 
 
-class Automaton:
-    """The states of a grammar. Immutable but for what it remembers of answers already given.
-
-    Raises `GrammarTooLarge` past `max_states`, and `NoDocument`.
+class Edges(msgspec.Struct, frozen=True, array_like=True):
+    """Edges of some kind, those of one state after those of another: arrays of int32 as bytes, of `width` numbers each.
+    Those of state s begin at `offsets[s]` and end at `offsets[s + 1]`.
     """
 
-    def __init__(self, grammar: Grammar, *, max_states: int) -> None:
-        self._max_states = max_states
-        self._bytes: list[list[tuple[int, int, int]]] = []  # low, high, target
-        self._empty: list[list[int]] = []
-        self._calls: list[list[tuple[str, int]]] = []  # rule, state after it
-        self._starts: dict[str, int] = {}
-        self._ends: dict[str, int] = {}
-        for name in grammar.rules:
-            self._starts[name], self._ends[name] = self._state(), self._state()
-        for name, expression in grammar.rules.items():
-            self._build(expression, self._starts[name], self._ends[name])
-        self._is_end = bytearray(len(self._bytes))
-        for end in self._ends.values():
-            self._is_end[end] = 1
-        self.start = self._starts[grammar.start]
-        self.cost: list[int] = [UNREACHABLE] * len(self._bytes)
-        self._best: list[tuple[int, int]] = [(-1, -1)] * len(self._bytes)
-        self._find_costs()
-        if self.cost[self.start] >= UNREACHABLE:
-            raise NoDocument
+    width: int
+    offsets: bytes
+    numbers: bytes
+
+
+class Columns(msgspec.Struct, frozen=True, array_like=True):
+    """A whole automaton: what `Automaton.of` needs. `cost` is of int64, `best` of pairs of int32."""
+
+    start: int
+    is_end: bytes
+    cost: bytes
+    best: bytes
+    texts: Edges  # low byte, high byte, target
+    empty: Edges  # target
+    calls: Edges  # start of a rule, state after it
+
+
+class _Rows(Sequence[Sequence[tuple[int, ...]]]):
+    """`Edges` as they are read: by state."""
+
+    def __init__(self, edges: Edges) -> None:
+        self._width = edges.width
+        self._offsets = array("i", edges.offsets)
+        self._numbers = array("i", edges.numbers)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, state: Any) -> Any:
+        width = self._width
+        numbers = iter(self._numbers[self._offsets[state] * width : self._offsets[state + 1] * width])
+        return list(zip(*[numbers] * width, strict=True))
+
+
+def _edges(width: int, rows: Sequence[Sequence[tuple[int, ...]]]) -> Edges:
+    offsets = array("i", [0, *accumulate(map(len, rows))])
+    numbers = array("i", chain.from_iterable(chain.from_iterable(rows)))
+    return Edges(width, offsets.tobytes(), numbers.tobytes())
+
+
+class Automaton:
+    """The states of a grammar. Immutable but for what it remembers of answers already given."""
+
+    def __init__(
+        self,
+        *,
+        start: int,
+        is_end: bytes,
+        cost: Sequence[int],
+        best: Sequence[tuple[int, ...]],
+        texts: Sequence[Sequence[tuple[int, ...]]],
+        empty: Sequence[Sequence[tuple[int, ...]]],
+        calls: Sequence[Sequence[tuple[int, ...]]],
+    ) -> None:
+        self.start = start
+        self.cost = cost
+        self._is_end = is_end
+        self._best = best
+        self._bytes = texts  # low, high, target
+        self._empty = empty  # target
+        self._calls = calls  # start of a rule, state after it
         self._closures: dict[int, tuple[list[tuple[tuple[int, ...], int]], bool]] = {}
         self._moves: dict[int, tuple[Move, ...]] = {}
         self._tails: dict[int, bytes] = {}
+
+    @staticmethod
+    def build(grammar: Grammar, *, max_states: int) -> Automaton:
+        """Of a grammar. Raises `GrammarTooLarge` past `max_states`, and `NoDocument`."""
+        return _Builder(grammar, max_states).automaton()
+
+    @staticmethod
+    def of(columns: Columns) -> Automaton:
+        """The inverse of `columns`."""
+        best = iter(array("i", columns.best))
+        return Automaton(
+            start=columns.start,
+            is_end=columns.is_end,
+            cost=array("q", columns.cost),
+            best=list(zip(best, best, strict=True)),
+            texts=_Rows(columns.texts),
+            empty=_Rows(columns.empty),
+            calls=_Rows(columns.calls),
+        )
+
+    def columns(self) -> Columns:
+        """All of it, to be sent to another process."""
+        return Columns(
+            start=self.start,
+            is_end=bytes(self._is_end),
+            cost=array("q", self.cost).tobytes(),
+            best=array("i", chain.from_iterable(self._best)).tobytes(),
+            texts=_edges(3, self._bytes),
+            empty=_edges(1, self._empty),
+            calls=_edges(2, self._calls),
+        )
 
     @property
     def num_states(self) -> int:
@@ -116,15 +192,82 @@ class Automaton:
                 out.append(low)
                 here = target
             elif kind == 1:
-                here = self._empty[here][index]
+                (here,) = self._empty[here][index]
             else:
-                rule, after = self._calls[here][index]
+                here, after = self._calls[here][index]
                 stack.append(after)
-                here = self._starts[rule]
         tail = self._tails[state] = bytes(out)
         return tail
 
-    # ------------------------------------------------------------------------------------------------ building
+    def _closure(self, state: int) -> tuple[list[tuple[tuple[int, ...], int]], bool]:
+        """States with bytes to read that `state` reaches by reading none, each with the states to come back to; and
+        whether its rule may end before any byte."""
+        known = self._closures.get(state)
+        if known is not None:
+            return known
+        reading: list[tuple[tuple[int, ...], int]] = []
+        may_end = False
+        todo: list[tuple[tuple[int, ...], int]] = [((), state)]
+        seen = set(todo)
+        while todo:
+            pushes, here = todo.pop()
+            if self._bytes[here]:
+                reading.append((pushes, here))
+            ahead: list[tuple[tuple[int, ...], int]] = [(pushes, target) for (target,) in self._empty[here]]
+            for start, after in self._calls[here]:
+                # A call at a rule's very end comes back to nothing: no need to remember it.
+                back = pushes if self._is_end[after] else (*pushes, after)
+                ahead.append((back, start))
+            if self._is_end[here]:
+                if pushes:
+                    ahead.append((pushes[:-1], pushes[-1]))
+                else:
+                    may_end = True
+            for entry in ahead:
+                if entry not in seen and self.cost[entry[1]] < UNREACHABLE:
+                    seen.add(entry)
+                    todo.append(entry)
+        answer = self._closures[state] = (reading, may_end)
+        return answer
+
+
+class _Builder:
+    """Makes the states of a grammar and finds what they cost to end."""
+
+    def __init__(self, grammar: Grammar, max_states: int) -> None:
+        self._max_states = max_states
+        self._start = grammar.start
+        self._bytes: list[list[tuple[int, int, int]]] = []  # low, high, target
+        self._empty: list[list[int]] = []
+        self._calls: list[list[tuple[str, int]]] = []  # rule, state after it
+        self._starts: dict[str, int] = {}
+        self._ends: dict[str, int] = {}
+        for name in grammar.rules:
+            self._starts[name], self._ends[name] = self._state(), self._state()
+        for name, expression in grammar.rules.items():
+            self._build(expression, self._starts[name], self._ends[name])
+        self._is_end = bytearray(len(self._bytes))
+        for end in self._ends.values():
+            self._is_end[end] = 1
+        self._cost = [UNREACHABLE] * len(self._bytes)
+        self._best = [(-1, -1)] * len(self._bytes)
+        self._find_costs()
+
+    def automaton(self) -> Automaton:
+        """Raises `NoDocument`."""
+        starts = self._starts
+        start = starts[self._start]
+        if self._cost[start] >= UNREACHABLE:
+            raise NoDocument
+        return Automaton(
+            start=start,
+            is_end=bytes(self._is_end),
+            cost=self._cost,
+            best=self._best,
+            texts=self._bytes,
+            empty=[[(target,) for target in targets] for targets in self._empty],
+            calls=[[(starts[rule], after) for rule, after in calls] for calls in self._calls],
+        )
 
     def _state(self) -> int:
         if len(self._bytes) >= self._max_states:
@@ -214,7 +357,7 @@ class Automaton:
             here = after
 
     def _find_costs(self) -> None:
-        """`cost` and `_best` of every state, cheapest first."""
+        """Cost and best edge of every state, cheapest first."""
         into: list[list[tuple[int, int, int]]] = [[] for _ in self._bytes]  # (state, kind, index) that lead here
         callers: dict[str, list[tuple[int, int, int]]] = {name: [] for name in self._starts}
         for state in range(len(self._bytes)):
@@ -229,45 +372,14 @@ class Automaton:
         heap = [(0, state, -1, -1) for state in range(len(self._bytes)) if self._is_end[state]]
         while heap:
             cost, state, kind, index = heapq.heappop(heap)
-            if self.cost[state] < UNREACHABLE:
+            if self._cost[state] < UNREACHABLE:
                 continue
-            self.cost[state], self._best[state] = cost, (kind, index)
+            self._cost[state], self._best[state] = cost, (kind, index)
             for source, how, edge in into[state]:
-                if self.cost[source] == UNREACHABLE:
-                    more = 1 if how == 0 else 0 if how == 1 else self.cost[self._starts[self._calls[source][edge][0]]]
+                if self._cost[source] == UNREACHABLE:
+                    more = 1 if how == 0 else 0 if how == 1 else self._cost[self._starts[self._calls[source][edge][0]]]
                     if more < UNREACHABLE:
                         heapq.heappush(heap, (cost + more, source, how, edge))
             for source, edge, after in callers.get(rule_at.get(state, ""), ()):
-                if self.cost[source] == UNREACHABLE and self.cost[after] < UNREACHABLE:
-                    heapq.heappush(heap, (cost + self.cost[after], source, 2, edge))
-
-    def _closure(self, state: int) -> tuple[list[tuple[tuple[int, ...], int]], bool]:
-        """States with bytes to read that `state` reaches by reading none, each with the states to come back to; and
-        whether its rule may end before any byte."""
-        known = self._closures.get(state)
-        if known is not None:
-            return known
-        reading: list[tuple[tuple[int, ...], int]] = []
-        may_end = False
-        todo: list[tuple[tuple[int, ...], int]] = [((), state)]
-        seen = set(todo)
-        while todo:
-            pushes, here = todo.pop()
-            if self._bytes[here]:
-                reading.append((pushes, here))
-            ahead: list[tuple[tuple[int, ...], int]] = [(pushes, target) for target in self._empty[here]]
-            for rule, after in self._calls[here]:
-                # A call at a rule's very end comes back to nothing: no need to remember it.
-                back = pushes if self._is_end[after] else (*pushes, after)
-                ahead.append((back, self._starts[rule]))
-            if self._is_end[here]:
-                if pushes:
-                    ahead.append((pushes[:-1], pushes[-1]))
-                else:
-                    may_end = True
-            for entry in ahead:
-                if entry not in seen and self.cost[entry[1]] < UNREACHABLE:
-                    seen.add(entry)
-                    todo.append(entry)
-        answer = self._closures[state] = (reading, may_end)
-        return answer
+                if self._cost[source] == UNREACHABLE and self._cost[after] < UNREACHABLE:
+                    heapq.heappush(heap, (cost + self._cost[after], source, 2, edge))

@@ -42,13 +42,13 @@ class Reader:
     """Walks one document through an automaton."""
 
     def __init__(self, automaton: Automaton) -> None:
-        self._automaton = automaton
+        self.automaton = automaton
         self._ground = Frame(-1, None, 0)
         self.beginning: Positions = ((automaton.start, self._ground),)
 
     def read(self, positions: Positions, data: Iterable[int]) -> Positions:
         """Where the bytes lead; empty where they cannot follow."""
-        moves, returns, cost = self._automaton.moves, self._automaton.returns, self._automaton.cost
+        moves, returns, cost = self.automaton.moves, self.automaton.returns, self.automaton.cost
         for byte in data:
             ahead: dict[Position, None] = {}
             for state, frame in positions:
@@ -91,11 +91,11 @@ class Reader:
 
     def tail(self, state: int) -> bytes:
         """See `Automaton.tail`."""
-        return self._automaton.tail(state)
+        return self.automaton.tail(state)
 
     def is_over(self, positions: Positions) -> bool:
         """Whether the document has ended: no byte can follow."""
-        automaton = self._automaton
+        automaton = self.automaton
         for state, frame in positions:
             while True:
                 if automaton.goes_on(state):
@@ -106,4 +106,4 @@ class Reader:
         return True
 
     def _cost(self, position: Position) -> int:
-        return self._automaton.cost[position[0]] + position[1].cost
+        return self.automaton.cost[position[0]] + position[1].cost

@@ -11,7 +11,8 @@ from support.fake_core import NUM_IDS, STOP_ID, FakeCore, add_request, prompt_of
 
 from aiexport_edge.engine.core.grammars import Grammars, Prepared
 from aiexport_edge.engine.core.protocol import AddRequest, AddVocabulary, FinishReason, pack_ids
-from aiexport_edge.engine.structured.compile import ANY_OBJECT
+from aiexport_edge.engine.structured.compile import ANY_OBJECT, compile_grammar
+from aiexport_edge.engine.structured.packed import pack
 
 TEXTS = [
     "{",
@@ -37,14 +38,18 @@ TEXTS = [
 ]
 TEXTS += [*"0123456789", *"abcdefx", "\\n", "é", '": ']
 WORDS = AddVocabulary(0, [text.encode() for text in TEXTS], [STOP_ID])
-SCHEMA = json.dumps(
-    {
-        "type": "object",
-        "properties": {"a": {"type": "array", "items": {"type": "integer"}}, "b": {"enum": ["x", "abc"]}},
-        "required": ["a", "b"],
-        "additionalProperties": False,
-    }
-).encode()
+SCHEMA = pack(
+    compile_grammar(
+        json.dumps(
+            {
+                "type": "object",
+                "properties": {"a": {"type": "array", "items": {"type": "integer"}}, "b": {"enum": ["x", "abc"]}},
+                "required": ["a", "b"],
+                "additionalProperties": False,
+            }
+        ).encode()
+    )
+)
 
 
 def request(handle: int, rng: random.Random, max_tokens: int, grammar: bytes = ANY_OBJECT) -> AddRequest:

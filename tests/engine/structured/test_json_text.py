@@ -22,8 +22,8 @@ from aiexport_edge.engine.structured.utf8 import byte_ranges
 
 DATA = Path(os.environ.get("AIEXPORT_TEST_DATA", Path(__file__).resolve().parents[4] / "shared" / "data"))
 PARSING = DATA / "json" / "JSONTestSuite" / "test_parsing"
-VALUE = Reader(Automaton(Grammar(dict(RULES), "value"), max_states=10_000))
-OBJECT = Reader(Automaton(JSON_OBJECT, max_states=10_000))
+VALUE = Reader(Automaton.build(Grammar(dict(RULES), "value"), max_states=10_000))
+OBJECT = Reader(Automaton.build(JSON_OBJECT, max_states=10_000))
 # Of the suite's valid texts, what is narrower here: how many digits a fraction has.
 LACKED = {"y_number_double_close_to_zero.json"}
 
@@ -111,7 +111,7 @@ def test_ranges_of_characters_in_utf8(one: int, other: int) -> None:
 
 
 def reader_of(expression: Expression) -> Reader:
-    return Reader(Automaton(Grammar({"x": expression}, "x"), max_states=100_000))
+    return Reader(Automaton.build(Grammar({"x": expression}, "x"), max_states=100_000))
 
 
 @settings(max_examples=150, deadline=None)
