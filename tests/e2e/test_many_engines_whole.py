@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.edge import Reply, fold, message, stream
+from support.edge import VLLM_PYTHON, Reply, fold, message, stream
 from support.fleet import EngineProcess, Fleet
+
+from aiexport_edge.proto.config import source_directory
 
 CONFIG = """
 [engine]
 num_threads = 1
 pool_bytes = "64MiB"
 drain = "2m"
+"""
+MODEL = """
+[[models]]
+ids = ["apex-haiku-4-20250401"]
+family = "haiku"
+source = "{source}"
+"""
+VLLM = """
+backend = "vllm"
+[models.vllm]
+python = "{python}"
+kv_cache_bytes = "64MiB"
 """
 TEXTS = [f"Tell me a story about {who}." for who in ("a cat", "a boat", "the moon", "a king", "rain", "a fox")]
 
@@ -38,7 +53,9 @@ def bodies(number: int) -> list[dict[str, Any]]:
     ]
 
 
-async def streams(fleet: Fleet, number: int, begun: asyncio.Event, after: int) -> list[Reply]:
+async def streams(
+    fleet: Fleet, number: int, begun: asyncio.Event, after: int, asked: list[dict[str, Any]] | None = None
+) -> list[Reply]:
     """All at once; `begun` is set when `after` events of text have come over all of them together."""
     seen = 0
 
@@ -56,7 +73,7 @@ async def streams(fleet: Fleet, number: int, begun: asyncio.Event, after: int) -
         return reply
 
     async with fleet.client() as client:
-        return list(await asyncio.gather(*(one(client, body) for body in bodies(number))))
+        return list(await asyncio.gather(*(one(client, body) for body in asked or bodies(number))))
 
 
 def test_one_drained_and_one_killed_under_load_cost_no_stream(fleet: Fleet) -> None:
@@ -66,7 +83,7 @@ def test_one_drained_and_one_killed_under_load_cost_no_stream(fleet: Fleet) -> N
         async with fleet.client() as client:
             return [(await stream(client, body)).text for body in bodies(number)]
 
-    async def disturbed() -> list[Reply]:
+    async def disturbed() -> tuple[list[Reply], float]:
         begun = asyncio.Event()
         running = asyncio.create_task(streams(fleet, number, begun, after=number))
         await asyncio.wait([running, asyncio.create_task(begun.wait())], return_when=asyncio.FIRST_COMPLETED)
@@ -74,19 +91,17 @@ def test_one_drained_and_one_killed_under_load_cost_no_stream(fleet: Fleet) -> N
         drained.drain()
         killed.freeze()  # what it has now is not going to end there
         await asyncio.sleep(1.5)  # the gauges are set once a second
-        nonlocal cut
         cut = fleet.num_placed(killed)
         killed.kill()
         replies = await running
         assert left.process is not None
         assert left.process.poll() is None
-        return replies
+        return replies, cut
 
-    cut = 0.0
     expected = asyncio.run(undisturbed())
     placed = [engine.stats().models[0].output_tokens for engine in fleet.engines]
     assert all(placed), "every engine has had work"
-    replies = asyncio.run(disturbed())
+    replies, cut = asyncio.run(disturbed())
     assert [reply.status for reply in replies] == [200] * number
     assert [reply.error for reply in replies] == [None] * number
     assert [reply.text for reply in replies] == expected
@@ -100,3 +115,45 @@ def test_one_drained_and_one_killed_under_load_cost_no_stream(fleet: Fleet) -> N
     killed.start()
     killed.wait_ready()
     assert asyncio.run(undisturbed()) == expected
+
+
+@pytest.mark.skipif(
+    not os.environ.get(VLLM_PYTHON), reason=f"{VLLM_PYTHON} names no interpreter that has vLLM: nothing to test"
+)
+def test_two_native_engines_and_one_of_vllm_behind_one_tier(tmp_path: Path) -> None:
+    """All three get work. The vLLM engine is killed under load: its replies go on at the native ones, each from the
+    token where it was; then a native one is drained."""
+    model = MODEL.format(source=source_directory("demo"))
+    native = CONFIG + model
+    configs = [native, native, native + VLLM.format(python=os.environ[VLLM_PYTHON])]
+    engines = [EngineProcess(tmp_path, f"engine{number}", config) for number, config in enumerate(configs)]
+    fleet = Fleet(tmp_path, engines, model)
+    number = 12
+    asked = [body | {"temperature": 0} for body in bodies(number)]
+
+    async def test() -> tuple[list[Reply], list[Reply]]:
+        async with fleet.client() as client:
+            calm = [await stream(client, body) for body in asked]
+            assert all(engine.stats().models[0].output_tokens for engine in engines)
+            begun = asyncio.Event()
+            running = asyncio.create_task(streams(fleet, number, begun, after=number, asked=asked))
+            await asyncio.wait([running, asyncio.create_task(begun.wait())], return_when=asyncio.FIRST_COMPLETED)
+            engines[2].freeze()
+            await asyncio.sleep(1.5)  # the gauges are set once a second
+            cut = fleet.num_placed(engines[2])
+            engines[2].kill()
+            engines[0].drain()
+            replies = await running
+            assert fleet.log().count("goes on at engine") >= cut
+        return calm, replies
+
+    try:
+        fleet.start()
+        revisions = {model.revision for engine in engines for model in engine.models()}
+        assert len(revisions) == 1, "the same weights are the same revision on both backends"
+        calm, replies = asyncio.run(test())
+    finally:
+        fleet.stop()
+    assert [reply.error for reply in [*calm, *replies]] == [None] * 2 * number
+    assert [reply.events.count("message_start") for reply in replies] == [1] * number
+    assert [reply.text for reply in replies] == [reply.text for reply in calm]

@@ -43,7 +43,7 @@ class EngineProcess:
                 command, stdout=log, stderr=log, cwd=self._directory, env=self._env, start_new_session=True
             )
 
-    def wait_ready(self, seconds: float = 120.0) -> None:
+    def wait_ready(self, seconds: float = 300.0) -> None:
         def ready() -> bool:
             assert self.process is not None
             assert self.process.poll() is None, self._log.read_text()[-4000:]
@@ -54,6 +54,9 @@ class EngineProcess:
             return bool(models) and all(model.state == pb.MODEL_READY for model in models)
 
         wait_until(ready, f"{self.name} is ready: {self._log}", seconds)
+
+    def models(self) -> list[pb.ModelInfo]:
+        return list(self._ask("ListModels", pb.ListModelsRequest()).models)
 
     def stats(self) -> pb.StatsResponse:
         found: pb.StatsResponse = self._ask("Stats", pb.StatsRequest())
