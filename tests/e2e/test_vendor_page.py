@@ -103,7 +103,7 @@ def test_json_mode(edge: Edge) -> None:
     assert isinstance(json.loads(message["content"][0]["text"]), dict)
 
 
-def test_a_fine_tuned_model_is_not_there_yet(edge: Edge) -> None:
+def test_a_fine_tuned_model_that_is_not_there(edge: Edge) -> None:
     """Nobody else's id either: refused, never answered by another model."""
     with edge.client() as client:
         body = {"model": "ft-demo-mine", "messages": [{"role": "user", "content": "Hello!"}]}

@@ -9,17 +9,19 @@ import msgspec
 import pytest
 import torch
 from support.driver import Driver
+from support.fake_accelerator import FakeAccelerator
 from support.peft_adapters import load_adapter, save_adapter
 from support.tiny_models import greedy, make, prompts, save
 
 from aiexport_edge.engine.adapters.peft import read_adapter
 from aiexport_edge.engine.core.adapter_slots import AdapterSlots
-from aiexport_edge.engine.core.loading import load
+from aiexport_edge.engine.core.loading import load, make_runner
 from aiexport_edge.engine.core.plan import Chunk, ModelPlan, StepPlan
 from aiexport_edge.engine.core.protocol import AdapterRef, CoreConfig, CoreModel
 from aiexport_edge.engine.core.request import Request
 from aiexport_edge.engine.core.runner import Runner
 from aiexport_edge.engine.models.config import ModelConfig
+from aiexport_edge.engine.models.loader import load_model
 
 NUM_TOKENS = 16
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -50,13 +52,15 @@ def save_adapters(base: Any, directory: Path, variants: list[dict[str, Any]]) ->
     return refs
 
 
-def expected_of(base: Any, directory: Path, number: int | None, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
+def expected_of(
+    base: Any, directory: Path, number: int | None, prompt: list[int], num_tokens: int = NUM_TOKENS
+) -> tuple[list[int], torch.Tensor]:
     """What `peft` and `transformers` generate greedily; `number` None is the base model."""
     if number is None:
-        return greedy(base, prompt, NUM_TOKENS)
+        return greedy(base, prompt, num_tokens)
     adapted = load_adapter(base, directory / f"adapter-{number}")
     try:
-        return greedy(adapted, prompt, NUM_TOKENS)
+        return greedy(adapted, prompt, num_tokens)
     finally:
         adapted.unload()
 
@@ -148,3 +152,46 @@ def test_an_adapter_that_is_gone_ends_its_request_alone(tmp_path: Path, capsys: 
     assert "adapter_config.json does not exist" in capsys.readouterr().err
     expected, _ = expected_of(base, tmp_path, 0, texts[0])
     assert result.ids[kept.handle] == expected[:1]
+
+
+def test_graphs_hold_adapters(tmp_path: Path) -> None:
+    """As on a card: decodes of the base model by one graph, those in which any row has an adapter by another."""
+    save("qwen3", tmp_path / "base")
+    base = make("qwen3")
+    refs = save_adapters(base, tmp_path, VARIANTS[:2])
+    accelerator = FakeAccelerator()
+    config = CoreConfig([], "cuda:0", 0, 64 << 20, 8, 64, 1, 0.0)
+    config = msgspec.structs.replace(config, adapter_slots=2, max_adapter_rank=16, adapter_host_bytes=1 << 20)
+    models = [load_model(tmp_path / "base", dtype="float32")]
+    runner = make_runner(config, models, torch.device("cpu"), accelerator, keep_logits=True)
+    driver, slots = Driver(runner), AdapterSlots(2)
+    texts = prompts([9, 14, 21])
+    plain = driver.add(texts[0])
+    driver.run([plain], 4)
+    replays = accelerator.replays
+    requests = [plain, *(give(driver.add(text), slots, ref) for text, ref in zip(texts[1:], refs, strict=True))]
+    driver.run(requests, NUM_TOKENS)
+    assert accelerator.replays - replays >= NUM_TOKENS - 1
+    for number, text, request in zip((None, 0, 1), texts, requests, strict=True):
+        assert driver.outcome(request)[0] == expected_of(base, tmp_path, number, text)[0]
+
+
+def test_thirty_two_adapters_and_the_base_model_in_one_batch(tmp_path: Path) -> None:
+    """Ranks 4 to 64, in one decode step."""
+    save("qwen3", tmp_path / "base")
+    base = make("qwen3")
+    refs = save_adapters(
+        base, tmp_path, [{"r": rank, "size": 0.3 / rank**0.5} for rank in range(4, 65, 2)] + [{"r": 64}]
+    )
+    assert len(refs) == 32
+    driver, slots = Driver(runner_of(tmp_path / "base", slots=32)), AdapterSlots(32)
+    texts = prompts([5 + number for number in range(33)])
+    requests = [
+        driver.add(texts[32]),
+        *(give(driver.add(text), slots, ref) for text, ref in zip(texts, refs, strict=False)),
+    ]
+    driver.run(requests, 5)
+    numbers: list[int | None] = [None, *range(32)]
+    for number, request in zip(numbers, requests, strict=True):
+        prompt = request.token_ids[: request.num_prompt_tokens]
+        assert driver.outcome(request)[0] == expected_of(base, tmp_path, number, prompt, 5)[0]
