@@ -22,6 +22,7 @@ import httpx
 import pytest
 
 from aiexport_edge.proto import engine_pb2, engine_pb2_grpc
+from aiexport_edge.proto.config import source_directory
 
 VLLM_PYTHON = "AIEXPORT_TEST_VLLM_PYTHON"  # of the environment: the interpreter of an installation of vLLM
 BACKENDS = ("native", "vllm") if os.environ.get(VLLM_PYTHON) else ("native",)  # what the conformance tests run on
@@ -125,8 +126,12 @@ def start_on(backend: str, directory: Path) -> Edge:
     """The demo installation with its three tiers, on a backend; its workspace is `demo`."""
     if backend == "native":
         return start(directory / "state")
+    from support.text_model import text_only  # brings torch
+
+    source = text_only(source_directory("demo"), directory / "demo")
     config = directory / "aiexport-edge.toml"
-    config.write_text("".join(_VLLM_TIER.format(*tier, python=os.environ[VLLM_PYTHON]) for tier in _TIERS))
+    tiers = [_VLLM_TIER.format(*tier, source=source, python=os.environ[VLLM_PYTHON]) for tier in _TIERS]
+    config.write_text("".join(tiers))
     edge = _run(directory / "state", config, (), None, ready_s=300)
     edge.backend = backend
     edge.cli("workspaces", "create", "demo", "--plan", "enterprise")
@@ -144,7 +149,7 @@ _VLLM_TIER = """\
 ids = ["{0}"]
 family = "{1}"
 display_name = "{2}"
-source = "demo"
+source = "{source}"
 backend = "vllm"
 input_per_million = {3}
 output_per_million = {4}

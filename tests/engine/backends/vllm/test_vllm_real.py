@@ -19,6 +19,7 @@ import pytest
 from support.backend_driver import GREEDY, Listener, idle, new_core, request, run, state
 from support.edge import VLLM_PYTHON
 from support.scripted_vllm import worker_config
+from support.text_model import text_only
 
 from aiexport_edge.engine.backends.base import Backend, BackendConstraint, BackendRequest, ModelState
 from aiexport_edge.engine.backends.native import NativeBackend
@@ -38,11 +39,21 @@ pytestmark = [
     ),
 ]
 DEMO = source_directory("demo")
-MODEL = CoreModel(
-    name="demo", path=str(DEMO), dtype="float32", context_window=4096, deterministic=False, revision="demo"
-)
 STOP = (2,)
 SEEDS = (1, 7, 1 << 63)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> CoreModel:
+    """The demo model, its eyes closed."""
+    return CoreModel(
+        name="demo",
+        path=str(text_only(DEMO, tmp_path_factory.mktemp("model") / "demo")),
+        dtype="float32",
+        context_window=4096,
+        deterministic=False,
+        revision="demo",
+    )
 
 
 def python() -> Path:
@@ -50,8 +61,8 @@ def python() -> Path:
 
 
 @asynccontextmanager
-async def vllm(**fields: Any) -> AsyncIterator[VllmBackend]:
-    config = msgspec.structs.replace(worker_config(), model=MODEL, memory_share=0.3, kv_cache_bytes=256 << 20, **fields)
+async def vllm(model: CoreModel, **fields: Any) -> AsyncIterator[VllmBackend]:
+    config = msgspec.structs.replace(worker_config(), model=model, memory_share=0.3, kv_cache_bytes=256 << 20, **fields)
     backend = VllmBackend(config, python=python())
     await backend.start()
     try:
@@ -62,10 +73,10 @@ async def vllm(**fields: Any) -> AsyncIterator[VllmBackend]:
 
 
 @asynccontextmanager
-async def native() -> AsyncIterator[NativeBackend]:
+async def native(model: CoreModel) -> AsyncIterator[NativeBackend]:
     backend = NativeBackend(
         CoreConfig(
-            models=[MODEL],
+            models=[model],
             device="cpu",
             page_bytes=0,
             pool_bytes=64 << 20,
@@ -109,11 +120,11 @@ def engine_core(worker: int) -> psutil.Process:
     return next(child for child in psutil.Process(worker).children() if "EngineCor" in " ".join(child.cmdline()))
 
 
-def test_vllm_draws_as_the_native_backend_and_outlives_kills() -> None:
+def test_vllm_draws_as_the_native_backend_and_outlives_kills(model: CoreModel) -> None:
     async def test() -> None:
-        async with native() as backend:
+        async with native(model) as backend:
             expected = await answers(backend, asks())
-        async with vllm() as backend:
+        async with vllm(model) as backend:
             assert await answers(backend, asks()) == expected, "same weights, same seeds, same draws"
             await check_resume(backend, expected)
             await check_salt(backend)
@@ -190,11 +201,11 @@ async def check_kill(backend: Backend, expected: list[list[int]]) -> None:
     assert backend.stats().core_restarts == 2
 
 
-def test_our_attention_in_vllm_answers_as_the_native_backend() -> None:
+def test_our_attention_in_vllm_answers_as_the_native_backend(model: CoreModel) -> None:
     async def test() -> None:
-        async with native() as backend:
+        async with native(model) as backend:
             expected = await answers(backend, asks())
-        async with vllm(attention="aiexport-edge") as backend:
+        async with vllm(model, attention="aiexport-edge") as backend:
             assert await answers(backend, asks()) == expected
 
     run(test(), 800)
