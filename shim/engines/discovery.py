@@ -56,8 +56,8 @@ class Discovery:
         host, port = split_address(name)
         try:
             addresses = await self._lookup(host, port)
-        except OSError as error:
-            self._tell_silent(name, error.strerror or str(error))
+        except (OSError, UnicodeError) as error:  # the latter of a name that can't be one
+            self._tell_silent(name, getattr(error, "strerror", None) or str(error))
             return
         if not addresses:
             self._tell_silent(name, "it has no address")

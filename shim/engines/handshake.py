@@ -34,7 +34,7 @@ def why_refused(endpoint: Endpoint, access: EngineAccess) -> str | None:
         return str(error)
     try:
         raw = socket.create_connection(split_address(endpoint.address), TIMEOUT_S)
-    except OSError:
+    except (OSError, UnicodeError):
         return None  # nobody is there, or the way is blocked: gRPC's own words are right
     with raw:
         try:

@@ -64,8 +64,8 @@ async def _look_at(targets: Sequence[str], access: EngineAccess) -> list[EngineS
         host, port = split_address(name)
         try:
             found = sorted(set(await resolve(host, port)))
-        except OSError as error:
-            missing.append(EngineSeen(f"dns:///{name}", "away", f"the name has no address ({error.strerror})"))
+        except (OSError, UnicodeError):
+            missing.append(EngineSeen(f"dns:///{name}", "away", "the name has no address; correct it, or its records"))
             continue
         endpoints += [Endpoint(f"[{each}]:{port}" if ":" in each else f"{each}:{port}", host) for each in found]
     return [*await asyncio.gather(*(_look(endpoint, access) for endpoint in endpoints)), *missing]

@@ -35,7 +35,7 @@ LAST_RETRY_S = 0.5  # an engine that restarts is found again soon …
 AWAY_S = 60.0  # … one that has been away for so long is asked less often
 AWAY_RETRY_S = 5.0
 LOADING_REFRESH_S = 0.1  # while a model is loading
-CHECK_S = 1.0  # health, and load where there are other engines
+CHECK_S = 1.0  # health and load, where there are other engines; else with the models
 REFRESH_S = 5.0  # models
 CALL_TIMEOUT_S = 15.0
 STATS_TIMEOUT_S = 3.0  # a person waits for it
@@ -304,7 +304,8 @@ class Session:
         refresh_at = loop.time() + REFRESH_S
         while True:
             loading = not self.serving or any(model.state == pb.MODEL_LOADING for model in self.models.values())
-            await asyncio.sleep(LOADING_REFRESH_S if loading else min(CHECK_S, REFRESH_S))
+            pause = min(CHECK_S, REFRESH_S) if self.watches_load else REFRESH_S
+            await asyncio.sleep(LOADING_REFRESH_S if loading else pause)
             before = self.models, self.serving
             try:
                 await self._check(channel, metadata)

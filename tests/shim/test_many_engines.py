@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 from collections import Counter
@@ -17,6 +18,7 @@ from support.shim_server import HAIKU, ShimServer, until
 from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.shim import services
 from aiexport_edge.shim.engines import outliers, session
+from aiexport_edge.shim.engines.discovery import Discovery
 from aiexport_edge.shim.engines.routing import Policy, Reason
 from aiexport_edge.shim.engines.session import EngineState
 
@@ -378,3 +380,23 @@ def test_what_is_counted(make_engine: Make, make_shim: Shims, monkeypatch: pytes
     with httpx.Client(base_url=shim.admin_url) as admin:
         until(lambda: wanted <= set(admin.get("/metrics").text.splitlines()), "all is there")
         assert "draining" in admin.get("/console").text
+
+
+def test_names_that_cannot_be_looked_up_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    """One that is no name at all too; the others are looked up all the same."""
+    told: list[list[str]] = []
+    long = "x" * 300 + ".internal"
+
+    async def test() -> None:
+        discovery = Discovery([f"{long}:1", "no-such-name.invalid:1", "127.0.0.1:1"], every_s=0.01, retry_s=0.01)
+        looking = asyncio.create_task(discovery.run(lambda found: told.append([each.address for each in found])))
+        while len(told) < 3:
+            await asyncio.sleep(0.01)
+            assert not looking.done()
+        looking.cancel()
+
+    asyncio.run(asyncio.wait_for(test(), 60))
+    assert told == [["127.0.0.1:1"]] * len(told)
+    messages = [record.getMessage() for record in caplog.records]
+    assert sum("no-such-name.invalid" in message for message in messages) == 1
+    assert sum(long in message for message in messages) == 1
