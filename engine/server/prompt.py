@@ -125,12 +125,14 @@ def _check_resume(request: pb.GenerateRequest, model: Model) -> None:
 
 
 def num_characters(request: pb.GenerateRequest | pb.CountTokensRequest) -> int:
-    """How much there is to tokenize; decides whether that is done on the event loop."""
+    """How much there is to read or to tokenize; decides whether that is done on the event loop."""
     match request.WhichOneof("prompt"):
         case "chat":
             return sum(len(block.text) for message in request.chat.messages for block in message.content)
         case "text":
             return len(request.text)
+        case "token_ids" if isinstance(request, pb.GenerateRequest):
+            return len(request.token_ids.ids)
         case _:
             return 0
 
