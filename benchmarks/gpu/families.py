@@ -2,6 +2,7 @@
 
 In float32, so that the tokens are the same ones; in bfloat16 the logits are to be as near to float32's as transformers'
 own are. Each eager, by graphs, batched, chunked and preempted. In deterministic mode all of these give the same bits.
+Models that see come after, in `families_vision.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from aiexport_edge.engine.core.kv_memory import KVMemory, ModelNeed, pool_shape
 from aiexport_edge.engine.core.protocol import CoreConfig
 from aiexport_edge.engine.core.runner import Runner
 from aiexport_edge.engine.models.loader import load_model
+from benchmarks.gpu import families_vision
 from benchmarks.gpu.models import accelerator_for
 from benchmarks.gpu.report import Bench
 from benchmarks.gpu.sequences import Sequences
@@ -65,6 +67,7 @@ def run(bench: Bench) -> None:
             _compare_tokens(bench, name, Path(directory), exact)
             _compare_bfloat16(bench, name, Path(directory), exact)
             _compare_bits(bench, name, Path(directory))
+    families_vision.run(bench)
 
 
 def _make(name: str) -> Any:
