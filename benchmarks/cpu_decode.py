@@ -68,7 +68,9 @@ def products_alone(decoder: Decoder, rows: int) -> Callable[[], None]:
     products: list[PackedLinear] = []
     for layer in decoder.layers:
         assert isinstance(layer.mlp, Mlp)
-        products += [layer.qkv, layer.o, layer.mlp.gate_up, layer.mlp.down]
+        for product in (layer.qkv, layer.o, layer.mlp.gate_up, layer.mlp.down):
+            assert isinstance(product, PackedLinear)
+            products.append(product)
     calls = [(product, None) for product in products] + [(decoder.head, torch.float32)]
     inputs = {product.in_features: torch.randn(rows, product.in_features).to(product.dtype) for product, _ in calls}
 

@@ -14,6 +14,14 @@ from aiexport_edge.kernels.decode_attention import decode_attention
 from aiexport_edge.kernels.linear import PackedLinear
 from aiexport_edge.kernels.paged_attention import paged_attention
 from aiexport_edge.kernels.qk_norm_rope import qk_norm_rope
+from aiexport_edge.kernels.quantization import (
+    Fp8Weight,
+    Int8Weight,
+    QuantizedWeight,
+    quantize_fp8,
+    quantize_int4,
+    quantize_int8,
+)
 from aiexport_edge.kernels.rms_norm import add_rms_norm, add_rms_norm_reference
 from aiexport_edge.kernels.sampler import sample
 from aiexport_edge.kernels.swiglu import swiglu, swiglu_reference
@@ -34,6 +42,7 @@ def run(bench: Bench) -> None:
     _decode(bench, bandwidth)
     _prefill(bench, rate)
     _products(bench, bandwidth, rate)
+    _quantized_products(bench, bandwidth)
     _sampler(bench)
 
 
@@ -198,6 +207,44 @@ def _products(bench: Bench, bandwidth: float, rate: float) -> None:
             bound = max(weight.nbytes / bandwidth, 2 * rows * weight.numel() / rate)
             name = f"linear {rows}x{in_features}x{out_features}"
             _add(bench, name, partial(product, x), bound, f_linear=partial(linear, x, weight))
+
+
+def _quantized_products(bench: Bench, bandwidth: float) -> None:
+    """Weights in four and eight bits beside F.linear with 16-bit ones: microseconds, and how many times faster.
+
+    Issue's goals: four bits 2.5 times up to 16 rows, FP8 1.6 times at one.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows_of = [2] if bench.dry_run else [1, 4, 16, 64, 256, 4096]
+    for out_features, in_features in [(96, 128)] if bench.dry_run else [(6144, 4096), (24576, 4096), (4096, 12288)]:
+        plain = torch.randn(out_features, in_features, generator=generator).div_(in_features**0.5)
+        weight = plain.to(bench.device, DTYPE)
+        per_output = quantize_fp8(weight)
+        blocks = torch.full((-(-out_features // 128), -(-in_features // 128)), 0.001, device=bench.device)
+        forms: dict[str, QuantizedWeight] = {
+            "w4a16 group 128": quantize_int4(weight, 128),
+            "w4a16 group 32": quantize_int4(weight, 32),
+            "int8": Int8Weight(*quantize_int8(weight)),
+            "fp8": per_output,
+            "fp8 blocks": Fp8Weight(per_output.codes, blocks, (128, 128)),
+        }
+        for form, quantized in forms.items():
+            for deterministic in (False, True):
+                product = PackedLinear(quantized, dtype=DTYPE, deterministic=deterministic)
+                for rows in rows_of[:1] if deterministic else rows_of:
+                    x = torch.randn(rows, in_features, device=bench.device).to(DTYPE)
+                    seconds, others = (
+                        seconds_of(bench, run) for run in (partial(product, x), partial(linear, x, weight))
+                    )
+                    name = f"{form}{' deterministic' if deterministic else ''} {rows}x{in_features}x{out_features}"
+                    bits = 0.5 if form.startswith("w4a16") else 1.0
+                    row: dict[str, Value] = {
+                        "us": seconds * 1e6,
+                        "f_linear_us": others * 1e6,
+                        "times_f_linear": others / seconds,
+                        "share": bits * weight.numel() / bandwidth / seconds,
+                    }
+                    bench.add(PART, name, row)
 
 
 def _sampler(bench: Bench) -> None:

@@ -163,7 +163,7 @@ def round_groups(
                 shrink = np.float32(1.0 - 0.05 * step)
                 scale = max(size * (shrink / np.float32(15.0)), np.float32(1e-30))
                 zero = np.float32(np.rint(low * -shrink / scale))
-                error = _error(place, group, scale, zero)
+                error = _error(place, group, float(scale), float(zero))
                 if least < 0.0 or error < least:
                     best_scale, best_zero, least = scale, zero, error
             for i in range(0, group, LANES):
