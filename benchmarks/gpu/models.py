@@ -121,10 +121,29 @@ def random_model(
 
 
 def runner_of(
-    bench: Bench, model: LoadedModel, *, max_num_running: int, max_step_tokens: int, pool_bytes: int = 0
+    bench: Bench,
+    model: LoadedModel,
+    *,
+    max_num_running: int,
+    max_step_tokens: int,
+    pool_bytes: int = 0,
+    adapter_slots: int = 0,
+    max_adapter_rank: int = 0,
 ) -> Runner:
     """A warm runner as the core has it; its pages hold noise, so that no product is of zeros."""
-    config = CoreConfig([], str(bench.device), 0, pool_bytes, max_num_running, max_step_tokens, 0, 0.0)
+    config = CoreConfig(
+        models=[],
+        device=str(bench.device),
+        page_bytes=0,
+        pool_bytes=pool_bytes,
+        max_num_running=max_num_running,
+        max_step_tokens=max_step_tokens,
+        num_threads=0,
+        batch_floor_share=0.0,
+        adapter_slots=adapter_slots,
+        max_adapter_rank=max_adapter_rank,
+        adapter_host_bytes=4 << 30,
+    )
     runner = make_runner(config, [model], bench.device, accelerator_for(bench))
     runner.memory.bytes.view(model.dtype).normal_()
     return runner

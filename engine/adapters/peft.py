@@ -228,7 +228,7 @@ def _factors(
             raise AdapterError(f"{file}: {module} must have one lora_A and one lora_B")
         taken.add((layer, product))
         _check_place(file, module, layer, product, model)
-        out_features, in_features = _sizes(model, product)
+        out_features, in_features = product_sizes(model, product)
         a, b = shapes[names["A"]], shapes[names["B"]]
         rank = a[0] if len(a) == 2 else 0
         if a != (rank, in_features) or b != (out_features, rank) or rank < 1:
@@ -257,8 +257,8 @@ def _check_place(file: Path, module: str, layer: int, product: str, model: Model
         raise AdapterError(f"{file}: {module} is no product of this model: layer {layer} is a mixture of experts")
 
 
-def _sizes(model: ModelConfig, product: str) -> tuple[int, int]:
-    """Outputs and inputs of a product."""
+def product_sizes(model: ModelConfig, product: str) -> tuple[int, int]:
+    """Outputs and inputs of a product of PLACES."""
     q_rows, kv_rows = model.num_q_heads * model.head_dim, model.num_kv_heads * model.head_dim
     hidden, inner = model.hidden_size, model.intermediate_size
     return {
