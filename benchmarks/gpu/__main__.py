@@ -2,9 +2,9 @@
 
 Parts: a kernels against their references, b families against transformers, c kernel speed, d whole models against the
 roofline, e process start to first token, f host time and idle gaps, g a whole installation under load, h mixtures of
-experts, i vision towers, l adapters. Progress goes to stderr, a table to stdout at the end, the result with card, driver,
-versions and commit to a JSON file in benchmarks/results. Exit status 1 when something is wrong, 2 when it cannot run.
-`--dry-run` runs tiny shapes on the CPU: that the program itself works.
+experts, i vision towers, l adapters. Progress goes to stderr, a table to stdout at the end, the result with card,
+driver, versions and commit to a JSON file in benchmarks/results. Exit status 1 when something is wrong, 2 when it
+cannot run. `--dry-run` runs tiny shapes on the CPU: that the program itself works.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ def write_adapter(directory: Path, model: ModelConfig, *, rank: int, seed: int) 
     """Writes one; what a request names."""
     directory.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for layer in range(model.num_layers):
         for product in PLACES:
             outputs, inputs = product_sizes(model, product)
