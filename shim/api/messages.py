@@ -52,9 +52,12 @@ class Messages:
             asked = generate_request(
                 request, listed, principal, services.catalog, exchange.request_id, pb.PRIORITY_INTERACTIVE
             )
-            generation = Generation(asked, await services.image_fetcher.fetch_all(request.images, lease.grow))
+            generation = Generation(asked)
             reply = Reply(request, listed, generation, exchange)
             async with _abort_at_end(services, generation, receive):
+                if request.images:
+                    fetching = services.image_fetcher.fetch_all(request.images, lease.grow)
+                    generation.images = await generation.during(fetching)
                 accepted = await services.engines.admit(generation)
                 async with self._accounted(reply, principal, accepted):
                     if request.stream or self._always_stream:

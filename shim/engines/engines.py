@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -19,7 +20,7 @@ from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.shim.engines.access import MAX_MESSAGE_BYTES, Endpoint, EngineAccess, split_targets
 from aiexport_edge.shim.engines.adapters import WantedAdapter
 from aiexport_edge.shim.engines.discovery import Discovery, Lookup
-from aiexport_edge.shim.engines.generation import Generation, Refused, SessionLost
+from aiexport_edge.shim.engines.generation import ClientGone, Generation, Refused, SessionLost
 from aiexport_edge.shim.engines.prefixes import Trail, trail
 from aiexport_edge.shim.engines.refusals import RETRY_AFTER_S, can_pass, is_broken
 from aiexport_edge.shim.engines.routing import Candidate, Policy, Reason, Router
@@ -255,13 +256,14 @@ class Engines:
     async def _submit(self, session: Session, generation: Generation) -> pb.Accepted:
         """Places it, its pictures first, and waits for the engine's answer.
 
-        Raises `Refused`, `SessionLost`, `TimeoutError`.
+        Raises `Refused`, `SessionLost`, `TimeoutError`, or what the generation has failed with meanwhile.
         """
         if not generation.images:
             return await self._ask(session, generation)
-        async with asyncio.timeout(IMAGES_TIMEOUT_S) as patience, session.with_images(generation):
-            patience.reschedule(None)  # the pictures are there
-            if generation.ended or not session.connected:
+        async with AsyncExitStack() as stack:
+            async with asyncio.timeout(IMAGES_TIMEOUT_S):
+                await generation.during(stack.enter_async_context(session.with_images(generation)))
+            if not session.connected:
                 raise SessionLost
             return await self._ask(session, generation)
 
@@ -322,7 +324,7 @@ class Engines:
                     session = await self._session_for(generation, found)
                     try:
                         await self._submit(session, generation)
-                    except SessionLost:
+                    except (SessionLost, ClientGone, ApiError):  # of the last two it has ended
                         continue
                     except TimeoutError:
                         session.abort(generation.tag)

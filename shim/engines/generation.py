@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import array
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.shim.engines.refusals import api_error
@@ -23,6 +23,8 @@ from aiexport_edge.shim.images.sources import ImageData
 
 if TYPE_CHECKING:
     from aiexport_edge.shim.engines.session import Session
+
+T = TypeVar("T")
 
 MAX_BUFFERED_BYTES = 256 << 10
 MAX_STALLS = 3  # engines lost in a row while it ran and produced nothing: it may be what kills them
@@ -65,6 +67,7 @@ class Generation:
         "_stalls",
         "_taken_bytes",
         "_text",
+        "_work",
         "accepted",
         "answer",
         "cached_tokens",
@@ -86,6 +89,7 @@ class Generation:
         self.request = request
         self.images = images  # those of its image blocks, in order; kept for as long as it may go on elsewhere
         self.accepted: pb.Accepted | None = None
+        self._work: asyncio.Task[Any] | None = None
         self.cached_tokens: int | None = None  # of the first attempt that ran; None until then
         self.session: Session | None = None  # where it is placed now, and under which tag
         self.tag = 0
@@ -174,6 +178,25 @@ class Generation:
         self._taken_bytes = self._emitted_bytes
         return text
 
+    async def during(self, work: Coroutine[Any, Any, T]) -> T:
+        """The outcome of `work`, which is for this generation alone: it is cancelled where that fails meanwhile.
+
+        Raises what it has failed with.
+        """
+        if self._error is not None:
+            work.close()
+            raise self._error
+        working = self._work = asyncio.create_task(work)
+        try:
+            return await working
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._error is None or (task is not None and task.cancelling()):
+                raise
+            raise self._error from None
+        finally:
+            self._work = None
+
     def fail(self, error: Exception) -> None:
         """Ends the generation from this side, unless it has ended."""
         if self.ended:
@@ -184,6 +207,8 @@ class Generation:
             self._text.clear()
         if self.answer is not None and not self.answer.done():
             self.answer.set_exception(error)
+        if self._work is not None:
+            self._work.cancel()
         self.tell()
 
     # ------------------------------------------------------------------------------------------ the engine's side

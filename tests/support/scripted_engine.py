@@ -45,6 +45,9 @@ class Seen:
     submitted: list[pb.Submit] = field(default_factory=list)
     aborted: list[int] = field(default_factory=list)
     hellos: list[str] = field(default_factory=list)
+    uploads: list[list[bytes]] = field(default_factory=list)  # the files of each call that was answered
+    uploads_begun: list[str] = field(default_factory=list)  # the model's name of each
+    uploads_over: list[str] = field(default_factory=list)
 
 
 class ScriptedEngine(engine_pb2_grpc.EngineServicer):
@@ -63,6 +66,9 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         self.refuse_resume: pb.ErrorDetail | None = None
         self.fail_after: tuple[int, pb.ErrorDetail] | None = None  # tokens, then Failed
         self.accept_silently = False  # never answers a Submit
+        self.vision = False
+        self.refuse_images: pb.ErrorDetail | None = None  # the answer to every upload while it is set
+        self.hang_images = False  # never answers an upload
         self.load: tuple[int, int] | None = None  # running and waiting, as Stats says; None: what there is
         self.core_pid = 0  # as Stats says
         self._models = models
@@ -148,6 +154,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
                     context_window=CONTEXT_WINDOW,
                     max_output_tokens=MAX_OUTPUT_TOKENS,
                     deterministic=True,
+                    vision=self.vision,
                 )
                 for name in self._models
             ]
@@ -165,6 +172,36 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
             core_pid=self.core_pid,
             models=models,
         )
+
+    async def UploadImages(self, events: AsyncIterator[pb.UploadEvent], context: Any) -> AsyncIterator[Any]:
+        files: list[list[bytes]] = []
+        model = ""
+        try:
+            async for event in events:
+                match event.WhichOneof("event"):
+                    case "model":
+                        model = event.model
+                        self._note(self.seen.uploads_begun, model)
+                    case "header":
+                        files.append([])
+                    case "chunk":
+                        files[-1].append(event.chunk)
+                    case "end":
+                        break
+            if self.refuse_images is not None:
+                trailer = (("aiexport-error-detail-bin", self.refuse_images.SerializeToString()),)
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "refused", trailer)
+            if self.hang_images:
+                await asyncio.Event().wait()
+            whole = [b"".join(chunks) for chunks in files]
+            self._note(self.seen.uploads, whole)
+            number = len(self.seen.uploads)
+            ids = [f"u{number}.{index}" for index in range(len(whole))]
+            yield pb.UploadedImages(images=[pb.UploadedImage(id=name, prompt_tokens=4) for name in ids])
+            async for _ in events:
+                raise AssertionError("something came after the end")
+        finally:
+            self._note(self.seen.uploads_over, model)
 
     async def Session(self, events: AsyncIterator[pb.ClientEvent], context: Any) -> AsyncIterator[pb.StepOutputs]:
         outbox: asyncio.Queue[pb.StepOutputs | None] = asyncio.Queue()
