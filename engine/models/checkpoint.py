@@ -1,13 +1,17 @@
 """Safetensors files of a Hugging Face directory: which tensors there are, and reading them one at a time.
 
-Owns finding the files (one, or shards by an index) and their memory maps. Never unpickles. Knows no architecture.
+Owns finding the files (one, or shards by an index) and their memory maps. A file is let go of when its last tensor has
+been read, and the system is asked for the files ahead of that, so that what loading waits for is one shard at most in
+memory, and the disk's full speed. Never unpickles. Knows no architecture.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from torch import Tensor
 
 from aiexport_edge.engine.models.config import ModelError
 
+AHEAD_BYTES = 32 << 20  # that the system is asked for at once
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Those of quantized weights and what belongs to them.
@@ -50,20 +55,33 @@ class Checkpoint:
     def __init__(self, directory: Path, handles: dict[Path, Any]) -> None:
         self.directory = directory
         self._handles = handles
+        self._unread: dict[Path, set[str]] = {}
         self.entries: dict[str, Entry] = {}
         for file, handle in handles.items():
-            for name in handle.keys():  # noqa: SIM118 (not a mapping)
+            self._unread[file] = set(handle.keys())
+            for name in self._unread[file]:
                 part = handle.get_slice(name)
                 self.entries[name] = Entry(file, tuple(part.get_shape()), part.get_dtype())
 
     def tensor(self, name: str) -> Tensor:
         """A view of the mapped file: copy what is to outlive this checkpoint."""
-        entry = self.entries[name]
+        file = self.entries[name].file
         try:
-            tensor: Tensor = self._handles[entry.file].get_tensor(name)
-        except SafetensorError as error:
-            raise ModelError(f"{entry.file}: {name} cannot be read: {error}") from error
+            if file not in self._handles:  # read before, and let go of
+                with safe_open(file, framework="pt", device="cpu") as handle:
+                    again: Tensor = handle.get_tensor(name)
+                    return again
+            tensor: Tensor = self._handles[file].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file}: {name} cannot be read: {error}") from error
+        self._unread[file].discard(name)
+        if not self._unread[file]:
+            del self._handles[file]  # its pages leave memory with the last view of them
         return tensor
+
+    def close(self) -> None:
+        """Let go of all files."""
+        self._handles.clear()
 
 
 @contextmanager
@@ -71,21 +89,49 @@ def open_checkpoint(directory: Path) -> Iterator[Checkpoint]:
     """Map the directory's weights until the end of the block. Raises ModelError naming the file that is at fault."""
     names_by_file = _files(directory)
     with ExitStack() as stack:
-        handles = {}
+        handles: dict[Path, Any] = {}
         for file in names_by_file:
             try:
-                handles[file] = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+                handles[file] = safe_open(file, framework="pt", device="cpu")
             except FileNotFoundError:
                 raise ModelError(f"{file} does not exist, but {directory / INDEX} names it") from None
             except (OSError, SafetensorError) as error:
                 raise ModelError(f"{file} is not a readable safetensors file: {error}") from error
         checkpoint = Checkpoint(directory, handles)
+        del handles
+        stack.callback(checkpoint.close)
+        stack.enter_context(_reading_ahead(list(names_by_file)))
         for file, names in names_by_file.items():
             for name in names:
                 entry = checkpoint.entries.get(name)
                 if entry is None or entry.file != file:
                     raise ModelError(f"{file} does not hold {name}, but {directory / INDEX} says so")
         yield checkpoint
+
+
+@contextmanager
+def _reading_ahead(files: list[Path]) -> Iterator[None]:
+    """Meanwhile the system reads the files into its cache, in their order and many parts at once."""
+    if not hasattr(os, "posix_fadvise"):
+        yield
+        return
+    over = threading.Event()
+
+    def ask() -> None:
+        for file in files:
+            with suppress(OSError), file.open("rb") as stream:  # a hint: whoever reads the file says what is wrong
+                for first in range(0, file.stat().st_size, AHEAD_BYTES):
+                    if over.is_set():
+                        return
+                    os.posix_fadvise(stream.fileno(), first, AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+
+    thread = threading.Thread(target=ask, name="read ahead", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _files(directory: Path) -> dict[Path, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from support.driver import Driver, load_runner
 from support.tiny_models import greedy, make, prompts, save
 
+from aiexport_edge.engine.models.checkpoint import open_checkpoint
 from aiexport_edge.engine.models.config import ModelError
 from aiexport_edge.engine.models.loader import load_model, serving_dtype
 from aiexport_edge.kernels.linear import supports_bf16
@@ -159,3 +161,47 @@ def test_a_context_window_beyond_the_models_is_refused(tmp_path: Path) -> None:
     assert load_model(tmp_path).context_window == 256
     with pytest.raises(ModelError, match="257 tokens is more than the model's 256"):
         load_model(tmp_path, context_window=257)
+
+
+def test_a_file_is_let_go_of_when_all_of_it_has_been_read(tmp_path: Path) -> None:
+    """So that no more than a shard of the files is in memory; a tensor can still be read again."""
+    save("qwen2_window", tmp_path, max_shard_size="50KB")
+    with open_checkpoint(tmp_path) as checkpoint:
+        files = sorted({entry.file for entry in checkpoint.entries.values()})
+        first = [name for name, entry in checkpoint.entries.items() if entry.file == files[0]]
+        wanted = {name: checkpoint.tensor(name).clone() for name in first}
+        assert files[0].name not in Path("/proc/self/maps").read_text()
+        assert files[1].name in Path("/proc/self/maps").read_text()
+        assert all(torch.equal(checkpoint.tensor(name), wanted[name]) for name in first)
+    assert files[1].name not in Path("/proc/self/maps").read_text()
+
+
+class Fires:
+    """What runs when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return eval, ("(_ for _ in ()).throw(SystemExit('code of a model repository ran'))",)
+
+
+def test_no_code_of_a_directory_is_run(tmp_path: Path) -> None:
+    """Neither modules that config.json names nor pickles: what a directory with weights beside them loads is weights,
+    and one with pickles alone is refused.
+    """
+    save("llama3", tmp_path)
+    prompt = prompts([20])[0]
+    wanted = generate(tmp_path, prompt)
+    module = "raise SystemExit('code of a model repository ran')"
+    for name in ("modeling_llama.py", "configuration_llama.py", "tokenization_llama.py", "__init__.py"):
+        (tmp_path / name).write_text(module)
+    config = json.loads((tmp_path / "config.json").read_text())
+    own = {"AutoConfig": "configuration_llama.LlamaConfig", "AutoModelForCausalLM": "modeling_llama.Llama"}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": own, "trust_remote_code": True}))
+    for name in ("pytorch_model.bin", "model.pt", "training_args.bin", "optimizer.pth"):
+        (tmp_path / name).write_bytes(pickle.dumps(Fires()))
+    assert generate(tmp_path, prompt) == wanted
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"holds pickled weights only .* never read: unpickling runs code"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(pickle.dumps(Fires()))
+    with pytest.raises(ModelError, match="is not a readable safetensors file"):
+        load_model(tmp_path)
