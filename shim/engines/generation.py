@@ -186,7 +186,8 @@ class Generation:
         if self._error is not None:
             work.close()
             raise self._error
-        working = self._work = asyncio.create_task(work)
+        working = asyncio.create_task(work)
+        self._work = working
         try:
             return await working
         except asyncio.CancelledError:
