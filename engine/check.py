@@ -64,6 +64,8 @@ def check(config: Config, card: int | None) -> dict[str, Any]:
         max_step_tokens=engine.max_step_tokens,
         memory_share=engine.memory_share,
         pool_bytes=engine.pool_bytes,
+        adapter_slots=config.adapters.slots if config.adapters.roots else 0,
+        max_adapter_rank=config.adapters.max_rank,
     )
     document["models"] = [asdict(model) for model in memory.models]
     if card is None:
@@ -78,6 +80,7 @@ def check(config: Config, card: int | None) -> dict[str, Any]:
         "weight_bytes": memory.weight_bytes,
         "step_bytes": memory.step_bytes,
         "picture_bytes": memory.picture_bytes,
+        "adapter_bytes": memory.adapter_bytes,
         "pool_bytes": memory.pool_bytes,
     }
     return document
@@ -113,8 +116,8 @@ def _problem(config: Config, card: int, memory: CardMemory) -> str | None:
     if memory.pool_bytes <= 0:
         return (
             f"a card of {card} GB has {memory.card_bytes / gib:.1f} GiB, and weights ({memory.weight_bytes / gib:.1f} "
-            f"GiB), steps and pictures take {(memory.card_bytes - memory.pool_bytes) / gib:.1f}; serve smaller models, "
-            "or fewer"
+            f"GiB), steps, pictures and adapters take {(memory.card_bytes - memory.pool_bytes) / gib:.1f}; serve "
+            "smaller models, or fewer"
         )
     for model in memory.models:
         if model.fits:

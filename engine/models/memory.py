@@ -18,6 +18,7 @@ CARD_MIB = {8: 8188, 16: 15_900, 24: 23_028, 48: 46_068, 80: 81_050, 141: 143_77
 CARD_STEP_TOKENS = 2048  # `max_step_tokens` "auto" on a card
 CONTEXT_BYTES = 600 << 20  # of the driver and its libraries, in every process that uses a card
 GRAPH_BYTES = 512 << 20  # as `core/kv_memory.py` keeps them
+RANK_MULTIPLE = 16  # as `kernels/lora.py` has it
 TOKENS_PER_PAGE = 16  # of the model with the most bytes per token
 # Bytes a weight of a product, scales included (int4: a 16-bit scale and zero for each group of 128; others: by row or
 # block). The head is more sensitive: `models/loader.py` has its rules.
@@ -69,6 +70,7 @@ class CardMemory:
     step_bytes: int
     picture_bytes: int
     pool_bytes: int
+    adapter_bytes: int = 0
 
     @property
     def weight_bytes(self) -> int:
@@ -88,6 +90,8 @@ def card_memory(
     max_step_tokens: int,
     memory_share: float,
     pool_bytes: int = 0,
+    adapter_slots: int = 0,
+    max_adapter_rank: int = 0,
 ) -> CardMemory:
     """The estimate. `max_step_tokens` 0 and `pool_bytes` 0 as in the configuration: chosen by the engine."""
     tokens = max_step_tokens or CARD_STEP_TOKENS
@@ -95,7 +99,8 @@ def card_memory(
     pictures = picture_bytes(served)
     weights = [weight_bytes(each.config, each.quantize, each.item_bytes) for each in served]
     tables = [each.window * each.config.head_dim * 4 for each in served]  # of rotary embedding, float32
-    rest = card_bytes - CONTEXT_BYTES - GRAPH_BYTES - 2 * step - pictures - sum(weights) - sum(tables)
+    adapters = sum(adapter_bytes(each, adapter_slots, max_adapter_rank) for each in served)
+    rest = card_bytes - CONTEXT_BYTES - GRAPH_BYTES - 2 * step - pictures - adapters - sum(weights) - sum(tables)
     pool = min(pool_bytes or int(memory_share * rest), rest)
     token_bytes = [each.config.kv_bytes_per_token(each.item_bytes) for each in served]
     page_bytes = TOKENS_PER_PAGE * max(token_bytes)
@@ -114,7 +119,7 @@ def card_memory(
                 pool_tokens=num_pages * per_page,
             )
         )
-    return CardMemory(card_bytes, tuple(models), 2 * step, pictures, pool)
+    return CardMemory(card_bytes, tuple(models), 2 * step, pictures, pool, adapters)
 
 
 def num_parameters(config: ModelConfig) -> int:
@@ -155,6 +160,19 @@ def picture_bytes(served: Sequence[Served]) -> int:
         patch = 9 * vision.patch_size**2 + 7 * vision.hidden_size * each.item_bytes
         passing = max(passing, tokens * vision.merge_size**2 * patch)
     return kept + min(kept, SPARE_PICTURE_BYTES) + passing
+
+
+def adapter_bytes(served: Served, num_slots: int, max_rank: int) -> int:
+    """What is kept free for low-rank adapters: the factors of every product that may have them (`kernels/lora.py`)."""
+    config = served.config
+    q_rows, kv_rows = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    hidden, inner = config.hidden_size, config.intermediate_size
+    attention = (3 * hidden + q_rows + 2 * kv_rows) + (q_rows + hidden)
+    dense = (2 * hidden + 2 * inner) + (inner + hidden)
+    num_sparse = len(config.mixture.layers) if config.mixture is not None else 0
+    rank = math.ceil(max_rank / RANK_MULTIPLE) * RANK_MULTIPLE
+    numbers = config.num_layers * attention + (config.num_layers - num_sparse) * dense
+    return num_slots * rank * numbers * served.item_bytes
 
 
 def vision_parameters(config: ModelConfig) -> int:
