@@ -87,6 +87,7 @@ def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: st
         batch_floor_share=config.engine.batch_floor_share,
         memory_share=config.engine.memory_share,
         kernel_cache=str(config.kernel_cache),
+        max_image_tokens=config.images.max_tokens,
         adapter_slots=config.adapters.slots if config.adapters.roots else 0,
         max_adapter_rank=config.adapters.max_rank,
         adapter_host_bytes=config.adapters.host_bytes,

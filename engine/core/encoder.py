@@ -23,8 +23,8 @@ from aiexport_edge.engine.models.vision import Encoding, Features, VisionTower
 SPARE_BYTES = 256 << 20  # at most, for the features of pictures beside the largest one
 
 
-def eyes_of(model: LoadedModel) -> Eyes | None:
-    """What the scheduler has to know of a model's tower."""
+def eyes_of(model: LoadedModel, max_image_tokens: int) -> Eyes | None:
+    """What the scheduler has to know of a model's tower. `max_image_tokens` 0: the model's own bound."""
     tower = model.tower
     if tower is None:
         return None
@@ -37,7 +37,9 @@ def eyes_of(model: LoadedModel) -> Eyes | None:
             2 * layer_weights(model.config, layer, active=True) for layer in range(model.config.num_layers)
         ),
         token_bytes=(1 + len(config.deepstack_layers)) * config.out_hidden_size * model.dtype.itemsize,
-        largest_patches=min(model.largest_image_patches, model.context_window * square),
+        largest_patches=min(
+            model.largest_image_patches, square * min(max_image_tokens or model.context_window, model.context_window)
+        ),
     )
 
 
@@ -49,12 +51,11 @@ def picture_bytes(eyes: Sequence[Eyes | None]) -> int:
     return max(largest) + min(max(largest), SPARE_BYTES) if largest else 0
 
 
-def encoding_bytes(models: Sequence[LoadedModel]) -> int:
+def encoding_bytes(models: Sequence[LoadedModel], all_eyes: Sequence[Eyes | None]) -> int:
     """What the largest picture of all models takes while it goes through the tower: pixels and patches, hidden states,
     two sets of queries, keys and values."""
     sizes = [0]
-    for model in models:
-        eyes = eyes_of(model)
+    for model, eyes in zip(models, all_eyes, strict=True):
         if eyes is not None:
             pixels, width = 3 * eyes.config.patch_size**2, eyes.config.hidden_size
             sizes.append(eyes.largest_patches * (3 * pixels + 7 * width * model.dtype.itemsize))

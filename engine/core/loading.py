@@ -108,7 +108,8 @@ def make_runner(
         for model in models
     ]
 
-    for_pictures = picture_bytes([eyes_of(model) for model in models])
+    eyes = [eyes_of(model, config.max_image_tokens) for model in models]
+    for_pictures = picture_bytes(eyes)
 
     def shape_of(pool_bytes: int, available_bytes: int = 0) -> PoolShape:
         return pool_shape(
@@ -124,7 +125,7 @@ def make_runner(
         Runner(config, models, memory, accelerator=accelerator, adapters=adapters).run_largest_steps()
 
     if accelerator is None:
-        shape = shape_of(config.pool_bytes, max(0, available_memory() - for_pictures - encoding_bytes(models)))
+        shape = shape_of(config.pool_bytes, max(0, available_memory() - for_pictures - encoding_bytes(models, eyes)))
     else:
         try:
             peak_bytes = accelerator.peak_bytes(run_trial)

@@ -57,6 +57,7 @@ class CoreConfig(msgspec.Struct, frozen=True, array_like=True):
     0: all cores. `memory_share` is the pool's part of what a card's memory has left, where `pool_bytes` is 0. Compiled
     kernels are kept in `kernel_cache`; "": where Triton does it by itself. Each model has `adapter_slots` places for
     adapters of at most `max_adapter_rank` on the device; others wait in `adapter_host_bytes` of memory, or on disk.
+    Pictures of more than `max_image_tokens` are not sent; 0: of more than their model's own bound.
     """
 
     models: list[CoreModel]
@@ -72,6 +73,7 @@ class CoreConfig(msgspec.Struct, frozen=True, array_like=True):
     adapter_slots: int = 0
     max_adapter_rank: int = 0
     adapter_host_bytes: int = 0
+    max_image_tokens: int = 0
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):

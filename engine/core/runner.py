@@ -119,7 +119,7 @@ class Runner:
             for index, model in enumerate(models)
         ]
         self._adapters = list(adapters) or [None] * len(models)
-        self.eyes = [eyes_of(model) for model in models]
+        self.eyes = [eyes_of(model, config.max_image_tokens) for model in models]
         self.picture_bytes = picture_bytes(self.eyes)
         self._encoder = Encoder([model.tower for model in models], accelerator)
         self._builders = [

@@ -115,7 +115,7 @@ def load_model(
         decoder = _build(weights, context_window or config.context_window, deterministic)
         tower, largest_image_patches = None, 0
         if config.vision is not None:
-            images = load_patch_config(directory)
+            images = load_patch_config(directory, config.vision)
             tower = load_tower(weights, config.vision, images, deterministic=deterministic)
             largest_image_patches = images.max_pixels // images.patch_size**2
     return LoadedModel(

@@ -10,7 +10,6 @@ from typing import Protocol
 from torch import Tensor
 
 from aiexport_edge.engine.images.patches import PatchConfig
-from aiexport_edge.engine.models.config import ModelError
 from aiexport_edge.engine.models.vision import Merger, VisionLayer, VisionTower
 from aiexport_edge.engine.models.vision_config import VisionConfig
 from aiexport_edge.kernels.linear import PackedLinear
@@ -64,17 +63,9 @@ def tower_shapes(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
 def load_tower(
     weights: Parameters, vision: VisionConfig, images: PatchConfig, *, deterministic: bool, block_patches: int = 0
 ) -> VisionTower:
-    """The tower of a checkpoint that has been checked. `images` is the model's preprocessor_config.json.
-
-    `block_patches` 0: by the device. Raises ModelError where the two files disagree.
+    """The tower of a checkpoint that has been checked. `images` is the model's preprocessor_config.json, which agrees
+    with `vision`. `block_patches` 0: by the device.
     """
-    for ours, theirs, name in (
-        (vision.patch_size, images.patch_size, "patch_size"),
-        (vision.merge_size, images.merge_size, "merge_size"),
-        (vision.temporal_patch_size, images.temporal_patch_size, "temporal_patch_size"),
-    ):
-        if ours != theirs:
-            raise ModelError(f"config.json has {name} {ours} for the vision tower, preprocessor_config.json {theirs}")
 
     def product(name: str) -> PackedLinear:
         return weights.plain_product(f"{PREFIX}{name}", deterministic=deterministic)
