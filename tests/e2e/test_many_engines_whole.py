@@ -117,6 +117,52 @@ def test_one_drained_and_one_killed_under_load_cost_no_stream(fleet: Fleet) -> N
     assert asyncio.run(undisturbed()) == expected
 
 
+@pytest.mark.prove
+def test_engines_die_and_drain_in_turn_under_load(fleet: Fleet) -> None:
+    """Eight times: the next one is killed or drained, and started again. Sixteen clients ask on and on meanwhile; every
+    text is what it is in quiet."""
+    asked = [body | {"max_tokens": 400} for body in bodies(16)]
+
+    def upset(turn: int) -> None:
+        engine = fleet.engines[turn % len(fleet.engines)]
+        if turn % 2:
+            engine.drain()
+            assert engine.process is not None
+            engine.process.wait(200)
+        else:
+            engine.kill()
+        engine.start()
+        engine.wait_ready()
+
+    async def test() -> list[tuple[int, Reply]]:
+        over = asyncio.Event()
+        replies = []
+
+        async def ask(client: Any, number: int) -> None:
+            while not over.is_set():
+                replies.append((number, await stream(client, asked[number])))
+
+        async with fleet.client() as client:
+            asking = [asyncio.create_task(ask(client, number)) for number in range(len(asked))]
+            for turn in range(8):
+                await asyncio.to_thread(upset, turn)
+            over.set()
+            await asyncio.gather(*asking)
+        return replies
+
+    async def quiet() -> list[str]:
+        return [reply.text for reply in await streams(fleet, len(asked), asyncio.Event(), after=1, asked=asked)]
+
+    expected = asyncio.run(quiet())
+    replies = asyncio.run(test())
+    assert {reply.status for _, reply in replies} == {200}
+    assert [reply.error for _, reply in replies] == [None] * len(replies)
+    assert [reply.text for _, reply in replies] == [expected[number] for number, _ in replies]
+    resumed = fleet.log().count("goes on at engine")
+    assert resumed
+    print(f"{len(replies)} replies, {resumed} times one went on at another engine")
+
+
 @pytest.mark.skipif(
     not os.environ.get(VLLM_PYTHON), reason=f"{VLLM_PYTHON} names no interpreter that has vLLM: nothing to test"
 )
