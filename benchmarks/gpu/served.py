@@ -30,6 +30,9 @@ class TimedRunner:
         self.max_step_tokens = runner.max_step_tokens
         self.tokens_per_page = runner.tokens_per_page
         self.weight_bytes = runner.weight_bytes
+        self.pace = runner.pace
+        self.eyes = runner.eyes
+        self.picture_bytes = runner.picture_bytes
         self.waited_s = 0.0
         self._runner = runner
         self._mark = mark
@@ -62,6 +65,7 @@ class Served:
             max_num_running=runner.max_num_running,
             max_step_tokens=runner.max_step_tokens,
             batch_floor_share=0.0,
+            pace=runner.pace,
         )
         self._memory = os.memfd_create("aiexport-edge-benchmark")
         os.ftruncate(self._memory, SUSPECTS_BYTES)
