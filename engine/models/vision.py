@@ -148,7 +148,7 @@ class Encoding:
         self._next = 0
         num_patches = self.grid[0] * self.grid[1]
         self._patches = _patches(pixels, size, config.merge_size)
-        self._places = _places(self.grid, config.merge_size).to(tower.device)
+        self._places = _places(self.grid, config.merge_size, tower.device)
         self._hidden = torch.empty((num_patches, config.hidden_size), dtype=tower.dtype, device=tower.device)
         shape = (num_patches, 3, config.num_heads, config.hidden_size // config.num_heads)
         self._qkv = [torch.empty(shape, dtype=tower.dtype, device=tower.device) for _ in range(2)]
@@ -223,11 +223,11 @@ def _patches(pixels: Tensor, size: int, merge: int) -> Tensor:
     return squares.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, size, size)
 
 
-def _places(grid: Grid, merge: int) -> Tensor:
+def _places(grid: Grid, merge: int, device: torch.device) -> Tensor:
     """Row and column of each patch, int64 [rows * columns, 2], in the order of `_patches`."""
-    rows, columns = grid
-    place = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), dim=-1)
-    return place.view(rows // merge, merge, columns // merge, merge, 2).transpose(1, 2).reshape(-1, 2)
+    rows, columns = (torch.arange(size, device=device) for size in grid)
+    place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)
+    return place.view(grid[0] // merge, merge, grid[1] // merge, merge, 2).transpose(1, 2).reshape(-1, 2)
 
 
 def _stretch(at: Tensor, size: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
