@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import io
 import struct
+import subprocess
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -131,6 +132,16 @@ def test_a_worker_has_only_the_memory_that_a_picture_may_take() -> None:
             pool.close()
 
     asyncio.run(with_limits())
+
+
+def test_the_engine_process_loads_no_decoder_and_a_worker_no_torch() -> None:
+    for module, forbidden in (
+        ("aiexport_edge.engine.server.process", "PIL numpy torch"),
+        ("aiexport_edge.engine.images.worker, aiexport_edge.engine.images.decode", "torch transformers grpc"),
+    ):
+        code = f"import sys, {module}\nprint([name for name in {forbidden!r}.split() if name in sys.modules])"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "[]"
 
 
 def test_an_idle_worker_ends_and_the_next_picture_gets_another() -> None:
