@@ -296,11 +296,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=40, help="minutes in which tower and decoder learn together")
     parser.add_argument("--text", type=Path, help="folder of public-domain *.txt that varies what users paste")
     parser.add_argument("--processes", type=int, default=2, help="that train together")
-    parser.add_argument("--rows", type=int, default=8, help="rows of conversations about pictures in each one's batch")
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens without pictures in each one's batch")
+    parser.add_argument("--rows", type=int, default=6, help="rows of conversations about pictures in each one's batch")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens without pictures in each one's batch")
     parser.add_argument("--look-rate", type=float, default=0.02, help="Muon's learning rate for the tower alone")
-    parser.add_argument("--eyes-rate", type=float, default=0.008, help="and beside the decoder")
-    parser.add_argument("--rate", type=float, default=0.004, help="Muon's learning rate for the decoder")
+    parser.add_argument("--eyes-rate", type=float, default=0.01, help="and beside the decoder")
+    parser.add_argument("--rate", type=float, default=0.006, help="Muon's learning rate for the decoder")
     parser.add_argument("--adam-rate", type=float, default=0.0008, help="AdamW's, for embeddings, norms and biases")
     parser.add_argument("--decay", type=float, default=0.6, help="share of the time in which the rates fall to zero")
     parser.add_argument("--seed", type=int, default=1)
@@ -397,24 +397,29 @@ def learn_to_speak(eyes: Eyes, looking: Looking, args: argparse.Namespace, team:
         ids, mask, keep, target = tensors((rows.ids, rows.own, rows.number))
         about = F.cross_entropy(network(ids, mask, keep, torch.bfloat16, seen=see(eyes, rows)), target)
         torch.autograd.backward(about)
-        directly, right = looking(eyes, look((args.seed * 30_000_001 + step) * team.size + team.rank, 64, 0.0))
-        torch.autograd.backward(directly)
-        ids, mask, keep, target = tensors(packer.batch())
-        with torch.no_grad():
-            wanted = teacher(ids, mask, keep, torch.bfloat16).log_softmax(-1)
-        said = network(ids, mask, keep, torch.bfloat16).log_softmax(-1)
-        kept = F.kl_div(said, wanted, log_target=True, reduction="batchmean")
-        torch.autograd.backward(kept)
+        kept, shapes = means[1], means[3]
+        if step % 2:
+            directly, right = looking(eyes, look((args.seed * 30_000_001 + step) * team.size + team.rank, 64, 0.0))
+            torch.autograd.backward(directly)
+            shapes = right[0].item()
+        else:
+            ids, mask, keep, target = tensors(packer.batch())
+            with torch.no_grad():
+                wanted = teacher(ids, mask, keep, torch.bfloat16).log_softmax(-1)
+            said = network(ids, mask, keep, torch.bfloat16).log_softmax(-1)
+            away = F.kl_div(said, wanted, log_target=True, reduction="batchmean")
+            torch.autograd.backward(2 * away)
+            kept = away.item()
         blind = means[2]
-        if step % 4 == 0:
+        if step % 4 == 1:
             ids, mask, keep, target = tensors(none.batch())
             unseen = F.cross_entropy(network(ids, mask, keep, torch.bfloat16), target)
             torch.autograd.backward(0.3 * unseen)
             blind = unseen.item()
-        share = schedule(done, args.decay) * min(1.0, (step + 1) / 30)
+        share = schedule(done, args.decay) * min(1.0, (step + 1) / 8)
         decoder.step(share, team)
         tower.step(share, team)
-        values = np.array([about.item(), kept.item(), blind, right[0].item()])
+        values = np.array([about.item(), kept, blind, shapes])
         means = np.where(np.isnan(means), values, means + 0.05 * (values - means))
         step += 1
         now = time.monotonic()

@@ -40,14 +40,17 @@ def test_files_and_configuration() -> None:
         "README.md",
     }  # fmt: skip
     config = json.loads((MODEL_DIR / "config.json").read_text())
-    assert config["architectures"] == ["Qwen3ForCausalLM"]
-    assert config["head_dim"] == 64
-    assert config["max_position_embeddings"] >= 4096
+    assert config["architectures"] in (["Qwen3ForCausalLM"], ["Qwen3VLForConditionalGeneration"])
     assert config["tie_word_embeddings"] is True
+    decoder = config.get("text_config", config)
+    assert decoder["head_dim"] == 64
+    assert decoder["max_position_embeddings"] >= 4096
+    assert decoder["tie_word_embeddings"] is True
+    assert ("vision_config" in config) == ("preprocessor_config.json" in names)
     tok = model().tokenizer
     ends = json.loads((MODEL_DIR / "generation_config.json").read_text())["eos_token_id"]
     assert ends == [tok.convert_tokens_to_ids("<|im_end|>"), tok.convert_tokens_to_ids("<|endoftext|>")]
-    assert config["vocab_size"] == len(tok) == tokenizer.VOCABULARY
+    assert decoder["vocab_size"] == len(tok) == tokenizer.VOCABULARY
 
 
 def test_special_tokens_are_single_and_special() -> None:

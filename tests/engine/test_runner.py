@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.driver import Driver, load_runner
 from support.tiny_models import CONFIGS, PreTrainedModel, greedy, make, prompts, save, shared_data
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3VLForConditionalGeneration
 
 from aiexport_edge.engine.core.loading import load
 from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel, Sampling
@@ -112,8 +112,10 @@ def test_stories_equals_transformers() -> None:
 
 
 def test_the_demo_model_equals_transformers() -> None:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
-    assert_same_as_transformers(load_runner(DEMO), model, prompts([3, 40, 150], vocabulary=2000))
+    kind = Qwen3VLForConditionalGeneration if (DEMO / "preprocessor_config.json").exists() else AutoModelForCausalLM
+    model: PreTrainedModel = kind.from_pretrained(DEMO, dtype=torch.float32)
+    texts = [[max(token, 7) for token in text] for text in prompts([3, 40, 150], vocabulary=2000)]  # none of pictures
+    assert_same_as_transformers(load_runner(DEMO), model, texts)
 
 
 @pytest.mark.parametrize("tokens_per_page", [1, 3])
