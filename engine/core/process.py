@@ -17,9 +17,6 @@ import socket
 import sys
 import threading
 import traceback
-from importlib.util import find_spec
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from aiexport_edge.engine.core.channel import Channel, ChannelClosed
@@ -89,10 +86,6 @@ def _prepare_process() -> None:
 
 def _import_runner() -> None:
     with contextlib.suppress(Exception):  # `_load` comes upon the same, and tells
-        torch = find_spec("torch")
-        if torch is not None and torch.origin and "+cpu" in Path(torch.origin).with_name("version.py").read_text():
-            # What torch registers in Python for its `meta` device: a fifth of its import, and on a CPU nothing uses it.
-            sys.modules.setdefault("torch._meta_registrations", ModuleType("torch._meta_registrations"))
         import aiexport_edge.engine.core.loading  # noqa: F401
 
 
