@@ -23,7 +23,7 @@ from typing import Any
 from aiexport_edge.proto.config import source_directory
 from aiexport_edge.shim.engines.routing import Policy
 from benchmarks.peers import machine
-from benchmarks.routing import conversations, simulation
+from benchmarks.routing import conversations, cost, simulation
 from benchmarks.routing.installation import running
 from benchmarks.routing.replay import Replay
 
@@ -65,6 +65,7 @@ def main() -> int:
         "trace": args.trace.name,
         "engines": _measured(args),
         "simulation": _simulated(args),
+        "router_us_by_prompt": cost.measure(),
     }
     text = json.dumps(document, indent=1)
     if args.output:
