@@ -66,6 +66,7 @@ def check(config: Config, card: int | None) -> dict[str, Any]:
         pool_bytes=engine.pool_bytes,
         adapter_slots=config.adapters.slots if config.adapters.roots else 0,
         max_adapter_rank=config.adapters.max_rank,
+        max_image_tokens=config.images.max_tokens,
     )
     document["models"] = [asdict(model) for model in memory.models]
     if card is None:

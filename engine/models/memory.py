@@ -92,11 +92,12 @@ def card_memory(
     pool_bytes: int = 0,
     adapter_slots: int = 0,
     max_adapter_rank: int = 0,
+    max_image_tokens: int = 0,
 ) -> CardMemory:
     """The estimate. `max_step_tokens` 0 and `pool_bytes` 0 as in the configuration: chosen by the engine."""
     tokens = max_step_tokens or CARD_STEP_TOKENS
     step = max(step_bytes(each, tokens, max_num_running) for each in served)
-    pictures = picture_bytes(served)
+    pictures = picture_bytes(served, max_image_tokens)
     weights = [weight_bytes(each.config, each.quantize, each.item_bytes) for each in served]
     tables = [each.window * each.config.head_dim * 4 for each in served]  # of rotary embedding, float32
     adapters = sum(adapter_bytes(each, adapter_slots, max_adapter_rank) for each in served)
@@ -147,14 +148,16 @@ def step_bytes(served: Served, num_tokens: int, num_rows: int) -> int:
     return num_tokens * layer * served.item_bytes + 2 * num_rows * config.vocab_size * 4
 
 
-def picture_bytes(served: Sequence[Served]) -> int:
-    """What is kept of pictures' features, the largest one's and some more, and what that one takes in the tower."""
+def picture_bytes(served: Sequence[Served], max_tokens: int = 0) -> int:
+    """What is kept of pictures' features, the largest one's and some more, and what that one takes in the tower.
+    `max_tokens` of a picture are sent at most; 0: as many as its model's own bound allows.
+    """
     kept = passing = 0
     for each in served:
         vision = each.config.vision
         if vision is None:
             continue
-        tokens = min(LARGEST_PICTURE_TOKENS, each.window)
+        tokens = min(LARGEST_PICTURE_TOKENS, max_tokens or LARGEST_PICTURE_TOKENS, each.window)
         kept = max(kept, tokens * (1 + len(vision.deepstack_layers)) * each.config.hidden_size * each.item_bytes)
         # Pixels and patches; hidden states, two sets of queries, keys and values.
         patch = 9 * vision.patch_size**2 + 7 * vision.hidden_size * each.item_bytes

@@ -19,6 +19,8 @@ PUBLISHED = Path(__file__).parent / "published"  # configurations of models that
 # What a card computes with: roundings of products, and of mixtures' experts.
 CARD_QUANTIZATIONS = ("none", "int8", "int4", "fp8")
 CARD_EXPERT_QUANTIZATIONS = ("none",)
+# Where memory is short: pictures of up to 2,048 by 2,048 pixels; larger ones are made smaller. 0: the model's bound.
+IMAGE_TOKENS = {8: 4096, 16: 4096, 24: 4096, 48: 0, 80: 0, 141: 0}
 MAX_NUM_RUNNING = 32
 MEMORY_SHARE = 0.9
 ROUND_TOKENS = 1000
@@ -113,6 +115,8 @@ def to_toml(of: Preset) -> str:
         f"max_num_running = {MAX_NUM_RUNNING}",
         f"memory_share = {MEMORY_SHARE}",
     ]
+    if IMAGE_TOKENS[of.card]:
+        lines += ["", "[images]", f"max_tokens = {IMAGE_TOKENS[of.card]}"]
     for each in of.tiers:
         tier = each.tier
         lines += [
@@ -158,6 +162,7 @@ def _memory(card: int, windows: dict[tuple[str, str], int]) -> CardMemory:
         max_num_running=MAX_NUM_RUNNING,
         max_step_tokens=0,
         memory_share=MEMORY_SHARE,
+        max_image_tokens=IMAGE_TOKENS[card],
     )
 
 
