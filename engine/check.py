@@ -94,7 +94,9 @@ def _served(config: Config, weights: WeightsSpec) -> Served:
     model = ModelConfig.load(directory, yarn=yarn)
     is_wide = weights.dtype == "float32" or (weights.dtype == "auto" and model.dtype == "float32")
     window = served_window(config, weights, model)
-    return Served(weights.name, model, weights.quantize, window, item_bytes=4 if is_wide else 2)
+    is_made_for_fp8 = model.quantization is not None and model.quantization.fp8_kv_cache
+    kv_bytes = 1 if weights.kv_cache_dtype == "fp8" or is_made_for_fp8 else 0
+    return Served(weights.name, model, weights.quantize, window, item_bytes=4 if is_wide else 2, kv_item_bytes=kv_bytes)
 
 
 def _not_on_a_card(config: Config) -> str | None:

@@ -29,6 +29,7 @@ from aiexport_edge.kernels.quantization import (
 
 QUANTIZATIONS = ("none", "int8", "int4", "fp8")
 INT8_BLOCK = 64
+CARD_INT4_GROUP = 128  # inputs that share a scale where a card's weights are rounded: it is short of memory
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -190,7 +191,7 @@ def _quantized(parts: Sequence[Weight], dtype: torch.dtype, quantize: str) -> Qu
     if quantize == "fp8":
         return quantize_fp8(weight)
     if weight.device.type != "cpu":
-        return quantize_int4(weight)
+        return quantize_int4(weight, CARD_INT4_GROUP)
     from aiexport_edge.kernels.cpu import int4_products
 
     return int4_products.round_weight(weight)
@@ -239,10 +240,10 @@ class PackedLinear:
 
     Where the processor has no products of `dtype`, the weight is packed in float32 and x is converted. With
     `deterministic`, the bits of a row of y depend on that row of x alone: not on other rows, its place among them or
-    the number of threads. Set that number before (`aiexport_edge.kernels.threads.set_num_threads`). With `quantize`
-    W is rounded (`kernels.quantization`): "int8" with a scale per output, "int4" with a scale and a zero per 32 inputs,
-    "fp8" to E4M3 with a scale per output. A CPU has products in int8 and int4; FP8 it decodes into `dtype`. A card has
-    all of them (`kernels.gpu.quantized_product`).
+    the number of threads. Set that number before (`aiexport_edge.kernels.threads.set_num_threads`). With `quantize` W
+    is rounded (`kernels.quantization`): "int8" with a scale per output, "int4" with a scale and a zero per 32 inputs
+    (128 on a card), "fp8" to E4M3 with a scale per output. A CPU has products in int8 and int4; FP8 it decodes into
+    `dtype`. A card has all of them (`kernels.gpu.quantized_product`).
     """
 
     def __init__(

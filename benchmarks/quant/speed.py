@@ -24,29 +24,32 @@ FORMS: dict[str, dict[str, str]] = {
     "int4": {"quantize": "int4"},
     "int4 + fp8 KV": {"quantize": "int4", "kv_cache_dtype": "fp8"},
 }
-# Loads one form in a process of its own: seconds, and the most memory that is not pages of the files.
+# Loads one form in a process of its own: seconds, memory that stays, the most beyond that on the way, and the most
+# pages of the files that were mapped at once.
 _LOAD = """
 import sys, threading, time, json
 from pathlib import Path
 from aiexport_edge.engine.models.loader import load_model
 
-def anonymous():
+def resident(*kinds):
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(kinds))
+
+OWN = "RssAnon:", "RssShmem:"
 
 import aiexport_edge.kernels.cpu.int4_products
-before, peak, over = anonymous(), [0], threading.Event()
+before, files, peak, over = resident(*OWN), resident("RssFile:"), [0, 0], threading.Event()
 def watch():
     while not over.wait(0.002):
-        peak[0] = max(peak[0], anonymous())
+        peak[:] = max(peak[0], resident(*OWN)), max(peak[1], resident("RssFile:"))
 threading.Thread(target=watch, daemon=True).start()
 started, cpu = time.perf_counter(), time.process_time()
 model = load_model(sys.argv[1], **json.loads(sys.argv[2]))
 seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-after = anonymous()
+after = resident(*OWN)
 over.set()
 print(json.dumps({"load_s": round(seconds, 2), "load_cpu_s": round(cpu, 2), "weights_mb": round((after - before) / 1e6),
-    "peak_beyond_mb": round((max(peak[0], after) - after) / 1e6)}))
+    "peak_beyond_mb": round((max(peak[0], after) - after) / 1e6), "mapped_peak_mb": round((peak[1] - files) / 1e6)}))
 """
 
 
