@@ -1,7 +1,7 @@
 """A worker of the vLLM backend without vLLM: the real process, protocol, gate and commit around an engine by a rule.
 
-    python scripted_vllm.py [--step-s S] [--fail-load FILE] [--poison ID] [--refuse ID] [--break FILE]
-                            --fd N --shared-fd M
+    python scripted_vllm.py [--step-s S] [--announce-s S] [--fail-load FILE] [--poison ID] [--refuse ID]
+                            [--break FILE] --fd N --shared-fd M
 
 The id that follows a sequence is `scripted_core.next_id` of it. Pieces have one or two ids, and some go past an end, as
 those of an engine that overlaps its steps do. A request with the poison id aborts the process, one with the id of
@@ -90,7 +90,8 @@ class ScriptedEngine:
         self._learned = words
 
     async def announce(self, message: AddRequest) -> None:
-        """It masks nothing: what it draws is looked at anyway."""
+        """It masks nothing: what it draws is looked at anyway. Takes its time, in which a request can be withdrawn."""
+        await asyncio.sleep(self._options.announce_s)
 
     def load(self) -> EngineLoad:
         return EngineLoad(self._num_steps, 0, NUM_PAGES, self._num_running, 64)
@@ -112,6 +113,7 @@ class ScriptedEngine:
 def start() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--step-s", type=float, default=0.0)
+    parser.add_argument("--announce-s", type=float, default=0.0)
     parser.add_argument("--fail-load", type=Path)
     parser.add_argument("--poison", type=int, default=-1)
     parser.add_argument("--refuse", type=int, default=-1)

@@ -10,8 +10,10 @@ import asyncio
 import contextlib
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, Protocol
 
 from aiexport_edge.engine.backends.vllm.gate import Gate
@@ -32,6 +34,7 @@ from aiexport_edge.engine.core.protocol import (
 )
 from aiexport_edge.engine.core.request import Request, make_request
 from aiexport_edge.engine.core.suspects import Suspects
+from aiexport_edge.engine.structured.compile import MAX_KEPT
 
 STATS_PERIOD_S = 0.1
 GRAMMAR_POLL_S = 0.005
@@ -115,7 +118,8 @@ class Worker:
         self._send = send
         self._die = die
         self._grammars = Grammars()
-        self._announced: set[bytes] = set()
+        self._announced: OrderedDict[bytes, None] = OrderedDict()  # digests of grammars, as many as are kept compiled
+        self._announcing: set[int] = set()  # handles of requests whose grammar is being announced
         self._live: dict[int, _Live] = {}
         self._num_added = 0
         self._num_prompt_tokens = self._num_cached_tokens = self._num_output_tokens = 0
@@ -197,20 +201,34 @@ class Worker:
     async def _take_prepared(self) -> None:
         while self._grammars.busy:
             for prepared in self._grammars.ready(at_most_s=0.0):
-                message = prepared.message
-                assert message.grammar is not None
-                if prepared.constraint is not None and message.grammar not in self._announced:
-                    self._announced.add(message.grammar)
-                    await self._engine.announce(message)
-                self._add(message, prepared)
+                handle = prepared.message.handle
+                self._announcing.add(handle)
+                if prepared.constraint is not None:
+                    await self._announce(prepared.message)
+                if handle in self._announcing:  # else it has been withdrawn meanwhile
+                    self._announcing.discard(handle)
+                    self._add(prepared.message, prepared)
             self._pump()
             await asyncio.sleep(GRAMMAR_POLL_S)
         self._is_waiting_for_grammars = False
+
+    async def _announce(self, message: AddRequest) -> None:
+        assert message.grammar is not None
+        tenant = message.salt if message.grammar else b""  # one tenant's are not found by another
+        name = blake2b(len(tenant).to_bytes(4, "little") + tenant + message.grammar).digest()
+        if name not in self._announced:
+            self._announced[name] = None
+            if len(self._announced) > MAX_KEPT:
+                self._announced.popitem(last=False)
+            await self._engine.announce(message)
 
     def _withdraw(self, handle: int) -> bool:
         """Ends a request that the parent wants no more; whether it was there."""
         live = self._live.get(handle)
         if live is None:
+            if handle in self._announcing:
+                self._announcing.discard(handle)
+                return True
             return self._grammars.withdraw(handle)
         self._end(live)
         return True

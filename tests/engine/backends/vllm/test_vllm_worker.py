@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 import signal
@@ -187,19 +188,39 @@ def test_interactive_requests_take_the_place_of_batch_requests() -> None:
     run(test())
 
 
+VOCABULARY = Vocabulary([bytes([32 + id_]) for id_ in range(95)] + [b""], [95], 96)
+DOCUMENT = BackendConstraint(ANY_OBJECT, b"", VOCABULARY)
+
+
+def test_a_document_that_is_aborted_while_its_grammar_is_prepared_never_runs() -> None:
+    async def test() -> None:
+        async with running("--announce-s", 0.3) as backend:
+            gone, other = Listener(), Listener()
+            handle = backend.submit(request([1], 10, stop_ids=(95,), constraint=DOCUMENT), gone)
+            backend.submit(request([2], 10, stop_ids=(95,), constraint=DOCUMENT), other)
+            await asyncio.sleep(0.1)
+            backend.abort(handle)
+            assert await other.end() is FinishReason.MAX_TOKENS
+            assert (gone.told, gone.outcome) == ([], None)
+            await idle(backend)
+            core = backend.stats().core
+            assert core is not None
+            assert core.model_prompt_tokens == [1]
+
+    run(test())
+
+
 def test_a_document_is_whole_though_nothing_is_masked() -> None:
     """The engine draws what it likes: whatever that is, the document closes within its budget."""
-    vocabulary = Vocabulary([bytes([32 + id_]) for id_ in range(95)] + [b""], [95], 96)
-    constraint = BackendConstraint(ANY_OBJECT, b"", vocabulary)
 
     async def test() -> None:
         async with running() as backend:
             listeners = [Listener() for _ in range(4)]
             for index, listener in enumerate(listeners):
-                backend.submit(request([index], 10, stop_ids=(95,), constraint=constraint), listener)
+                backend.submit(request([index], 10, stop_ids=(95,), constraint=DOCUMENT), listener)
             for listener in listeners:
                 assert await listener.end() is FinishReason.MAX_TOKENS
-                assert b"".join(vocabulary.bytes_of(id_) for id_ in listener.ids).strip() == b"{}"
+                assert b"".join(VOCABULARY.bytes_of(id_) for id_ in listener.ids).strip() == b"{}"
 
     run(test())
 
