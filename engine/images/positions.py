@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,8 @@ class Positions:
 
 def prompt_positions(num_tokens: int, spans: Sequence[ImageSpan]) -> Positions:
     """Positions of a prompt with pictures, `spans` in their order and not overlapping."""
+    import numpy as np  # for prompts with pictures alone
+
     positions = np.empty((3, num_tokens), np.int64)
     index = position = 0
     for span in spans:

@@ -90,7 +90,8 @@ class Reference:
     def __init__(self, directory: Path) -> None:
         from transformers import Qwen3VLForConditionalGeneration
 
-        self._model: Any = Qwen3VLForConditionalGeneration.from_pretrained(directory).eval()
+        loader: Any = Qwen3VLForConditionalGeneration
+        self._model = loader.from_pretrained(directory).eval()
         self._tokenizer = Tokenizer.load(directory)
         self._patches = load_patch_config(directory)
 

@@ -118,7 +118,7 @@ def test_an_engine_that_dies_over_them_is_a_503(make_engine: Engines, make_shim:
     payload = json.dumps(body(3, LARGE)).encode()
     with socket.create_connection(shim.address()) as client:
         client.sendall(_head(shim, len(payload)) + payload)
-        engine.wait_for(lambda seen: seen.uploads_begun, "an upload has begun")
+        engine.wait_for(lambda seen: bool(seen.uploads_begun), "an upload has begun")
         engine.kill()
         client.settimeout(60)
         assert b" 503 " in client.recv(100)
@@ -133,7 +133,7 @@ def test_a_client_that_leaves_while_they_are_looked_at(make_engine: Engines, mak
     payload = json.dumps(body(3, SMALL)).encode()
     with socket.create_connection(shim.address()) as client:
         client.sendall(_head(shim, len(payload)) + payload)
-        engine.wait_for(lambda seen: seen.uploads_begun, "an upload has begun")
+        engine.wait_for(lambda seen: bool(seen.uploads_begun), "an upload has begun")
     engine.wait_for(lambda seen: len(seen.uploads_over) == 1, "its call has ended")
     engine.hang_images = False
     with shim.client() as client_:

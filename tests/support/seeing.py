@@ -89,7 +89,8 @@ def save_text(directory: Path) -> dict[str, int]:
     (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     (directory / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}), encoding="utf-8")
     (directory / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR), encoding="utf-8")
-    ids = {text: tokenizer.token_to_id(text) for text in (*SPECIAL, "<|im_end|>")}
+    vocabulary = tokenizer.get_vocab()
+    ids = {text: vocabulary[text] for text in (*SPECIAL, "<|im_end|>")}
     return ids | {"vocab_size": tokenizer.get_vocab_size()}
 
 
@@ -133,7 +134,8 @@ def save_model(directory: Path) -> Path:
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=True,
     )
-    model = Qwen3VLForConditionalGeneration(config)
+    make_model: Any = Qwen3VLForConditionalGeneration
+    model = make_model(config)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():

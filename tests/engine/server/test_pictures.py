@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,14 @@ def test_a_request_sees_what_was_uploaded_and_lets_it_go(directory: Path) -> Non
     run(test())
 
 
+def _accepted(reply: Reply) -> bool:
+    return reply.accepted is not None
+
+
+def _running(reply: Reply) -> bool:
+    return len(reply.ids) > 3
+
+
 def test_a_request_holds_its_pictures_past_the_call(directory: Path) -> None:
     """Long and short prompts alike; the session's end drops them."""
 
@@ -131,8 +140,8 @@ def test_a_request_holds_its_pictures_past_the_call(directory: Path) -> None:
                     request = asking(pb.Image(upload_id=answer.images[0].id), text, max_tokens=2000)
                     reply = await client.submit(tag, request)
                     if tag == 0:
-                        await client.wait(lambda reply=reply: reply.accepted)
-                await client.wait(lambda reply=reply: len(reply.ids) > 3)
+                        await client.wait(partial(_accepted, reply))
+                await client.wait(partial(_running, reply))
             assert used_bytes(served) == 2 * TOKENS * 4 * 16 * 3
             await client.abort(0)
             await until(lambda: used_bytes(served) == TOKENS * 4 * 16 * 3)
@@ -158,7 +167,8 @@ def test_pictures_within_the_request(directory: Path) -> None:
             ):
                 with pytest.raises(grpc.aio.AioRpcError, match=said) as raised:
                     await generate(served, asking("a", inline, image))
-                detail = pb.ErrorDetail.FromString(dict(raised.value.trailing_metadata() or ())[DETAIL_TRAILER])
+                trailers: Any = raised.value.trailing_metadata()
+                detail = pb.ErrorDetail.FromString(dict(trailers)[DETAIL_TRAILER])
                 assert detail.field == "chat.messages.0.content.2.image"
             assert used_bytes(served) == 0
 

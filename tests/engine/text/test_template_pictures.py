@@ -46,9 +46,11 @@ def processor(directory: Path) -> Any:
         """Without the part for videos, which wants torchvision."""
 
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            return argument if argument is None else super().check_argument_for_proper_class(argument_name, argument)
+            check: Any = super().check_argument_for_proper_class
+            return argument if argument is None else check(argument_name, argument)
 
-    return OfStills(images, tokenizer, None, chat_template=TEMPLATE)
+    make: Any = OfStills
+    return make(images, tokenizer, None, chat_template=TEMPLATE)
 
 
 def reference(processor: Any, messages: list[Message]) -> list[int]:
