@@ -26,6 +26,7 @@ MODEL = """
 ids = ["apex-haiku-4-20250401"]
 family = "haiku"
 source = "{source}"
+dtype = "float32"
 """
 VLLM = """
 backend = "vllm"
@@ -168,7 +169,7 @@ def test_engines_die_and_drain_in_turn_under_load(fleet: Fleet) -> None:
 )
 def test_two_native_engines_and_one_of_vllm_behind_one_tier(tmp_path: Path) -> None:
     """All three get work. The vLLM engine is killed under load: its replies go on at the native ones, each from the
-    token where it was; then a native one is drained."""
+    token where it was; a native one is drained. In float32 both backends choose the same tokens at temperature 0."""
     model = MODEL.format(source=source_directory("demo"))
     native = CONFIG + model
     configs = [native, native, native + VLLM.format(python=os.environ[VLLM_PYTHON])]
