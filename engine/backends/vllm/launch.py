@@ -33,6 +33,8 @@ _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
 }
+# Two event loops want the same cores: threads that are bound to cores, or spin at barriers, stand in their way.
+_THREADS = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}
 _OWN = ("VLLM_LOGGING_LEVEL",)  # of these, what the operator's environment may say otherwise
 _PACKAGE = Path(__file__).absolute().parents[3]  # the folder aiexport_edge
 _METADATA = "Metadata-Version: 2.1\nName: aiexport-edge-plugin\nVersion: 0\n"
@@ -59,7 +61,8 @@ class VllmBackend(NativeBackend):
         path = tempfile.mkdtemp(prefix="aiexport-edge-vllm-")
         weakref.finalize(self, shutil.rmtree, path, ignore_errors=True)
         _make_path(Path(path))
-        environment = worker_environment(path, Path(interpreter), gpus=gpus, num_threads=num_threads)
+        is_split = config.tensor_parallel * config.pipeline_parallel * config.data_parallel > 1
+        environment = worker_environment(path, Path(interpreter), gpus=gpus, num_threads=num_threads, is_split=is_split)
         if config.attention != "auto":
             environment[ATTENTION] = "1"
         super().__init__(
@@ -76,17 +79,21 @@ def worker_environment(
     *,
     gpus: Sequence[int] = (),
     num_threads: int = 0,
+    is_split: bool = False,
     inherited: Mapping[str, str] = os.environ,
 ) -> dict[str, str]:
     """What a worker finds in its environment. `path` holds this package alone, so that vLLM's environment keeps the
-    versions it was installed with; our own environment is not looked into."""
+    versions it was installed with; our own environment is not looked into. `is_split`: the model has several parts,
+    among which vLLM shares out a processor's cores itself."""
     environment = {**inherited, **_ENVIRONMENT, **{key: inherited[key] for key in _OWN if key in inherited}}
     environment["PYTHONPATH"] = path
     environment[PARENT_PID] = str(os.getpid())
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
-    if num_threads and "VLLM_CPU_OMP_THREADS_BIND" not in inherited:
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{num_threads - 1}"
+    if not is_split and "VLLM_CPU_OMP_THREADS_BIND" not in inherited:
+        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", **_THREADS}
+        if num_threads:
+            environment["OMP_NUM_THREADS"] = str(num_threads)
     if preload := [library for library in _preloads(python) if library not in inherited.get("LD_PRELOAD", "")]:
         environment["LD_PRELOAD"] = ":".join([*preload, *filter(None, [inherited.get("LD_PRELOAD")])])
     return environment

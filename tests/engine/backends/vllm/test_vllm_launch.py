@@ -37,9 +37,10 @@ def test_a_workers_environment(tmp_path: Path) -> None:
     assert given["VLLM_LOGGING_LEVEL"] == "DEBUG"
     assert given["VLLM_NO_USAGE_STATS"] == given["HF_HUB_OFFLINE"] == "1"
     assert given["CUDA_VISIBLE_DEVICES"] == "2,3"
-    assert given["VLLM_CPU_OMP_THREADS_BIND"] == "0-3"
+    assert given["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert (given["OMP_NUM_THREADS"], given["OMP_WAIT_POLICY"]) == ("4", "passive")
     assert given["LD_PRELOAD"].split(":")[-2:] == [str(library), "/lib/x.so"]
-    bare = worker_environment("/place", Path("/usr/bin/python3"), inherited={})
+    bare = worker_environment("/place", Path("/usr/bin/python3"), is_split=True, inherited={})
     assert not {"LD_PRELOAD", "CUDA_VISIBLE_DEVICES", "VLLM_CPU_OMP_THREADS_BIND"} & set(bare)
 
 
