@@ -263,7 +263,8 @@ def settings(
     splits = max(1, min(ceil_div(2 * architecture.num_sms, blocks), num_chunks // 4))
     per_split = ceil_div(num_chunks, splits)
     stages = 4 if block_tokens == 16 else 3
-    return Settings(64, block_tokens, ceil_div(num_chunks, per_split), per_split, 4, stages)
+    num_warps = 8 if block_tokens == 64 else 4  # with four, sums and decoded tiles spill on sm_86
+    return Settings(64, block_tokens, ceil_div(num_chunks, per_split), per_split, num_warps, stages)
 
 
 def packed_linear_launches(
