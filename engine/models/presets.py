@@ -21,6 +21,8 @@ CARD_QUANTIZATIONS = ("none", "int8", "int4", "fp8")
 CARD_EXPERT_QUANTIZATIONS = ("none",)
 # Where memory is short: pictures of up to 2,048 by 2,048 pixels; larger ones are made smaller. 0: the model's bound.
 IMAGE_TOKENS = {8: 4096, 16: 4096, 24: 4096, 48: 0, 80: 0, 141: 0}
+# Where contexts would be short of the vendor's: keys and values in FP8, half the bytes.
+FP8_CACHE = frozenset({8, 16, 24, 48, 80})
 MAX_NUM_RUNNING = 32
 MEMORY_SHARE = 0.9
 ROUND_TOKENS = 1000
@@ -127,6 +129,7 @@ def to_toml(of: Preset) -> str:
             f'display_name = "{tier.display_name}"',
             f'source = "models/{each.model}"',
             f'quantize = "{each.quantize}"',
+            *(['kv_cache_dtype = "fp8"'] if of.card in FP8_CACHE else []),
             f"context_window = {each.window}",
             f"input_per_million = {tier.input_per_million}",
             f"output_per_million = {tier.output_per_million}",
@@ -155,7 +158,7 @@ def _memory(card: int, windows: dict[tuple[str, str], int]) -> CardMemory:
     for (name, quantize), window in windows.items():
         config = published(name)
         assert config is not None
-        served.append(Served(name, config, quantize, window))
+        served.append(Served(name, config, quantize, window, kv_item_bytes=1 if card in FP8_CACHE else 0))
     return card_memory(
         served,
         CARD_MIB[card] << 20,
