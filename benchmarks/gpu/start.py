@@ -41,7 +41,7 @@ def write_random(directory: Path, values: dict[str, Any]) -> None:
     from safetensors.torch import save_file
 
     from aiexport_edge.engine.models.config import ModelConfig
-    from aiexport_edge.engine.models.loader import expected_shapes
+    from aiexport_edge.engine.models.tensor_names import expected_shapes
 
     (directory / "config.json").write_text(json.dumps(values))
     files: dict[str, dict[str, tuple[int, ...]]] = {}

@@ -50,6 +50,10 @@ class StepBudget:
         self._cost = 0.0 if num_tokens < most else self._cost - cost_of(start, num_tokens, span)
         return num_tokens
 
+    def reserve(self, cost: float) -> None:
+        """Leave so much of the step to work that is not prefill."""
+        self._cost -= cost
+
     def give_back(self, start: int, num_tokens: int, span: float = math.inf) -> None:
         """Take back what was spent on a chunk, whole as it was asked for."""
         self.tokens += num_tokens

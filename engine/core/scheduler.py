@@ -40,7 +40,7 @@ from aiexport_edge.engine.core.protocol import Priority
 from aiexport_edge.engine.core.request import Request, Status
 from aiexport_edge.engine.core.waiting import TenantQueues
 
-LOOKING_SHARE = 0.5  # of what prefills may cost beside decodes: what the vision towers' work may cost besides
+LOOKING_SHARE = 0.5  # of what prefills may cost in a step: what is kept for the vision towers' work
 
 
 class Scheduler:
@@ -244,6 +244,8 @@ class Scheduler:
             budget += self._grow(growing, decodes)
         prefills: list[Chunk] = []
         left = self._budget(budget, beside_decodes=bool(decodes))
+        if self._looking:
+            left.reserve(self._effort(beside_decodes=bool(decodes)))
         # After a famine nobody is admitted in the same step, and a request on probation that waits for room goes first.
         admissions = self.num_preemptions == num_preemptions and not any(h in self._shortfalls for h in self._probation)
         for priority in self._classes():
@@ -381,8 +383,9 @@ class Scheduler:
 
     def _effort(self, *, beside_decodes: bool) -> float:
         """What the vision towers' work of a step may cost, in tokens of the decoder."""
-        most = self._max_step_tokens if self._pace is None else self._pace.beside_decodes
-        return LOOKING_SHARE * most if beside_decodes else float(self._max_step_tokens)
+        if self._pace is None:
+            return LOOKING_SHARE * self._max_step_tokens
+        return LOOKING_SHARE * (self._pace.beside_decodes if beside_decodes else self._pace.alone)
 
     def _plan_encodes(self, budget: StepBudget, chunks: list[Chunk], *, beside_decodes: bool) -> list[Encode]:
         """Work on the pictures of all that look, the same for each as far as units go, the most deserving first. Who

@@ -1,8 +1,7 @@
 """From a Hugging Face directory to a decoder: every parameter read once, fused, converted, packed and let go of.
 
-Owns the names: which tensors of the checkpoint make which weight. All are checked by the files' headers before a byte
-is read: what is missing, left over, or of another shape raises ModelError with its name. Peak memory is the packed
-model plus one parameter. Knows nothing of pages or requests.
+Owns what becomes of each tensor; which there must be is `tensor_names.py`'s, and checked before a byte is read. Peak
+memory is the packed model plus one parameter. Knows nothing of pages or requests.
 """
 
 from __future__ import annotations
@@ -19,28 +18,27 @@ from aiexport_edge.engine.images.preprocessor import load_patch_config
 from aiexport_edge.engine.models.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from aiexport_edge.engine.models.config import Mixture, ModelConfig, ModelError, Yarn
 from aiexport_edge.engine.models.decoder import Decoder, Layer, MixtureOfExperts, Mlp
-from aiexport_edge.engine.models.formats.stored import StoredWeight, empty_biases, find_all
 from aiexport_edge.engine.models.rope import cos_sin_table
+from aiexport_edge.engine.models.tensor_names import (
+    EMBEDDING,
+    FINAL_NORM,
+    FUSED_DOWN,
+    FUSED_GATE_UP,
+    FUSIONS,
+    HEAD,
+    ROUTER,
+    check,
+    own_name,
+)
 from aiexport_edge.engine.models.vision import VisionTower
 from aiexport_edge.engine.models.vision_loader import PREFIX as TOWER
-from aiexport_edge.engine.models.vision_loader import load_tower, tower_shapes
+from aiexport_edge.engine.models.vision_loader import load_tower
 from aiexport_edge.kernels.linear import PackedLinear, supports_bf16
 from aiexport_edge.kernels.moe import Experts
 from aiexport_edge.kernels.quantization import Weight
 
-# Products that share their input are one: the checkpoint's rows, stacked in this order.
-FUSIONS = {
-    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-}
-EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-ROUTER = "mlp.gate"
-KV_SCALES = ("k_scale", "v_scale")
-# One tensor each for all experts of a layer, as Qwen3-VL's mixtures have them.
-FUSED_GATE_UP, FUSED_DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 HEAD_ROUNDING = {"none": "none", "int8": "int8", "int4": "int8", "fp8": "none"}
 SERVED_BYTES = {"int8": 1.0, "int4": 0.5, "fp8": 1.0}  # of a number, scales aside
-HARMLESS = "rotary_emb.inv_freq"  # a table that old transformers saved; it follows from the configuration
 
 DTYPES_BY_NAME = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -149,148 +147,6 @@ def serving_dtype(requested: str, checkpoint: torch.dtype, device: torch.device)
     return DTYPES_BY_NAME[requested]
 
 
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor that the checkpoint must hold, by its Hugging Face name."""
-    return {_own_name(name, config): shape for name, shape in _shapes(config).items()}
-
-
-def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The same, the decoder's by the names that they have in a model of text alone."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q_rows, kv_rows = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    products = {
-        "self_attn.q_proj": (q_rows, hidden, config.qkv_bias),
-        "self_attn.k_proj": (kv_rows, hidden, config.qkv_bias),
-        "self_attn.v_proj": (kv_rows, hidden, config.qkv_bias),
-        "self_attn.o_proj": (hidden, q_rows, config.o_bias),
-    }
-    dense = {
-        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
-        "mlp.up_proj": (inner, hidden, config.mlp_bias),
-        "mlp.down_proj": (hidden, inner, config.mlp_bias),
-    }
-    sparse = _mixture_shapes(config)
-    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
-    if config.qk_norm:
-        norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
-    for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}."
-        mlp = sparse if config.mixture is not None and layer in config.mixture.layers else dense
-        for product, (rows, columns, bias) in (products | mlp).items():
-            shapes[f"{prefix}{product}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{prefix}{product}.bias"] = (rows,)
-        if mlp is sparse and config.mixture is not None and config.vision is not None:
-            num_experts, expert_inner = config.mixture.num_experts, config.mixture.intermediate_size
-            shapes[f"{prefix}{FUSED_GATE_UP}"] = (num_experts, 2 * expert_inner, hidden)
-            shapes[f"{prefix}{FUSED_DOWN}"] = (num_experts, hidden, expert_inner)
-        for norm, size in norms.items():
-            shapes[f"{prefix}{norm}.weight"] = (size,)
-    shapes[FINAL_NORM] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes[HEAD] = (config.vocab_size, hidden)
-    if config.vision is not None:
-        shapes |= tower_shapes(config.vision)
-    return shapes
-
-
-def _mixture_shapes(config: ModelConfig) -> dict[str, tuple[int, int, bool]]:
-    """The products of a layer that is a mixture of experts."""
-    mixture, hidden = config.mixture, config.hidden_size
-    if mixture is None:
-        return {}
-    shapes = {ROUTER: (mixture.num_experts, hidden, False)}
-    for expert in range(mixture.num_experts if config.vision is None else 0):
-        shapes[f"mlp.experts.{expert}.gate_proj"] = (mixture.intermediate_size, hidden, False)
-        shapes[f"mlp.experts.{expert}.up_proj"] = (mixture.intermediate_size, hidden, False)
-        shapes[f"mlp.experts.{expert}.down_proj"] = (hidden, mixture.intermediate_size, False)
-    return shapes
-
-
-def _check(checkpoint: Checkpoint, config: ModelConfig) -> tuple[dict[str, str], dict[str, StoredWeight]]:
-    """Hold the headers against `expected_shapes`. Returns the checkpoint's name of every expected tensor, and those of
-    them that are stored as quantized weights.
-    """
-    expected = _shapes(config)
-    present = {name for name in checkpoint.entries if not name.endswith(HARMLESS)}
-    present -= _kv_scales(checkpoint, config)
-    names = {name: _own_name(name, config) for name in expected}
-    if config.tie_word_embeddings:
-        if names[EMBEDDING] not in present and HEAD in present:
-            names[EMBEDDING] = HEAD  # one tensor of two names: some writers keep the other one
-        present.discard(HEAD if names[EMBEDDING] != HEAD else "")
-    stored = {}
-    if config.quantization is not None:
-        stored = find_all(checkpoint.entries, names, expected, config.quantization)
-        present -= {name for weight in stored.values() for name in weight.names}
-        present -= empty_biases(checkpoint, present - set(names.values()), stored)
-        names = {name: source for name, source in names.items() if name not in stored}
-    missing = [name for name, source in names.items() if source not in present]
-    left_over = sorted(present - set(names.values()))
-    problems = []
-    if missing:
-        problems.append(f"{_listed(missing)} missing{_half_merged(missing, present)}")
-    if left_over:
-        problems.append(f"{_listed(left_over)} not part of {config.architecture} as config.json describes it")
-    if problems:
-        raise ModelError(f"{checkpoint.directory}: {'; '.join(problems)}")
-    for name, source in names.items():
-        entry = checkpoint.entries[source]
-        if entry.shape != expected[name] and not _is_transposed(name, entry.shape, expected[name]):
-            raise ModelError(
-                f"{entry.file}: {source} has shape {list(entry.shape)}, config.json asks for {list(expected[name])}"
-            )
-        if entry.dtype not in DTYPES:
-            raise ModelError(f"{entry.file}: {source} is {entry.dtype}; supported are {', '.join(DTYPES)}")
-    return names, stored
-
-
-def _kv_scales(checkpoint: Checkpoint, config: ModelConfig) -> set[str]:
-    """The scales of keys and values in FP8 that the checkpoint has. Raises ModelError for any of another shape."""
-    names = (f"model.layers.{index}.self_attn.{name}" for index in range(config.num_layers) for name in KV_SCALES)
-    found = {_own_name(name, config) for name in names} & checkpoint.entries.keys()
-    for name in found:
-        entry = checkpoint.entries[name]
-        if math.prod(entry.shape) not in (1, config.num_kv_heads) or entry.dtype not in DTYPES:
-            raise ModelError(
-                f"{entry.file}: {name} is {entry.dtype} {list(entry.shape)}; one number, or one for each of the "
-                f"{config.num_kv_heads} KV heads, is needed"
-            )
-    return found
-
-
-def _own_name(name: str, config: ModelConfig) -> str:
-    """A decoder's tensor in the checkpoint of a model that sees lies a level deeper."""
-    if config.vision is None or name.startswith(TOWER) or not name.startswith("model."):
-        return name
-    return f"model.language_model.{name.removeprefix('model.')}"
-
-
-def _is_transposed(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Fused experts come in both orders: as they were released, and as transformers 5 has them in memory."""
-    return name.endswith((FUSED_GATE_UP, FUSED_DOWN)) and shape == (expected[0], expected[2], expected[1])
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:8])
-    if len(names) > 8:
-        shown += f" and {len(names) - 8} more"
-    return f"{shown} {'is' if len(names) == 1 else 'are'}"
-
-
-def _half_merged(missing: list[str], present: set[str]) -> str:
-    """Say so where a fused group has some of its parts: a torn checkpoint rather than another architecture."""
-    for name in missing:
-        for fused, parts in FUSIONS.items():
-            for part in parts:
-                if f".{part}." in name:
-                    found = [other for other in parts if name.replace(part, other) in present]
-                    if found:
-                        return f" (of {name.replace(part, fused)} only {', '.join(found)} found)"
-    return ""
-
-
 class _Weights:
     """Hands out the decoder's weights: read, stacked, converted, on the device, in memory of their own."""
 
@@ -309,7 +165,7 @@ class _Weights:
         self.device = device
         self._quantize = quantize
         self._checkpoint = checkpoint
-        self._names, self._stored = _check(checkpoint, config)
+        self._names, self._stored = check(checkpoint, config)
         is_made_for_fp8 = config.quantization is not None and config.quantization.fp8_kv_cache
         self.fp8_kv_cache = kv_cache_dtype == "fp8" or is_made_for_fp8
         if self._stored and quantize != "none":
@@ -452,7 +308,7 @@ class _Weights:
         """
         if not self.fp8_kv_cache:
             return None
-        source = _own_name(f"{prefix}.self_attn.{name}", self.config)
+        source = own_name(f"{prefix}.self_attn.{name}", self.config)
         scales = torch.ones(self.config.num_kv_heads)
         if source in self._checkpoint.entries:
             scales *= self._checkpoint.tensor(source).float().flatten()

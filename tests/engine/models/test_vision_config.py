@@ -12,7 +12,8 @@ from support.tiny_vision import save_vision
 
 from aiexport_edge.engine.models.config import ModelConfig, ModelError
 from aiexport_edge.engine.models.decoder import MixtureOfExperts
-from aiexport_edge.engine.models.loader import expected_shapes, load_model
+from aiexport_edge.engine.models.loader import load_model
+from aiexport_edge.engine.models.tensor_names import expected_shapes
 
 # As the 4B model was released, for transformers 4.57.
 RELEASED: dict[str, Any] = {
