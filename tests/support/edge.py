@@ -132,7 +132,7 @@ def start_on(backend: str, directory: Path) -> Edge:
     config = directory / "aiexport-edge.toml"
     tiers = [_VLLM_TIER.format(*tier, source=source, python=os.environ[VLLM_PYTHON]) for tier in _TIERS]
     config.write_text("".join(tiers))
-    edge = _run(directory / "state", config, (), None, ready_s=300)
+    edge = _run(directory / "state", config, (), None, ready_s=600)
     edge.backend = backend
     edge.cli("workspaces", "create", "demo", "--plan", "enterprise")
     edge.key = edge.cli("keys", "create", "--workspace", "demo")["key"]
