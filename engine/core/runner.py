@@ -427,7 +427,9 @@ def _joined(pieces: list[Tensor]) -> Tensor:
 
 
 def _is_decode(chunk: Chunk) -> bool:
-    return chunk.samples and chunk.num_tokens == 1
+    if not chunk.samples or chunk.num_tokens != 1:
+        return False
+    return chunk.request.positions is None or chunk.start >= chunk.request.num_prompt_tokens  # a picture's, or may be
 
 
 def _ordered(chunks: list[Chunk]) -> list[Chunk]:

@@ -164,8 +164,10 @@ def test_a_picture_seen_before_is_found_again_and_another_of_its_size_is_not(dir
 def test_page_famine_and_beginnings_in_common_change_no_token(directory: Path) -> None:
     model = make_vision(directory.name)
     beginning, *questions = prompts([10, 5, 9, 14, 20, 7, 3], vocabulary=380)
-    shared = [beginning, picture((12, 12), seed=3)]
-    given = [prompt(*shared, question, picture((4 + 2 * index, 8))) for index, question in enumerate(questions)]
+    shared = picture((12, 12), seed=3)
+    given = [
+        prompt(beginning, shared, question, picture((4 + 2 * index, 8))) for index, question in enumerate(questions)
+    ]
     given[-1] = prompt(questions[-1])
     core = core_of(directory, num_pages=24)
     handles = [core.add(each, num_tokens=40) for each in given]

@@ -43,7 +43,7 @@ _TEXT: dict[str, Any] = {
         "mrope_interleaved": True,
     },
 }
-_MIXTURE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+_MIXTURE: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 _VISION: dict[str, Any] = {
     "depth": 3,
     "hidden_size": 32,
@@ -54,7 +54,7 @@ _VISION: dict[str, Any] = {
     "num_position_embeddings": 64,
     "deepstack_visual_indexes": [0, 1],
 }
-_IDS = {
+_IDS: dict[str, Any] = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,
     "vision_start_token_id": START,
@@ -80,10 +80,9 @@ def make_vision(name: str) -> PreTrainedModel:
         Qwen3VLMoeForConditionalGeneration,
     )
 
-    model: PreTrainedModel
     if name == "qwen3_vl":
         config: Any = Qwen3VLConfig(text_config=_TEXT, vision_config=_VISION, tie_word_embeddings=True, **_IDS)
-        model = Qwen3VLForConditionalGeneration(config)
+        model: PreTrainedModel = Qwen3VLForConditionalGeneration(config)
     else:
         config = Qwen3VLMoeConfig(
             text_config=_TEXT | _MIXTURE, vision_config=_VISION, tie_word_embeddings=False, **_IDS
