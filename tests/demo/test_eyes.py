@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import random
 from pathlib import Path
@@ -135,3 +136,31 @@ def test_measured_pictures_vary() -> None:
     kinds = {data[:4] for some in cases.values() for case in some for data, _ in case.files}
     assert len(kinds) >= 3  # PNG, WebP, and JPEGs
     assert {s.shape for case in itertools.chain(*cases.values()) for s in case.sights} == set(pictures.SHAPES)
+
+
+def test_training_learns_and_leaves_a_directory(tmp_path: Path) -> None:
+    """A step of each part: the tower's loss falls on what it was shown, and the directory holds a Qwen3-VL."""
+    torch.manual_seed(1)
+    team = train_eyes.Team(0, 1, tmp_path, [])
+    eyes = Eyes(EyesShape())
+    looking = train_eyes.Looking(eyes.shape)
+    inner, rest = train_eyes.split(eyes, lambda name: not name.startswith("deepstack"))
+    rates = train_eyes.Rates(inner, [*rest, *looking.parameters()], 0.01, 0.002)
+    batch = train_eyes.look(7, 8, 1.0)
+    losses = []
+    for _ in range(6):
+        loss, _ = looking(eyes, batch)
+        losses.append(loss.item())
+        torch.autograd.backward(loss)
+        rates.step(1.0, team)
+    assert losses[-1] < 0.9 * losses[0]
+    args = argparse.Namespace(
+        start=MODEL_DIR, out=tmp_path, text=None, rate=0.001, adam_rate=0.0001, eyes_rate=0.001, decay=0.5, seed=1,
+        minutes=0.01, rows=1, tokens=256,
+    )  # fmt: skip
+    train_eyes.learn_to_speak(eyes, looking, args, team)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] >= 1
+    again = Network(Shape())
+    again.load(tmp_path)
+    assert (tmp_path / "preprocessor_config.json").exists()
+    assert sum(p.stat().st_size for p in tmp_path.iterdir() if p.suffix != ".pt") < 16_000_000
