@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support.edge import SONNET, Edge, message, stream, wait_until
+from support.edge import SONNET, VLLM_PYTHON, Edge, message, stream, wait_until
 
 BODIES = [
     message(f"Tell me a long story about {i} bears. Then tell another one.", seed=i, max_tokens=300, model=SONNET)
@@ -38,7 +38,7 @@ def test_eight_streams_outlive_a_kill(edge: Edge, victim: str) -> None:
     twice. Word for word as undisturbed it need not be: vLLM's last bits depend on what runs beside a request.
     """
     if edge.backend != "vllm":
-        pytest.skip("the native core's kills are in test_first_light.py")
+        pytest.skip(f"a test of vLLM, which runs where {VLLM_PYTHON} names an interpreter that has it")
 
     async def killed() -> list[Any]:
         running = asyncio.create_task(all_of_them(edge))
