@@ -50,6 +50,12 @@ HALF = (0.5, 0.5, 0.5)
 START_S = 300.0
 
 
+class Seeing(Ours):
+    """`serve` with the whole context of its model."""
+
+    context = 0
+
+
 def jpeg(side: int, seed: int = 0) -> bytes:
     """A picture with large and small structure, as photographs have."""
     rng = np.random.default_rng(seed)
@@ -102,7 +108,7 @@ def _seconds(run: Callable[[], object]) -> float:
 def serve_and_ask(model: Path, *, side: int, streams: int, num_requests: int, num_threads: int) -> dict[str, Any]:
     """Whole requests over REST, one picture each, four tokens of reply; every picture is another."""
     with tempfile.TemporaryDirectory() as folder:
-        server = Ours(model, Path(folder), num_threads)
+        server = Seeing(model, Path(folder), num_threads)
         server.start()
         try:
             asyncio.run(first_token_s(server, "Hello!", START_S))

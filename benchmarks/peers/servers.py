@@ -142,6 +142,7 @@ class Ours(Server):
     name = "ours"
     path = "/v2/messages/stream"
     quantize = "none"
+    context = CONTEXT  # 0: the model's own
 
     _key = ""
 
@@ -160,7 +161,7 @@ class Ours(Server):
     def start(self) -> None:
         self._config.write_text(
             f'[[models]]\nids = ["{MODEL_ID}"]\nfamily = "haiku"\nsource = "{self.model}"\n'
-            f'quantize = "{self.quantize}"\ncontext_window = {CONTEXT}\n\n'
+            f'quantize = "{self.quantize}"\ncontext_window = {self.context}\n\n'
             f"[engine]\nnum_threads = {self.threads}\n"
         )
         for arguments in (
