@@ -18,6 +18,7 @@ from aiexport_edge.engine.images.pool import ImagePool, PoolError
 from aiexport_edge.engine.server.errors import InvalidRequest, RequestError
 from aiexport_edge.engine.server.facts import Vision
 from aiexport_edge.engine.server.models import Model
+from aiexport_edge.engine.server.prompt import too_long
 from aiexport_edge.engine.text.template import Picture
 from aiexport_edge.proto import engine_pb2 as pb
 
@@ -51,8 +52,8 @@ class HeldPicture:
 
 
 class Pictures:
-    """All pictures of this process. `held_bytes` bounds files and pixels together; pixels that were decoded from files
-    within the bound may pass it by what the workers have at hand.
+    """All pictures of this process. `held_bytes` bounds files and pixels together; beside it there is what each worker
+    has just decoded.
     """
 
     def __init__(self, pool: ImagePool, *, held_bytes: int, max_count: int) -> None:
@@ -74,15 +75,7 @@ class Pictures:
     @contextlib.contextmanager
     def room(self, num_bytes: int) -> Iterator[None]:
         """Around the time in which a file is held. Raises `RequestError` where there is no room."""
-        if self.used_bytes + num_bytes > self._held_bytes:
-            raise RequestError(
-                pb.ERROR_QUEUE_FULL,
-                "Too many images are under way just now; try again in a moment.",
-                limit=self._held_bytes,
-                actual=self.used_bytes + num_bytes,
-                retry_after_ms=_RETRY_MS,
-            )
-        self.used_bytes += num_bytes
+        self._take(num_bytes)
         try:
             yield
         finally:
@@ -96,7 +89,7 @@ class Pictures:
             raise InvalidRequest(str(error), field) from None
         except PoolError as error:
             raise RequestError(pb.ERROR_QUEUE_FULL, str(error), field=field, retry_after_ms=_RETRY_MS) from None
-        self.used_bytes += len(pixels.data)
+        self._take(len(pixels.data))
         image = ImageInput(0, pixels.rows, pixels.columns, pixels.digest, pixels.data)
         return HeldPicture(image, vision.num_tokens(pixels.rows, pixels.columns), self._free)
 
@@ -117,6 +110,17 @@ class Pictures:
         finally:
             for name in names:
                 del self._uploaded[name]
+
+    def _take(self, num_bytes: int) -> None:
+        if self.used_bytes + num_bytes > self._held_bytes:
+            raise RequestError(
+                pb.ERROR_QUEUE_FULL,
+                "Too many images are under way just now; try again in a moment.",
+                limit=self._held_bytes,
+                actual=self.used_bytes + num_bytes,
+                retry_after_ms=_RETRY_MS,
+            )
+        self.used_bytes += num_bytes
 
     def _free(self, num_bytes: int) -> None:
         self.used_bytes -= num_bytes
@@ -237,8 +241,9 @@ async def receive_images(
     """Reads a call of UploadImages up to its `end`, decoding each file while the next one comes. What it returns is
     there until `stack` is closed. Raises `RequestError`.
     """
-    vision = _vision(await events.expect("model"), models)
+    model = _seeing(await events.expect("model"), models)
     tasks: list[asyncio.Task[HeldPicture]] = []
+    tokens: list[int] = []  # of those that are decoded
 
     def let_go() -> None:
         for task in tasks:
@@ -251,7 +256,9 @@ async def receive_images(
             case "end":
                 break
             case "header":
-                tasks.append(await _receive_file(event.header, events, vision, pictures, len(tasks)))
+                file = await _receive_file(event.header, events, pictures, len(tasks))
+                tasks.append(asyncio.create_task(_decode_file(file, model, pictures, tokens), name="picture"))
+                tasks[-1].add_done_callback(file.let_go)
             case _:
                 raise InvalidRequest("An upload is a model, then headers with their chunks, then an end.", "event")
     else:
@@ -266,10 +273,22 @@ async def receive_images(
     )
 
 
-async def _receive_file(
-    header: pb.ImageHeader, events: UploadEvents, vision: Vision, pictures: Pictures, index: int
-) -> asyncio.Task[HeldPicture]:
-    """The file after its header; the task decodes it, and holds its bytes until then."""
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A file that has come; closing `room` gives back what it holds."""
+
+    chunks: list[bytes]
+    media_type: str
+    field: str
+    room: contextlib.ExitStack
+
+    def let_go(self, _decoded: object) -> None:
+        """Its bytes are needed no more."""
+        self.room.close()
+
+
+async def _receive_file(header: pb.ImageHeader, events: UploadEvents, pictures: Pictures, index: int) -> _File:
+    """The file after its header."""
     field = f"images.{index}"
     if index >= pictures.max_count:
         raise InvalidRequest(f"A request has at most {pictures.max_count} images.", field, limit=pictures.max_count)
@@ -290,25 +309,29 @@ async def _receive_file(
                 raise InvalidRequest("A chunk has 1 byte to 1 MiB, and all of a file's num_bytes together.", field)
             chunks.append(chunk)
             missing -= len(chunk)
-        until_decoded = stack.pop_all()
-
-    async def decode() -> HeldPicture:
-        data = b"".join(chunks)
-        chunks.clear()
-        return await pictures.decode(data, header.media_type, vision, field)
-
-    task = asyncio.create_task(decode(), name="picture")
-    task.add_done_callback(lambda _: until_decoded.close())
-    return task
+        return _File(chunks, header.media_type, field, stack.pop_all())
 
 
-def _vision(event: pb.UploadEvent, models: Mapping[str, Model]) -> Vision:
+async def _decode_file(file: _File, model: Model, pictures: Pictures, tokens: list[int]) -> HeldPicture:
+    """Raises `RequestError`, also where the pictures of an upload, `tokens` with it, can't stand in a prompt."""
+    assert model.facts.vision is not None
+    data = b"".join(file.chunks)
+    file.chunks.clear()
+    held = await pictures.decode(data, file.media_type, model.facts.vision, file.field)
+    tokens.append(held.num_tokens)
+    if sum(tokens) >= model.context_window:
+        held.release()
+        raise too_long(model, sum(tokens), f"at least {sum(tokens)}")
+    return held
+
+
+def _seeing(event: pb.UploadEvent, models: Mapping[str, Model]) -> Model:
     model = models.get(event.model)
     if model is None:
         raise RequestError(pb.ERROR_NOT_FOUND, f"There is no model {event.model!r} here.", field="model")
     if model.facts.vision is None:
         raise InvalidRequest(f"{event.model} cannot see images; send text.", "images.0")
-    return model.facts.vision
+    return model
 
 
 def _release(task: asyncio.Task[HeldPicture]) -> None:

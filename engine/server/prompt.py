@@ -158,7 +158,7 @@ def encode_prompt(
     except TemplateError as error:
         raise InvalidRequest(str(error), "chat.messages") from error
     except TooManyTokens as error:
-        raise _too_long(model, error.at_least, f"at least {error.at_least}") from error
+        raise too_long(model, error.at_least, f"at least {error.at_least}") from error
     ids = prompt.ids
     if not ids:
         raise InvalidRequest("The prompt is empty; send at least one token.", request.WhichOneof("prompt") or "prompt")
@@ -186,7 +186,7 @@ def budget(request: pb.GenerateRequest, model: Model, num_prompt_tokens: int) ->
     window = model.context_window
     room = window - num_prompt_tokens
     if room < 1:
-        raise _too_long(model, num_prompt_tokens, str(num_prompt_tokens))
+        raise too_long(model, num_prompt_tokens, str(num_prompt_tokens))
     if not request.HasField("resume"):
         if request.HasField("max_tokens"):
             return min(request.max_tokens, room)
@@ -212,7 +212,8 @@ def budget(request: pb.GenerateRequest, model: Model, num_prompt_tokens: int) ->
     return request.resume.max_tokens
 
 
-def _too_long(model: Model, num_tokens: int, in_words: str) -> RequestError:
+def too_long(model: Model, num_tokens: int, in_words: str) -> RequestError:
+    """The error of a prompt that does not fit."""
     window = model.context_window
     return RequestError(
         pb.ERROR_CONTEXT_LENGTH,

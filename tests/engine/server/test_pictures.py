@@ -213,7 +213,7 @@ def test_what_an_upload_may_not_be(directory: Path) -> None:
 def test_there_is_an_end_to_what_is_held(directory: Path) -> None:
     async def test() -> None:
         size = TOKENS * 4 * 16 * 3
-        room = 3 * size + len(PICTURE) - 1
+        room = 3 * size + 3 * len(PICTURE)  # too little for a fourth and its file
         async with seeing(directory, held_bytes=room) as served:
             async with uploaded(served, events_of([PICTURE] * 3)):
                 assert used_bytes(served) == 3 * size
@@ -223,6 +223,24 @@ def test_there_is_an_end_to_what_is_held(directory: Path) -> None:
             await until(lambda: used_bytes(served) == 0)
             async with uploaded(served, events_of([PICTURE])):
                 pass
+
+    run(test())
+
+
+def test_pixels_count_and_pictures_that_fill_the_context_are_refused(directory: Path) -> None:
+    """Small files may stand for many pixels: neither the held bytes nor the context is passed by decoding them."""
+
+    async def test() -> None:
+        large = plain("red", (64, 64))  # 64 tokens, 12 KiB of pixels
+        async with seeing(directory, held_bytes=30_000) as served:
+            code, detail = await refusal(served, events_of([large] * 4))
+            assert (code, detail.code) == (grpc.StatusCode.UNAVAILABLE, pb.ERROR_QUEUE_FULL)
+            await until(lambda: used_bytes(served) == 0)
+        async with seeing(directory, max_count=100) as served:
+            code, detail = await refusal(served, events_of([large] * 64))
+            assert (code, detail.code) == (grpc.StatusCode.INVALID_ARGUMENT, pb.ERROR_CONTEXT_LENGTH)
+            assert (detail.limit, detail.actual) == (4096, 4096)
+            await until(lambda: used_bytes(served) == 0)
 
     run(test())
 
