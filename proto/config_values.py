@@ -147,7 +147,7 @@ def grpc_address(value: object) -> str:
 
 
 def grpc_target(value: object) -> str:
-    """An address, or dns:///HOST:PORT (the name syntax of gRPC, without an authority): all that the name resolves to."""
+    """An address, or dns:///HOST:PORT (gRPC's syntax of names, without an authority): all that the name resolves to."""
     target = text(value)
     if not target.startswith("dns:"):
         return grpc_address(target)
