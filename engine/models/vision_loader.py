@@ -15,7 +15,7 @@ from aiexport_edge.engine.models.vision_config import VisionConfig
 from aiexport_edge.kernels.linear import PackedLinear
 
 PREFIX = "model.visual."
-BLOCK_PATCHES_CPU, BLOCK_PATCHES_CARD = 256, 2048  # patches of a unit of work: about as long as a step of decodes
+BLOCK_PATCHES_CPU, BLOCK_PATCHES_CARD = 128, 2048  # patches of a unit of work: about as long as a step of decodes
 
 
 class Parameters(Protocol):
