@@ -92,7 +92,15 @@ class Services:
         places = int(config.engine.queue_size * config.engine.tenant_queue_share)  # that one workspace may wait in
         return Executor(
             BatchLeases(database, self.process_id, partial(record, process_id=self.process_id)),
-            Runner(self.engines, self.catalog, self.limits, self.image_rules, self.image_fetcher, self.bodies),
+            Runner(
+                self.engines,
+                self.catalog,
+                self.limits,
+                self.image_rules,
+                self.image_fetcher,
+                self.bodies,
+                self.tracing,
+            ),
             self.engines,
             self.catalog,
             max_in_flight=config.batches.max_in_flight,

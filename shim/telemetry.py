@@ -1,10 +1,13 @@
-"""A span for each REST request, which the engine's span goes on from: W3C Trace Context in, and out in the metadata.
+"""A span for each REST request, and for each try at a request of a batch, which the engine's span goes on from: W3C
+Trace Context in, and out in the metadata.
 
 There only where `[telemetry] otlp_endpoint` is set; OpenTelemetry is imported only then.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +52,35 @@ class Tracing:
         """Sends what is left; waits for it."""
         self._provider.shutdown()
 
+    def onward(self, span: Span) -> dict[str, str]:
+        """What the engine's span goes on from."""
+        from opentelemetry.trace import set_span_in_context
+
+        carrier: dict[str, str] = {}
+        self.propagator.inject(carrier, set_span_in_context(span))
+        return {name: carrier[name] for name in (TRACEPARENT, TRACESTATE) if name in carrier}
+
+
+@contextmanager
+def batch_request_span(tracing: Tracing | None, request_id: str, facts: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """Around one try at a request of a batch; gives what the request carries to the engine. `facts` are what is known
+    of it at the end.
+    """
+    if tracing is None:
+        yield {}
+        return
+    from opentelemetry.trace import StatusCode
+
+    span = tracing.tracer.start_span("batch request", attributes={"aiexport.request_id": request_id})
+    try:
+        yield tracing.onward(span)
+    except Exception:
+        span.set_status(StatusCode.ERROR)
+        raise
+    finally:
+        span.set_attributes(_attributes(facts))
+        span.end()
+
 
 class TracingMiddleware:
     """Inside the exchange, around everything else."""
@@ -61,7 +93,7 @@ class TracingMiddleware:
         if scope["type"] != "http" or scope["path"] in _UNTRACED:
             await self._app(scope, receive, send)
             return
-        from opentelemetry.trace import SpanKind, set_span_in_context
+        from opentelemetry.trace import SpanKind
 
         carrier = {
             name.decode(): value.decode("latin-1")
@@ -70,9 +102,7 @@ class TracingMiddleware:
         }
         parent = self._tracing.propagator.extract(carrier)
         span = self._tracing.tracer.start_span(scope["method"], parent, SpanKind.SERVER)
-        onward: dict[str, str] = {}
-        self._tracing.propagator.inject(onward, set_span_in_context(span))
-        token = trace_context.set({name: onward[name] for name in (TRACEPARENT, TRACESTATE) if name in onward})
+        token = trace_context.set(self._tracing.onward(span))
         exchange = exchange_of(scope)
         refusal = 0
         try:
@@ -100,7 +130,10 @@ def _describe(span: Span, scope: Scope, exchange: Exchange, status: int) -> None
     }
     if status:
         attributes["http.response.status_code"] = status
-    attributes |= {name: exchange.facts[fact] for fact, name in _ATTRIBUTES.items() if fact in exchange.facts}
-    span.set_attributes(attributes)
+    span.set_attributes(attributes | _attributes(exchange.facts))
     if status >= 500 or exchange.facts.get("outcome") == "failed":
         span.set_status(StatusCode.ERROR)
+
+
+def _attributes(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: facts[fact] for fact, name in _ATTRIBUTES.items() if fact in facts}

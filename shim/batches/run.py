@@ -35,6 +35,7 @@ from aiexport_edge.shim.store.batch_values import Answer, Leased
 from aiexport_edge.shim.store.errors import remedy
 from aiexport_edge.shim.store.keys import new_id
 from aiexport_edge.shim.store.values import UsageRow
+from aiexport_edge.shim.telemetry import Tracing, batch_request_span
 
 PREPARE_IN_THREAD_BYTES = 256 << 10
 FETCH_RETRY_S = 2.0  # before a picture is asked for again
@@ -80,6 +81,7 @@ class Runner:
         images: ImageRules,
         fetcher: ImageFetcher,
         bodies: BodyBudget,
+        tracing: Tracing | None,
     ) -> None:
         self._engines = engines
         self._catalog = catalog
@@ -87,6 +89,7 @@ class Runner:
         self._images = images
         self._fetcher = fetcher
         self._bodies = bodies
+        self._tracing = tracing
 
     async def prepare(self, leased: Leased) -> Prepared:
         """Raises `ApiError` for a request that can't be sent: its model or plan has changed since it was accepted."""
@@ -133,7 +136,18 @@ class Runner:
             raise NoQuota(quota.retry_after_s)
         request = pb.GenerateRequest()
         request.CopyFrom(prepared.request)  # going on after a lost engine writes into it
-        with self._bodies.lease() as lease, contextlib.ExitStack() as stack:
+        facts: dict[str, Any] = {
+            "workspace": leased.principal.workspace,
+            "key": leased.principal.key_id,
+            "model": prepared.listed.id,
+            "batch": leased.batch_id,
+        }
+        with (
+            batch_request_span(self._tracing, leased.request_id, facts) as carried,
+            self._bodies.lease() as lease,
+            contextlib.ExitStack() as stack,
+        ):
+            request.metadata.update(carried)
             images = await self._fetcher.fetch_all(prepared.item.request.images, lease.grow)
             generation = Generation(request, images)
             stack.callback(self._engines.abort, generation)
@@ -141,6 +155,7 @@ class Runner:
             reservation = await self._reserve(leased, accepted)
             stack.callback(reservation.release)
             text, finished = await _collect(generation, pace, started)
+            facts |= {"input": accepted.prompt_tokens, "output": finished.output_tokens, "outcome": "completed"}
             stack.pop_all()
         return Outcome(_succeeded(prepared, generation, text, finished), reservation)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.certificates import write_certificate
-from support.edge import message, start
+from support.edge import message, start, wait_until
 from support.otlp import Collector, attributes
 
 TRACE, CALLER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -27,6 +27,11 @@ def test_one_trace_over_all_processes(tmp_path: Path, monkeypatch: pytest.Monkey
             body = message("Tell me a story.", max_tokens=20, temperature=0)
             headers = {"traceparent": f"00-{TRACE}-{CALLER}-01"}
             reply = client.post("/v2/messages", json=body, headers=headers).json()
+            batch = client.post("/v2/batch", json={"requests": [body]}).json()
+            wait_until(
+                lambda: client.get(f"/v2/batch/{batch['id']}").json()["status"] == "completed", "the batch has ended"
+            )
+        collector.wait_for(lambda spans: any(span.name == "batch request" for _, span in spans), "the batch's span")
         collector.wait_for(lambda spans: len(spans) >= 2, "the spans of both processes")
     finally:
         assert edge.stop() == 0
@@ -43,4 +48,9 @@ def test_one_trace_over_all_processes(tmp_path: Path, monkeypatch: pytest.Monkey
     output = reply["usage"]["output_tokens"]
     assert attributes(engine)["gen_ai.usage.output_tokens"] == attributes(shim)["gen_ai.usage.output_tokens"] == output
     assert sum(attributes(event)["tokens"] for event in engine.events[2:]) >= output
+    batched = next(span for _, span in collector.spans if span.name == "batch request")
+    assert attributes(batched)["aiexport.batch_id"] == batch["id"]
+    assert attributes(batched)["gen_ai.usage.output_tokens"] == output
+    of_batch = [span for _, span in collector.spans if span.parent_span_id == batched.span_id]
+    assert [attributes(span)["gen_ai.usage.output_tokens"] for span in of_batch] == [output]
     assert "story" not in str(collector.spans)
