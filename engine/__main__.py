@@ -174,7 +174,6 @@ def _facts(config: Config) -> list[ModelFacts]:
                 deterministic=weights.deterministic,
                 stop_ids=model.stop_ids,
                 vision=None if model.vision is None else _vision(directory, model.vision, config.images.max_tokens),
-                takes_adapters=weights.vllm is None,
             )
         )
     return facts

@@ -76,6 +76,8 @@ def _vllm(
             max_num_running=engine.max_num_running,
             max_step_tokens=engine.max_step_tokens,
             batch_floor_share=engine.batch_floor_share,
+            adapter_slots=config.adapters.slots if config.adapters.roots else 0,
+            max_adapter_rank=config.adapters.max_rank,
         ),
         python=options.python,
         gpus=options.gpus,

@@ -67,8 +67,6 @@ class AdapterRegistry:
             raise RequestError(
                 pb.ERROR_NOT_FOUND, "This engine has no such model; ListModels names those there are.", field="model"
             )
-        if not facts.takes_adapters:
-            raise InvalidRequest(f"Adapters of {facts.name} are not served: its backend does not take them.", "model")
         directory = self._inside(request.path)
         try:
             adapter = read_adapter(directory, ModelConfig.load(facts.directory), max_rank=self._max_rank)

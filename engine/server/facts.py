@@ -37,4 +37,3 @@ class ModelFacts:
     deterministic: bool
     stop_ids: tuple[int, ...]
     vision: Vision | None = None
-    takes_adapters: bool = True  # whether its backend can serve low-rank adapters of it

@@ -124,10 +124,7 @@ def _base(config: Config, wanted: str) -> tuple[str, ModelSpec]:
     if not found:
         ids = ", ".join(model_id for spec in config.models for model_id in spec.ids)
         raise CommandError(f"there is no model {wanted}; choose one of {ids}")
-    model_id, spec = max(found, key=lambda each: (each[0] == wanted, each[0]))
-    if spec.vllm is not None:
-        raise CommandError(f"adapters of {model_id} are not served: it runs on vLLM")
-    return model_id, spec
+    return max(found, key=lambda each: (each[0] == wanted, each[0]))
 
 
 def _look(config: Config, path: Path) -> None:

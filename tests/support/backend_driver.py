@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from aiexport_edge.engine.backends.base import Backend, BackendConstraint, BackendRequest, ModelState
-from aiexport_edge.engine.core.protocol import FinishReason, Priority, Sampling, pack_ids
+from aiexport_edge.engine.core.protocol import AdapterRef, FinishReason, Priority, Sampling, pack_ids
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
 
@@ -66,6 +66,7 @@ def request(
     salt: bytes = b"",
     priority: Priority = Priority.INTERACTIVE,
     constraint: BackendConstraint | None = None,
+    adapter: AdapterRef | None = None,
 ) -> BackendRequest:
     return BackendRequest(
         model=model,
@@ -79,6 +80,7 @@ def request(
         salt=salt,
         priority=priority,
         constraint=constraint,
+        adapter=adapter,
     )
 
 

@@ -17,6 +17,7 @@ import vllm
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.inputs import tokens_input
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -25,12 +26,21 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from aiexport_edge.engine.backends.vllm.protocol import WorkerConfig
 from aiexport_edge.engine.backends.vllm.sampling import FIRST_INDEX_ARG, REQUEST_ARG
 from aiexport_edge.engine.backends.vllm.worker import EngineDead, EngineLoad, Piece, RequestFailed
-from aiexport_edge.engine.core.protocol import HEADER, AddRequest, AddVocabulary, ToCore, encode_to_core, pack_ids
+from aiexport_edge.engine.core.protocol import (
+    HEADER,
+    AdapterRef,
+    AddRequest,
+    AddVocabulary,
+    ToCore,
+    encode_to_core,
+    pack_ids,
+)
 from aiexport_edge.engine.core.request import Request
 
 SUPPORTED = "0.32"
 PROCESSOR = "aiexport_edge.engine.backends.vllm.sampling:Sampler"
 EXTENSION = "aiexport_edge.engine.backends.vllm.sampling.Announcements"
+LORA_RANKS = (8, 16, 32, 64, 128, 256)  # those that vLLM is made for
 CPU_KV_CACHE_BYTES = 1 << 30  # where nothing is said
 CPU_BLOCK_TOKENS = 32  # vLLM's own choice, 128, finds no prefix shorter than that
 
@@ -73,6 +83,10 @@ def engine_args(config: WorkerConfig) -> dict[str, Any]:
         arguments["kv_cache_memory_bytes"] = config.kv_cache_bytes or CPU_KV_CACHE_BYTES
     if on_processor:
         arguments["block_size"] = CPU_BLOCK_TOKENS
+    if config.adapter_slots:
+        arguments["enable_lora"] = True
+        arguments["max_loras"] = config.adapter_slots
+        arguments["max_lora_rank"] = next(rank for rank in LORA_RANKS if rank >= config.max_adapter_rank)
     if config.attention == "aiexport-edge" and not on_processor:
         arguments["attention_config"] = {"backend": "CUSTOM"}
     return arguments
@@ -89,6 +103,7 @@ class VllmEngine:
         self._usage: dict[int, float] = {}  # of each data-parallel copy, the share of its pages in use
         self._heard = heard
         self._num_generations = 0
+        self._adapter_ids: dict[bytes, int] = {}  # vLLM's numbers, by digest
         self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_args(config)), stat_loggers=[self._stat_logger])
         settings = self._llm.vllm_config
         self._num_pages = settings.cache_config.num_gpu_blocks or 0
@@ -117,6 +132,7 @@ class VllmEngine:
             tokens_input(list(request.token_ids), cache_salt=message.salt.hex() or None),
             params,
             f"{request.handle}-{self._num_generations}",
+            lora_request=self._lora_request(message.adapter),
             priority=message.priority,
         )
         try:
@@ -133,6 +149,13 @@ class VllmEngine:
             raise EngineDead(by_kill=self._was_killed()) from None
         except (EngineGenerateError, ValueError) as error:
             raise RequestFailed(str(error.__cause__ or error)) from error
+
+    def _lora_request(self, adapter: AdapterRef | None) -> LoRARequest | None:
+        """vLLM reads the directory when it first comes upon the number, and keeps its pages apart by it."""
+        if adapter is None:
+            return None
+        number = self._adapter_ids.setdefault(adapter.digest, len(self._adapter_ids) + 1)
+        return LoRARequest(adapter.digest.hex(), number, adapter.path)
 
     async def learn(self, words: AddVocabulary) -> None:
         await self._tell("learn", words)

@@ -10,8 +10,16 @@ ATTENTION = "AIEXPORT_EDGE_VLLM_ATTENTION"  # set where our attention is to take
 
 
 def register() -> None:
-    """Binds the process to the worker that it belongs to; brings our attention in where it is wanted."""
+    """Binds the process to the worker that it belongs to; mends what vLLM does on a processor; brings our attention in
+    where it is wanted.
+    """
     bind_if_descendant()
+    import vllm
+
+    if vllm.platforms.current_platform.is_cpu():
+        from aiexport_edge.engine.backends.vllm.adapters import mend_adapters
+
+        mend_adapters()
     if os.environ.get(ATTENTION):
         from aiexport_edge.engine.backends.vllm.attention import register_attention
 

@@ -16,6 +16,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, array_like=True):
     """One model and how vLLM runs it; `[models.vllm]` (`proto/config_vllm.py`) explains the settings.
 
     `max_step_tokens` and `kv_cache_bytes` 0: vLLM chooses. `max_num_running` is of each of the `data_parallel` copies.
+    `adapter_slots` adapters of at most `max_adapter_rank` are in a step together.
     """
 
     model: CoreModel
@@ -31,6 +32,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, array_like=True):
     max_num_running: int
     max_step_tokens: int
     batch_floor_share: float
+    adapter_slots: int = 0
+    max_adapter_rank: int = 0
 
     @property
     def models(self) -> Sequence[CoreModel]:

@@ -18,13 +18,17 @@ import psutil
 import pytest
 from support.backend_driver import GREEDY, Listener, idle, new_core, request, run, state
 from support.edge import VLLM_PYTHON
+from support.peft_adapters import save_adapter
 from support.scripted_vllm import worker_config
 from support.text_model import text_only
+from transformers import AutoModelForCausalLM
 
+from aiexport_edge.engine.adapters.peft import read_adapter
 from aiexport_edge.engine.backends.base import Backend, BackendConstraint, BackendRequest, ModelState
 from aiexport_edge.engine.backends.native import NativeBackend
 from aiexport_edge.engine.backends.vllm.launch import VllmBackend, worker_environment
-from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel, FinishReason, Sampling
+from aiexport_edge.engine.core.protocol import AdapterRef, CoreConfig, CoreModel, FinishReason, Sampling
+from aiexport_edge.engine.models.config import ModelConfig
 from aiexport_edge.engine.structured.compile import ANY_OBJECT
 from aiexport_edge.engine.structured.vocabulary import Vocabulary
 from aiexport_edge.engine.text.template import ChatTemplate, Message
@@ -73,7 +77,7 @@ async def vllm(model: CoreModel, **fields: Any) -> AsyncIterator[VllmBackend]:
 
 
 @asynccontextmanager
-async def native(model: CoreModel) -> AsyncIterator[NativeBackend]:
+async def native(model: CoreModel, **fields: Any) -> AsyncIterator[NativeBackend]:
     backend = NativeBackend(
         CoreConfig(
             models=[model],
@@ -84,6 +88,7 @@ async def native(model: CoreModel) -> AsyncIterator[NativeBackend]:
             max_step_tokens=512,
             num_threads=1,
             batch_floor_share=0.05,
+            **fields,
         )
     )
     await backend.start()
@@ -130,6 +135,27 @@ def test_vllm_draws_as_the_native_backend_and_outlives_kills(model: CoreModel) -
             await check_salt(backend)
             await check_documents(backend)
             await check_kill(backend, expected)
+
+    run(test(), 800)
+
+
+def test_vllm_serves_adapters(model: CoreModel, tmp_path: Path) -> None:
+    """As the native backend does, which is held to `peft`: two and the base model at once, pages kept apart."""
+    base = AutoModelForCausalLM.from_pretrained(model.path)
+    shape = ModelConfig.load(model.path)
+    refs: list[AdapterRef | None] = [None]
+    for seed, rank in enumerate((4, 16)):
+        save_adapter(base, tmp_path / str(seed), seed=seed, size=0.2, r=rank).unload()
+        refs.append(AdapterRef(str(tmp_path / str(seed)), read_adapter(tmp_path / str(seed), shape).digest))
+    story = prompt("Tell me a story about a fox.")
+    requests = [request(story, 40, stop_ids=STOP, adapter=ref) for ref in (*refs, *refs)]
+
+    async def test() -> None:
+        async with native(model, adapter_slots=2, max_adapter_rank=16, adapter_host_bytes=1 << 20) as backend:
+            expected = await answers(backend, requests)
+        assert len({tuple(ids) for ids in expected}) == 3
+        async with vllm(model, adapter_slots=2, max_adapter_rank=16) as backend:
+            assert await answers(backend, requests) == expected
 
     run(test(), 800)
 
