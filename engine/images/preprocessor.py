@@ -7,13 +7,12 @@ as `image_processor`. Imports neither torch nor Pillow.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from aiexport_edge.engine.images.patches import PatchConfig
-from aiexport_edge.engine.models.config_values import ModelError
+from aiexport_edge.engine.models.config_values import ModelError, read_json
 from aiexport_edge.engine.models.vision_config import VisionConfig
 
 FILE = "preprocessor_config.json"
@@ -42,30 +41,16 @@ def load_patch_config(directory: Path | str, vision: VisionConfig | None = None)
     values = None
     if not file.exists() and (directory / _NESTED_FILE).exists():
         file = directory / _NESTED_FILE
-        values = _read(file).get("image_processor")
+        values = read_json(file).get("image_processor")
         if not isinstance(values, dict):
             raise ModelError(f"{file}: image_processor is missing; a model that sees needs it")
-    config = _Reader(_read(file) if values is None else values, file).patch_config()
+    config = _Reader(read_json(file) if values is None else values, file).patch_config()
     if vision is not None:
         for key in ("patch_size", "merge_size", "temporal_patch_size"):
             here, there = getattr(config, key), getattr(vision, key)
             if here != there:
                 raise ModelError(f"{file}: {key} is {here}, but the vision tower of config.json has {there}")
     return config
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise ModelError(f"{file} does not exist; a model that sees needs it") from None
-    except OSError as error:
-        raise ModelError(f"{file} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{file} is not a JSON object")
-    return value
 
 
 class _Reader:

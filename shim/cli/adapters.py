@@ -15,8 +15,7 @@ from aiexport_edge.proto.config import Config, ModelSpec
 from aiexport_edge.proto.config_values import CUSTOM
 from aiexport_edge.shim.cli.command import (
     CommandError,
-    common_options,
-    json_option,
+    actions_of,
     load_config,
     opened_store,
     plain,
@@ -38,19 +37,7 @@ COLUMNS = ("full_id", "workspace", "base", "path", "created_at")
 
 def add_arguments(_name: str, parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    actions = parser.add_subparsers(metavar="ACTION", required=True)
-
-    def action(name: str, help_text: str, example: str, run: Any) -> argparse.ArgumentParser:
-        sub: argparse.ArgumentParser = actions.add_parser(
-            name,
-            help=help_text,
-            description=help_text,
-            epilog=f"example:\n  aiexport-edge adapters {example}\n",
-            parents=[common_options()],
-        )
-        json_option(sub)
-        sub.set_defaults(run=run)
-        return sub
+    action = actions_of(parser, "adapters")
 
     adding = "add --workspace acme --base apex-sonnet-4-20250501 --id support /srv/adapters/support"
     add = action("add", "serve a PEFT directory as a workspace's own model", adding, _add)

@@ -6,8 +6,7 @@ import argparse
 from typing import Any
 
 from aiexport_edge.shim.cli.command import (
-    common_options,
-    json_option,
+    actions_of,
     load_config,
     opened_store,
     print_json,
@@ -26,19 +25,7 @@ LISTED = 1000
 
 def add_arguments(_name: str, parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    actions = parser.add_subparsers(metavar="ACTION", required=True)
-
-    def action(name: str, help_text: str, example: str, run: Any) -> argparse.ArgumentParser:
-        sub: argparse.ArgumentParser = actions.add_parser(
-            name,
-            help=help_text,
-            description=help_text,
-            epilog=f"example:\n  aiexport-edge batches {example}\n",
-            parents=[common_options()],
-        )
-        json_option(sub)
-        sub.set_defaults(run=run)
-        return sub
+    action = actions_of(parser, "batches")
 
     listing = action("list", f"the newest {LISTED:,} batches", "list --workspace acme --json", _list)
     listing.add_argument("--workspace", metavar="NAME", help="its batches alone (default: everybody's)")

@@ -60,6 +60,31 @@ def json_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
+def actions_of(
+    parser: argparse.ArgumentParser, command: str
+) -> Callable[[str, str, str, Callable[[argparse.Namespace], int]], argparse.ArgumentParser]:
+    """What adds an action to a command's parser: its name, its help, an example (what comes after the command's name)
+    and what runs it. Every action takes the common options and `--json`.
+    """
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+
+    def action(
+        name: str, help_text: str, example: str, run: Callable[[argparse.Namespace], int]
+    ) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = actions.add_parser(
+            name,
+            help=help_text,
+            description=help_text,
+            epilog=f"example:\n  aiexport-edge {command} {example}\n",
+            parents=[common_options()],
+        )
+        json_option(sub)
+        sub.set_defaults(run=run)
+        return sub
+
+    return action
+
+
 def argument_type(parse: Callable[[str], T], name: str) -> Callable[[str], T]:
     """`parse` as an argparse type whose `ValueError` text reaches the person."""
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiexport_edge.shim.cli.command import (
     CommandError,
-    common_options,
-    json_option,
+    actions_of,
     load_config,
     opened_store,
     plain,
@@ -42,33 +41,21 @@ example:
 
 
 def add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(metavar="ACTION", required=True)
-
-    def action(verb: str, help_text: str, run: Any) -> argparse.ArgumentParser:
-        sub: argparse.ArgumentParser = actions.add_parser(
-            verb,
-            help=help_text,
-            description=help_text,
-            epilog=f"example:\n  aiexport-edge {name} {verb}\n",
-            parents=[common_options()],
-        )
-        json_option(sub)
-        sub.set_defaults(run=run)
-        return sub
+    action = actions_of(parser, name)
 
     if name == "signing-keys":
         parser.epilog = SIGNING_EPILOG
-        rotate = action("rotate", "sign with a new key; live tokens stay good", _rotate_signing)
+        rotate = action("rotate", "sign with a new key; live tokens stay good", "rotate", _rotate_signing)
         rotate.add_argument(
             "--end-tokens", action="store_true", help="end all live tokens: the old key may be in other hands"
         )
-        action("list", "the keys that sign or still verify", _list_signing)
+        action("list", "the keys that sign or still verify", "list", _list_signing)
     else:
         parser.epilog = MASTER_EPILOG
-        action("list", "the master keys here, and how much is sealed under each", _list_master)
-        action("rotate", "make a new master key and seal everything under it", _rotate_master)
-        action("reseal", "seal everything under the newest master key", _reseal)
-        action("prune", "drop the master keys under which nothing is sealed any more", _prune)
+        action("list", "the master keys here, and how much is sealed under each", "list", _list_master)
+        action("rotate", "make a new master key and seal everything under it", "rotate", _rotate_master)
+        action("reseal", "seal everything under the newest master key", "reseal", _reseal)
+        action("prune", "drop the master keys under which nothing is sealed any more", "prune", _prune)
 
 
 # ---------------------------------------------------------------------------------------------------- signing keys

@@ -9,9 +9,8 @@ from typing import Any
 
 from aiexport_edge.proto.units import parse_duration
 from aiexport_edge.shim.cli.command import (
+    actions_of,
     argument_type,
-    common_options,
-    json_option,
     load_config,
     opened_store,
     plain,
@@ -31,20 +30,8 @@ ONCE = "the key is shown only now; keep it where your program reads it"
 
 def add_arguments(_name: str, parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    action = actions_of(parser, "keys")
     duration = argument_type(parse_duration, "duration")
-
-    def action(name: str, help_text: str, example: str, run: Any) -> argparse.ArgumentParser:
-        sub: argparse.ArgumentParser = actions.add_parser(
-            name,
-            help=help_text,
-            description=help_text,
-            epilog=f"example:\n  aiexport-edge keys {example}\n",
-            parents=[common_options()],
-        )
-        json_option(sub)
-        sub.set_defaults(run=run)
-        return sub
 
     create = action("create", "make a key and show it once", "create --workspace acme --expires 90d", _create)
     create.add_argument("--workspace", metavar="NAME", required=True)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from datetime import timedelta
-from typing import Any
 
 from aiexport_edge.proto.units import parse_duration
 from aiexport_edge.shim.cli.command import (
+    actions_of,
     argument_type,
-    common_options,
-    json_option,
     load_config,
     opened_store,
     plain,
@@ -32,20 +30,8 @@ COLUMNS = ("client_id", "workspace", "scopes", "created_at", "old_secret_expires
 
 def add_arguments(_name: str, parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    action = actions_of(parser, "oauth-clients")
     duration = argument_type(parse_duration, "duration")
-
-    def action(name: str, help_text: str, example: str, run: Any) -> argparse.ArgumentParser:
-        sub: argparse.ArgumentParser = actions.add_parser(
-            name,
-            help=help_text,
-            description=help_text,
-            epilog=f"example:\n  aiexport-edge oauth-clients {example}\n",
-            parents=[common_options()],
-        )
-        json_option(sub)
-        sub.set_defaults(run=run)
-        return sub
 
     create = action("create", "make a client and show its secret once", "create --workspace acme", _create)
     create.add_argument("--workspace", metavar="NAME", required=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aiexport_edge.shim.cli.command import (
-    common_options,
-    json_option,
+    actions_of,
     load_config,
     opened_store,
     plain,
@@ -30,19 +29,7 @@ example:
 
 def add_arguments(_name: str, parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    actions = parser.add_subparsers(metavar="ACTION", required=True)
-
-    def action(name: str, help_text: str, example: str, run: Any) -> argparse.ArgumentParser:
-        sub: argparse.ArgumentParser = actions.add_parser(
-            name,
-            help=help_text,
-            description=help_text,
-            epilog=f"example:\n  aiexport-edge webhooks {example}\n",
-            parents=[common_options()],
-        )
-        json_option(sub)
-        sub.set_defaults(run=run)
-        return sub
+    action = actions_of(parser, "webhooks")
 
     secret = action("secret", "the secret that signs a workspace's webhooks", "secret --workspace acme", _secret)
     secret.add_argument("--workspace", metavar="NAME", required=True)

@@ -10,9 +10,8 @@ from aiexport_edge.proto.config import PLANS
 from aiexport_edge.proto.config_limits import MAX_REQUESTS_PER_MINUTE, MAX_TOKENS_PER_DAY, UNLIMITED
 from aiexport_edge.shim.cli.command import (
     CommandError,
+    actions_of,
     argument_type,
-    common_options,
-    json_option,
     load_config,
     opened_store,
     plain,
@@ -37,19 +36,7 @@ example:
 
 def add_arguments(_name: str, parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    actions = parser.add_subparsers(metavar="ACTION", required=True)
-
-    def action(name: str, help_text: str, example: str, run: Any) -> argparse.ArgumentParser:
-        sub: argparse.ArgumentParser = actions.add_parser(
-            name,
-            help=help_text,
-            description=help_text,
-            epilog=f"example:\n  aiexport-edge workspaces {example}\n",
-            parents=[common_options()],
-        )
-        json_option(sub)
-        sub.set_defaults(run=run)
-        return sub
+    action = actions_of(parser, "workspaces")
 
     create = action("create", "make a workspace", "create acme --plan pro", _create)
     create.add_argument("name", metavar="NAME", help="lower-case letters, digits and _, at most 63")

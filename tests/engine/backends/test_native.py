@@ -6,79 +6,19 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
+from support.backend_driver import Listener, idle, new_core, request, run, state, until
 from support.scripted_core import command, core_config, undisturbed
 
-from aiexport_edge.engine.backends.base import BackendRequest, ModelState
+from aiexport_edge.engine.backends.base import ModelState
 from aiexport_edge.engine.backends.native import MAX_KILLS, STEP_TIMEOUT_S, NativeBackend
-from aiexport_edge.engine.core.protocol import FinishReason, Priority, Sampling, pack_ids
+from aiexport_edge.engine.core.protocol import FinishReason
 
 POISON = 4242
-
-
-class Listener:
-    """Notes what it is told; `count(n)` waits for that many tokens, `end` for the end."""
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-        self.ids: list[int] = []
-        self.cached = 0
-        self.outcome: FinishReason | str | None = None
-        self._event = asyncio.Event()
-
-    def started(self, cached_tokens: int) -> None:
-        self.told.append("started")
-        self.cached = cached_tokens
-        self._event.set()
-
-    def tokens(self, ids: Sequence[int]) -> None:
-        if self.told[-1] != "tokens":
-            self.told.append("tokens")
-        self.ids.extend(ids)
-        self._event.set()
-
-    def finished(self, reason: FinishReason) -> None:
-        self.told.append("finished")
-        self.outcome = reason
-        self._event.set()
-
-    def failed(self, message: str) -> None:
-        self.told.append("failed")
-        self.outcome = message
-        self._event.set()
-
-    async def count(self, num_ids: int) -> None:
-        while len(self.ids) < num_ids and self.outcome is None:
-            self._event.clear()
-            await self._event.wait()
-
-    async def end(self) -> FinishReason | str:
-        while self.outcome is None:
-            self._event.clear()
-            await self._event.wait()
-        return self.outcome
-
-
-def request(
-    prompt: list[int], num_tokens: int, *, output: Sequence[int] = (), stop_ids: tuple[int, ...] = ()
-) -> BackendRequest:
-    return BackendRequest(
-        model=0,
-        prompt_ids=pack_ids(prompt),
-        output_ids=pack_ids(list(output)),
-        max_tokens=num_tokens,
-        stop_ids=stop_ids,
-        sampling=Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0),
-        tenant="t",
-        weight=1.0,
-        salt=b"",
-        priority=Priority.INTERACTIVE,
-    )
 
 
 @asynccontextmanager
@@ -95,46 +35,11 @@ async def running(
         await backend.stop()
 
 
-async def state(backend: NativeBackend, wanted: ModelState) -> None:
-    """Waits until the models are in a state."""
-    changed = asyncio.Event()
-    backend.on_status(changed.set)
-    while backend.statuses()[0].state is not wanted:
-        changed.clear()
-        await changed.wait()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Waits for what nobody announces."""
-    while not condition():  # noqa: ASYNC110
-        await asyncio.sleep(0.005)
-
-
-async def pages_free(backend: NativeBackend) -> None:
-    """Waits until the core says that no page is in use."""
-
-    def free() -> bool:
-        core = backend.stats().core
-        return core is not None and core.pages_used == core.running == core.waiting == 0
-
-    await until(free)
-
-
 def counters(backend: NativeBackend) -> tuple[int, int, int]:
     """Steps, prompt tokens and output tokens of all cores."""
     core = backend.stats().core
     assert core is not None
     return core.steps, core.model_prompt_tokens[0], core.model_output_tokens[0]
-
-
-async def new_core(backend: NativeBackend, old: int) -> int:
-    """Waits until another process than `old` is the core."""
-    await until(lambda: backend.stats().core_pid not in (0, old))
-    return backend.stats().core_pid
-
-
-def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 120))
 
 
 def test_a_request_from_start_to_end() -> None:
@@ -197,7 +102,7 @@ def test_after_abort_and_finish_nothing_is_told_and_pages_are_free(verb: str) ->
             assert other.ids == undisturbed([2], 50)
             assert listener.ids == seen
             assert listener.outcome is None
-            await pages_free(backend)
+            await idle(backend)
             getattr(backend, verb)(handle)  # has ended: ignored
 
     run(test())
@@ -287,7 +192,7 @@ def test_requests_outlive_their_core(number: signal.Signals) -> None:
             assert late.ids == undisturbed([99], 5)
             assert backend.stats().core_restarts == 1
             # Counters go on over the lives of cores.
-            await pages_free(backend)
+            await idle(backend)
             assert all(now > then for now, then in zip(counters(backend), before, strict=True))
 
     run(test())
