@@ -146,12 +146,21 @@ def _cut(text: str, value: Fraction, unit: Fraction, places: int, bounds: Bounds
             used = len(text) - text.index(".") - 1
             return [seq(Text(text), Repeat(chars(_DIGITS), 0, MAX_FRACTION_DIGITS - used))]
         return [seq(Text(text), maybe(FRACTION))]
+    if bounds.low_strict and value == bounds.low and (bounds.high is None or value + unit <= bounds.high):
+        return [_beyond(text if has_point else f"{text}.")]
     options: list[Expression] = [Text(text)] if bounds.has(value) else []
     if places:
         for digit in range(10):
             longer = f"{text}{'' if has_point else '.'}{digit}"
             options += _cut(longer, value + digit * unit / 10, unit / 10, places - 1, bounds)
     return options
+
+
+def _beyond(text: str) -> Expression:
+    """What begins with `text`, which has a point, and is more than it: further digits that are not all zero."""
+    left = MAX_FRACTION_DIGITS - (len(text) - text.index(".") - 1) - 1
+    zeros = left // 2
+    return seq(Text(text), Repeat(chars("0"), 0, zeros), chars("123456789"), Repeat(chars(_DIGITS), 0, left - zeros))
 
 
 def _places(value: Fraction) -> int:

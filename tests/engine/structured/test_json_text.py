@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aiexport_edge.engine.structured import numbers
@@ -129,6 +129,9 @@ decimals = st.builds(lambda n, places: Fraction(n, 10**places), st.integers(-500
 
 
 @settings(max_examples=150, deadline=None)
+@example(Fraction(0), Fraction(1), True, False, [Fraction(1, 100), Fraction(1, 1000)])
+@example(Fraction(-1), Fraction(0), False, True, [Fraction(-1, 1000)])
+@example(Fraction(5, 2), Fraction(3), True, True, [Fraction(2501, 1000), Fraction(2999, 1000)])
 @given(decimals, decimals, st.booleans(), st.booleans(), st.lists(decimals, max_size=20))
 def test_numbers_within_bounds(one: Fraction, other: Fraction, low_strict: bool, high_strict: bool, tried: Any) -> None:
     low, high = sorted((one, other))
