@@ -1,12 +1,13 @@
 """A child process that is asked one thing at a time, within a time: for work that a stranger's input could make long,
 large or deadly. The engine process itself never does such work.
 
-Owns the child's life and the frames between the two (4 bytes of little-endian length, then the body). Does not know
-what is asked. `serve` is the child's side.
+Owns the child's life and the messages between the two: how many parts, then each part behind its length (4 bytes,
+little-endian). Does not know what is asked. `serve` is the child's side.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -34,6 +35,7 @@ class Worker:
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        """`command` is given `--fd N` besides."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._popen = subprocess.Popen(
@@ -50,13 +52,14 @@ class Worker:
         self._socket = ours
         self.pid = self._popen.pid
 
-    def ask(self, question: bytes, timeout_s: float) -> bytes:
-        """The answer's body. Raises `WorkerDied` and `TimeoutError`; then it is of no more use: `end` it."""
+    def ask(self, question: Sequence[bytes], timeout_s: float) -> list[bytes]:
+        """The parts of the answer. Raises `WorkerDied` and `TimeoutError`; then it is of no more use: `end` it."""
         deadline = time.monotonic() + timeout_s
         try:
             self._wait_at_most(deadline)
-            self._socket.sendall(LENGTH.pack(len(question)) + question)
-            return self._receive(LENGTH.unpack(self._receive(LENGTH.size, deadline))[0], deadline)
+            _send(self._socket, question)
+            num_parts = LENGTH.unpack(self._receive(LENGTH.size, deadline))[0]
+            return [self._receive_part(deadline) for _ in range(num_parts)]
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EWOULDBLOCK):
                 self._popen.kill()
@@ -73,6 +76,9 @@ class Worker:
         self._popen.kill()
         return self._popen.wait()
 
+    def _receive_part(self, deadline: float) -> bytes:
+        return self._receive(LENGTH.unpack(self._receive(LENGTH.size, deadline))[0], deadline)
+
     def _receive(self, num_bytes: int, deadline: float) -> bytes:
         pieces: list[bytes] = []
         left = num_bytes
@@ -83,7 +89,7 @@ class Worker:
                 raise WorkerDied
             pieces.append(piece)
             left -= len(piece)
-        return b"".join(pieces)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _wait_at_most(self, deadline: float) -> None:
         """The kernel's timeouts rather than Python's, whose sockets do not block: one read then takes all there is."""
@@ -95,7 +101,7 @@ class Worker:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
 
 
-def serve(fd: int, answer: Callable[[bytes], bytes], *, memory_bytes: int) -> None:
+def serve(fd: int, answer: Callable[[list[bytes]], Sequence[bytes]], *, memory_bytes: int) -> None:
     """The child's side: answers until its parent is gone. It may take `memory_bytes` of address space besides what is
     loaded, and writes no files.
     """
@@ -109,15 +115,26 @@ def serve(fd: int, answer: Callable[[bytes], bytes], *, memory_bytes: int) -> No
     ):
         resource.setrlimit(what, (value, value))
     sock = socket.socket(fileno=fd)
-    while (head := _receive_all(sock, LENGTH.size)) is not None:
-        question = _receive_all(sock, LENGTH.unpack(head)[0])
-        if question is None:
-            return
-        body = answer(question)
-        sock.sendall(LENGTH.pack(len(body)) + body)
+    with contextlib.suppress(EOFError):
+        while True:
+            _send(sock, answer(_receive_message(sock)))
 
 
-def _receive_all(sock: socket.socket, num_bytes: int) -> bytes | None:
-    """None where the socket has ended."""
+def _send(sock: socket.socket, parts: Sequence[bytes]) -> None:
+    sock.sendall(LENGTH.pack(len(parts)))
+    for part in parts:
+        sock.sendall(LENGTH.pack(len(part)))
+        sock.sendall(part)
+
+
+def _receive_message(sock: socket.socket) -> list[bytes]:
+    num_parts = LENGTH.unpack(_receive_all(sock, LENGTH.size))[0]
+    return [_receive_all(sock, LENGTH.unpack(_receive_all(sock, LENGTH.size))[0]) for _ in range(num_parts)]
+
+
+def _receive_all(sock: socket.socket, num_bytes: int) -> bytes:
+    """Raises EOFError where the socket has ended."""
     data = sock.recv(num_bytes, socket.MSG_WAITALL) if num_bytes else b""
-    return data if len(data) == num_bytes else None
+    if len(data) < num_bytes:
+        raise EOFError
+    return data

@@ -8,12 +8,7 @@ that megabytes of pixels do not pass through the event loop.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
-import os
-import socket
-import struct
-import subprocess
 import sys
 import threading
 import time
@@ -25,20 +20,15 @@ import msgspec
 
 from aiexport_edge.engine.images.limits import FORMATS, ImageError, ImageLimits
 from aiexport_edge.engine.images.patches import PatchConfig
-from aiexport_edge.engine.images.worker import LENGTH, Answer, Decoded, Failed, Job
-from aiexport_edge.proto.lifetime import PARENT_PID
+from aiexport_edge.engine.images.worker import Answer, Failed, Job
+from aiexport_edge.engine.workers import Worker, WorkerDied
 
 log = logging.getLogger(__name__)
 
 WORKER_COMMAND = (sys.executable, "-m", "aiexport_edge.engine.images.worker")
 IDLE_S = 60.0  # then a worker ends
 DEATHS = 2  # of workers that one file may cost: the first may have been no fault of it
-_ENVIRONMENT = {
-    "OPENBLAS_NUM_THREADS": "1",  # numpy is there for its arrays alone
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),  # what a picture took goes back when it is done
-}
+_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # what a picture took goes back when it is done
 
 
 class PoolError(Exception):
@@ -73,8 +63,8 @@ class ImagePool:
         self._command = command
         self._threads = ThreadPoolExecutor(num_workers, "images")
         self._lock = threading.Lock()
-        self._idle: list[tuple[_Worker, float]] = []  # and since when; the last used is used first
-        self._busy: set[_Worker] = set()
+        self._idle: list[tuple[Worker, float]] = []  # and since when; the last used is used first
+        self._busy: set[Worker] = set()
         self._closed = False
         self._reaping: asyncio.TimerHandle | None = None
 
@@ -111,25 +101,28 @@ class ImagePool:
     # ------------------------------------------------------------------------------------------ in a thread
 
     def _decode(self, data: bytes, media_type: str, patches: PatchConfig) -> Pixels:
-        job = Job(media_type, len(data), self.limits, patches)
+        question = [msgspec.msgpack.encode(Job(media_type, self.limits, patches)), data]
         for _ in range(DEATHS):
             worker = self._take()
+            usable = False
             try:
-                answer, pixels = worker.ask(job, data, self._timeout_s)
-            except _DiedError:
+                body, *pixels = worker.ask(question, self._timeout_s)
+                usable = True
+            except WorkerDied:
                 log.warning("a worker for pictures died (%s) of a file of %d bytes", worker.end(), len(data))
                 continue
             except TimeoutError:
                 log.warning("a picture of %d bytes took longer than %.0f s", len(data), self._timeout_s)
                 raise ImageError("the image takes too long to decode; send a smaller one") from None
             finally:
-                self._give_back(worker)
+                self._give_back(worker, usable=usable)
+            answer = _ANSWERS.decode(body)
             if isinstance(answer, Failed):
                 raise ImageError(answer.message)
-            return Pixels(answer.rows, answer.columns, answer.digest, pixels)
+            return Pixels(answer.rows, answer.columns, answer.digest, pixels[0])
         raise ImageError("the file is broken: decoding it failed")
 
-    def _take(self) -> _Worker:
+    def _take(self) -> Worker:
         with self._lock:
             if self._closed:
                 raise PoolError("The engine is ending.")
@@ -138,7 +131,7 @@ class ImagePool:
                 self._busy.add(worker)
                 return worker
         try:
-            worker = _Worker(self._command, self.limits)
+            worker = Worker([*self._command, *_arguments(self.limits)], _ENVIRONMENT)
         except OSError as error:
             log.error("no worker for pictures can be started: %s", error)
             raise PoolError("Pictures cannot be decoded just now.") from error
@@ -148,10 +141,10 @@ class ImagePool:
                 worker.kill()
         return worker
 
-    def _give_back(self, worker: _Worker) -> None:
+    def _give_back(self, worker: Worker, *, usable: bool) -> None:
         with self._lock:
             self._busy.discard(worker)
-            if worker.usable and not self._closed:
+            if usable and not self._closed:
                 self._idle.append((worker, time.monotonic()))
                 return
         worker.end()
@@ -170,81 +163,8 @@ class ImagePool:
         self._reaping = asyncio.get_running_loop().call_later(self._idle_s, self._reap) if left else None
 
 
-class _DiedError(Exception):
-    """The worker is no more."""
-
-
-class _Worker:
-    """One process. `ask` from one thread at a time. Raises OSError where there is no process to be had."""
-
-    def __init__(self, command: Sequence[str], limits: ImageLimits) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        arguments = ["--fd", str(theirs.fileno()), "--max-bytes", str(limits.max_bytes)]
-        arguments += ["--max-pixels", str(limits.max_pixels)]
-        try:
-            self._popen = subprocess.Popen(
-                [*command, *arguments],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, **_ENVIRONMENT, PARENT_PID: str(os.getpid())},
-            )
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        self._socket = ours
-        self.usable = True
-
-    def ask(self, job: Job, data: bytes, timeout_s: float) -> tuple[Answer, bytes]:
-        """The answer and the pixels that follow it. Raises `_DiedError` and `TimeoutError`; then it is not usable."""
-        deadline = time.monotonic() + timeout_s
-        self.usable = False
-        body = msgspec.msgpack.encode(job)
-        try:
-            self._wait_at_most(deadline)
-            self._socket.sendall(LENGTH.pack(len(body)) + body)
-            self._socket.sendall(data)
-            answer = _ANSWERS.decode(self._receive(LENGTH.unpack(self._receive(LENGTH.size, deadline))[0], deadline))
-            pixels = self._receive(answer.num_bytes, deadline) if isinstance(answer, Decoded) else b""
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EWOULDBLOCK):
-                self._popen.kill()
-                raise TimeoutError from None
-            raise _DiedError from None
-        self.usable = True
-        return answer, pixels
-
-    def kill(self) -> None:
-        """Ends it at once; whoever waits for its answer is told."""
-        self._popen.kill()
-
-    def end(self) -> int:
-        """Reaps it and frees what it used. Its exit status, as `subprocess` has it."""
-        self._socket.close()
-        self._popen.kill()
-        return self._popen.wait()
-
-    def _receive(self, num_bytes: int, deadline: float) -> bytes:
-        pieces: list[bytes] = []
-        left = num_bytes
-        while left:
-            self._wait_at_most(deadline)
-            piece = self._socket.recv(left, socket.MSG_WAITALL)
-            if not piece:
-                raise _DiedError
-            pieces.append(piece)
-            left -= len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def _wait_at_most(self, deadline: float) -> None:
-        """The kernel's timeouts rather than Python's, whose sockets do not block: one read then takes all there is."""
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise BlockingIOError(errno.EAGAIN, "the time is over")
-        value = struct.pack("ll", *divmod(int(left * 1e6) + 1, 1_000_000))  # a timeval; 0 would be for ever
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+def _arguments(limits: ImageLimits) -> list[str]:
+    return ["--max-bytes", str(limits.max_bytes), "--max-pixels", str(limits.max_pixels)]
 
 
 _ANSWERS = msgspec.msgpack.Decoder(Answer)

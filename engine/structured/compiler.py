@@ -72,7 +72,7 @@ class Compiler:
         check_size(grammar)
         for _ in range(DEATHS):
             try:
-                answer = self._started().ask(grammar, self._timeout_s)
+                (answer,) = self._started().ask([grammar], self._timeout_s)
             except WorkerDied:
                 log.warning("the process that compiles schemas died (%d) of one of %d bytes", self.end(), len(grammar))
                 continue

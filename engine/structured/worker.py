@@ -1,7 +1,7 @@
 """A process that compiles schemas for the engine: `python -m aiexport_edge.engine.structured.worker --fd N`.
 
 A question is the text of a JSON Schema; the answer is `b"+"` and the packed grammar, or `b"-"` and why there is none:
-its place and problem, as JSON.
+its place and problem, as JSON. Each is a message of one part.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from aiexport_edge.proto.lifetime import die_with_parent
 MEMORY_BYTES = 512 << 20  # the largest schema that is taken has needed a fifth
 
 
-def answer(question: bytes) -> bytes:
+def answer(question: list[bytes]) -> list[bytes]:
     """See the module."""
     try:
-        return b"+" + pack(compile_grammar(question))
+        return [b"+" + pack(compile_grammar(question[0]))]
     except UnsupportedSchema as error:
-        return b"-" + msgspec.json.encode((error.place, error.problem))
+        return [b"-" + msgspec.json.encode((error.place, error.problem))]
     except (MemoryError, RecursionError):
-        return b"-" + msgspec.json.encode(("", TOO_LARGE))
+        return [b"-" + msgspec.json.encode(("", TOO_LARGE))]
 
 
 def main() -> int:
