@@ -15,7 +15,11 @@ _MENDED = "_aiexport_edge_mended"
 
 
 def mend_adapters() -> None:
-    """Let tokens without an adapter be, in the vLLM of this process."""
+    """Let tokens without an adapter be, in the vLLM of this process; on a card there is nothing to mend."""
+    import vllm
+
+    if not vllm.platforms.current_platform.is_cpu():
+        return
     import vllm.lora.ops.torch_ops as exported
     from vllm.lora.ops.torch_ops import lora_ops
     from vllm.lora.punica_wrapper import punica_cpu

@@ -17,7 +17,7 @@ from pathlib import Path
 from aiexport_edge.engine.backends.base import StartListener
 from aiexport_edge.engine.backends.core_process import CoreProcess
 from aiexport_edge.engine.backends.native import STEP_TIMEOUT_S, NativeBackend
-from aiexport_edge.engine.backends.vllm.plugin import ATTENTION
+from aiexport_edge.engine.backends.vllm.plugin import ADAPTERS, ATTENTION
 from aiexport_edge.engine.backends.vllm.protocol import WorkerConfig
 from aiexport_edge.proto.lifetime import PARENT_PID
 
@@ -65,6 +65,8 @@ class VllmBackend(NativeBackend):
         environment = worker_environment(path, Path(interpreter), gpus=gpus, num_threads=num_threads, is_split=is_split)
         if config.attention != "auto":
             environment[ATTENTION] = "1"
+        if config.adapter_slots:
+            environment[ADAPTERS] = "1"
         super().__init__(
             config,
             spawn=lambda: CoreProcess(worker, environment=environment),

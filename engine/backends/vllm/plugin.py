@@ -7,16 +7,15 @@ import os
 from aiexport_edge.engine.backends.vllm.descendants import bind_if_descendant
 
 ATTENTION = "AIEXPORT_EDGE_VLLM_ATTENTION"  # set where our attention is to take the place of vLLM's
+ADAPTERS = "AIEXPORT_EDGE_VLLM_ADAPTERS"  # set where there are adapters
 
 
 def register() -> None:
-    """Binds the process to the worker that it belongs to; mends what vLLM does on a processor; brings our attention in
-    where it is wanted.
+    """Binds the process to the worker that it belongs to; brings in our attention and the mend of adapters where they
+    are wanted.
     """
     bind_if_descendant()
-    import vllm
-
-    if vllm.platforms.current_platform.is_cpu():
+    if os.environ.get(ADAPTERS):
         from aiexport_edge.engine.backends.vllm.adapters import mend_adapters
 
         mend_adapters()
