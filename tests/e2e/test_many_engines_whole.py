@@ -84,25 +84,22 @@ def test_one_drained_and_one_killed_under_load_cost_no_stream(fleet: Fleet) -> N
         async with fleet.client() as client:
             return [(await stream(client, body)).text for body in bodies(number)]
 
-    async def disturbed() -> tuple[list[Reply], float]:
+    async def disturbed() -> list[Reply]:
         begun = asyncio.Event()
         running = asyncio.create_task(streams(fleet, number, begun, after=number))
         await asyncio.wait([running, asyncio.create_task(begun.wait())], return_when=asyncio.FIRST_COMPLETED)
         drained, killed, left = fleet.engines
         drained.drain()
-        killed.freeze()  # what it has now is not going to end there
-        await asyncio.sleep(1.5)  # the gauges are set once a second
-        cut = fleet.num_placed(killed)
         killed.kill()
         replies = await running
         assert left.process is not None
         assert left.process.poll() is None
-        return replies, cut
+        return replies
 
     expected = asyncio.run(undisturbed())
     placed = [engine.stats().models[0].output_tokens for engine in fleet.engines]
     assert all(placed), "every engine has had work"
-    replies, cut = asyncio.run(disturbed())
+    replies = asyncio.run(disturbed())
     assert [reply.status for reply in replies] == [200] * number
     assert [reply.error for reply in replies] == [None] * number
     assert [reply.text for reply in replies] == expected
@@ -110,7 +107,6 @@ def test_one_drained_and_one_killed_under_load_cost_no_stream(fleet: Fleet) -> N
     drained, killed, _ = fleet.engines
     assert drained.process is not None
     assert drained.process.wait(120) == 0
-    assert fleet.log().count("goes on at engine") >= cut
 
     # What comes back gets work again.
     killed.start()
@@ -185,13 +181,9 @@ def test_two_native_engines_and_one_of_vllm_behind_one_tier(tmp_path: Path) -> N
             begun = asyncio.Event()
             running = asyncio.create_task(streams(fleet, number, begun, after=number, asked=asked))
             await asyncio.wait([running, asyncio.create_task(begun.wait())], return_when=asyncio.FIRST_COMPLETED)
-            engines[2].freeze()
-            await asyncio.sleep(1.5)  # the gauges are set once a second
-            cut = fleet.num_placed(engines[2])
             engines[2].kill()
             engines[0].drain()
             replies = await running
-            assert fleet.log().count("goes on at engine") >= cut
         return calm, replies
 
     try:

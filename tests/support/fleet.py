@@ -71,11 +71,6 @@ class EngineProcess:
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
 
-    def freeze(self) -> None:
-        """Nothing of it runs any more; its connections stay."""
-        assert self.process is not None
-        os.killpg(self.process.pid, signal.SIGSTOP)
-
     def kill(self) -> None:
         """The server and its core, at once."""
         assert self.process is not None
@@ -95,7 +90,7 @@ class Fleet:
         self._directory = directory
         self._config = config
         self._port, self._admin_port = free_port(), free_port()
-        self.base_url, self.admin_url = (f"http://127.0.0.1:{port}" for port in (self._port, self._admin_port))
+        self.base_url = f"http://127.0.0.1:{self._port}"
         self.key = ""
         self._shim: subprocess.Popen[bytes] | None = None
 
@@ -125,12 +120,6 @@ class Fleet:
             return int(reply.json()["engines"]["serving"])
         except httpx.HTTPError:
             return 0
-
-    def num_placed(self, engine: EngineProcess) -> float:
-        """Requests that the shim has at an engine."""
-        line = f'aiexport_engine_requests{{engine="{engine.address}"}} '
-        lines = httpx.get(f"{self.admin_url}/metrics", timeout=10).text.splitlines()
-        return sum(float(each.removeprefix(line)) for each in lines if each.startswith(line))
 
     def client(self) -> httpx.AsyncClient:
         limits = httpx.Limits(max_connections=None)
