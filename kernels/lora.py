@@ -57,11 +57,6 @@ class LoraTable:
             torch.tensor(ends, dtype=torch.int64),
         )
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the device."""
-        return self.a.nbytes + self.b.nbytes + self.ranks.nbytes
-
     def put(self, slot: int, parts: Sequence[tuple[torch.Tensor, torch.Tensor] | None]) -> None:
         """Fill a slot: of each part its factors [r, K] and [n, r], scaled, or None where the adapter leaves it alone.
 

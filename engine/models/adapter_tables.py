@@ -86,11 +86,6 @@ class HostAdapters:
         self._kept: OrderedDict[bytes, HostAdapter] = OrderedDict()
         self._num_bytes = 0
 
-    @property
-    def num_bytes(self) -> int:
-        """Of all that are kept."""
-        return self._num_bytes
-
     def get(self, path: str, digest: bytes) -> HostAdapter:
         """The adapter with this digest, read from the directory `path` where it is not here.
 
@@ -145,11 +140,6 @@ class ModelAdapters:
             config, capacity_bytes=host_bytes, max_rank=max_rank, dtype=self.layers[0].qkv.a.dtype
         )
         self._in_slot: list[bytes] = [b""] * num_slots
-
-    @property
-    def nbytes(self) -> int:
-        """On the device."""
-        return sum(table.nbytes for layer in self.layers for table in layer.by_product().values())
 
     def place(self, slot: int, path: str, digest: bytes) -> None:
         """See to it that `slot` holds this adapter. No launched step may read the slot.
