@@ -273,7 +273,7 @@ def test_doctor_names_each_problem_and_its_remedy(cli: Cli, tmp_path: Path) -> N
         file = tmp_path / "edge.toml"
         file.write_text(
             f'[shim]\nport = {port}\n[[models]]\nids = ["a"]\nfamily = "opus"\nsource = "half"\n'
-            '[store]\nurl = "nodatabase://x"\n'
+            f'[store]\nurl = "nodatabase://x"\n[admin]\nlisten = "127.0.0.1:{free_port()}"\n'
         )
         out, _ = cli("doctor", "--config", str(file), "--json", status=1)
     problems = {check["name"]: check for check in json.loads(out)["checks"] if check["status"] == "problem"}

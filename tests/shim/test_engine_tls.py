@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 import pytest
 from support.certificates import Authority
+from support.edge import free_port
 from support.scripted_engine import ScriptedEngine
 from support.shim_server import HAIKU, ShimServer, until
 
@@ -156,9 +157,7 @@ def test_a_shim_and_an_engine_that_know_each_other(
     credentials = grpc.ssl_server_credentials(
         [(engine_key.read_bytes(), engine_cert.read_bytes())], authority.file.read_bytes(), True
     )
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = int(found.getsockname()[1])
+    port = free_port()
     engine = ScriptedEngine(f"127.0.0.1:{port}", credentials=credentials)
     engine.start()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from support.edge import free_port
 from support.scripted_engine import ScriptedEngine
 from support.shim_server import HAIKU, ShimServer, until
 
@@ -160,9 +160,7 @@ def test_a_real_name(on_port: Callable[..., ScriptedEngine], tmp_path: Path, unu
 
 @pytest.fixture
 def unused_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    return free_port()
 
 
 # ---------------------------------------------------------------------------------------------------- elsewhere

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -32,10 +33,20 @@ SONNET = "apex-sonnet-4-20250501"
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on just now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port of loopback that nobody listens on just now, nor on the next, which is the admin listener's by default.
+
+    Not of those that the system gives to outgoing connections: between this look and a server's start, a busy machine
+    could give it away.
+    """
+    while True:
+        port = random.randrange(10_000, 32_000)
+        try:
+            with socket.socket() as first, socket.socket() as second:
+                first.bind(("127.0.0.1", port))
+                second.bind(("127.0.0.1", port + 1))
+        except OSError:
+            continue
+        return port
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
