@@ -88,7 +88,7 @@ def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: st
         memory_share=config.engine.memory_share,
         kernel_cache=str(config.kernel_cache),
         max_image_tokens=config.images.max_tokens,
-        adapter_slots=config.adapters.slots if config.adapters.roots else 0,
+        adapter_slots=config.adapters.card_slots,
         max_adapter_rank=config.adapters.max_rank,
         adapter_host_bytes=config.adapters.host_bytes,
     )
@@ -119,8 +119,7 @@ def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: st
         ready_fd=ready_fd,
         otlp_endpoint=config.telemetry.otlp_endpoint,
         images=_images(config.images),
-        adapter_roots=config.adapters.roots,
-        max_adapter_rank=config.adapters.max_rank,
+        adapter_roots=config.adapter_roots,
     )
     try:
         progress = StartProgress([fact.name for fact in facts])

@@ -64,8 +64,8 @@ def check(config: Config, card: int | None) -> dict[str, Any]:
         max_step_tokens=engine.max_step_tokens,
         memory_share=engine.memory_share,
         pool_bytes=engine.pool_bytes,
-        adapter_slots=config.adapters.slots if config.adapters.roots else 0,
-        max_adapter_rank=config.adapters.max_rank,
+        adapter_slots=config.adapters.card_slots,
+        max_adapter_rank=config.adapters.card_rank,
         max_image_tokens=config.images.max_tokens,
     )
     document["models"] = [asdict(model) for model in memory.models]

@@ -8,6 +8,10 @@ own columns of the output.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +19,8 @@ import torch
 
 NO_ADAPTER = -1
 RANK_MULTIPLE = 16  # tables are padded to it, with zeros
+_NO_RESERVE = mmap.MAP_ANONYMOUS | (0x4000 if sys.platform == "linux" else 0)  # mmap(2) calls it MAP_NORESERVE
+_NO_LARGE_PAGES = getattr(mmap, "MADV_NOHUGEPAGE", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +29,8 @@ class LoraTable:
 
     a [S, P, R, K]: the first factors of the P parts of a fused product. b [S, R, N]: the second factors, transposed and
     side by side, with alpha / r in them; columns from `ends[p-1]` to `ends[p]` belong to part p. ranks int32 [S]: rows
-    of `a` and `b` from there on are zero up to a multiple of RANK_MULTIPLE and are not read beyond. R is a multiple of
-    RANK_MULTIPLE. On a CPU in float32, on a GPU in the model's dtype.
+    of `a` and `b` from there on are zero up to a multiple of RANK_MULTIPLE and are not read beyond, where anything may
+    lie. R is a multiple of RANK_MULTIPLE. On a CPU in float32, on a GPU in the model's dtype.
     """
 
     a: torch.Tensor
@@ -44,14 +50,16 @@ class LoraTable:
         dtype: torch.dtype,
         device: torch.device,
     ) -> LoraTable:
-        """Slots of rank 0, which add nothing. `part_sizes`: columns of the output by part; `dtype` is the model's."""
-        if device.type == "cpu":
-            dtype = torch.float32
+        """Slots of rank 0, which add nothing. `part_sizes`: columns of the output by part; `dtype` is the model's.
+
+        On a CPU they take no memory before they are filled.
+        """
+        dtype = table_dtype(dtype, device)
         rank = -(-max_rank // RANK_MULTIPLE) * RANK_MULTIPLE
         ends = tuple(sum(part_sizes[: part + 1]) for part in range(len(part_sizes)))
         return cls(
-            torch.zeros((num_slots, len(ends), rank, in_features), dtype=dtype, device=device),
-            torch.zeros((num_slots, rank, ends[-1]), dtype=dtype, device=device),
+            _zeros((num_slots, len(ends), rank, in_features), dtype, device),
+            _zeros((num_slots, rank, ends[-1]), dtype, device),
             torch.zeros(num_slots, dtype=torch.int32, device=device),
             ends,
             torch.tensor(ends, dtype=torch.int64),
@@ -62,22 +70,38 @@ class LoraTable:
 
         Ranks may differ between parts; each is at most R.
         """
-        self.a[slot].zero_()
-        self.b[slot].zero_()
-        rank, start = 0, 0
+        rank = max((factors[0].shape[0] for factors in parts if factors is not None), default=0)
+        read = -(-rank // RANK_MULTIPLE) * RANK_MULTIPLE
+        self.a[slot, :, :read].zero_()
+        self.b[slot, :read].zero_()
+        start = 0
         for part, (factors, end) in enumerate(zip(parts, self.ends, strict=True)):
             if factors is not None:
                 first, second = factors
                 own_rank = first.shape[0]
                 self.a[slot, part, :own_rank].copy_(first)
                 self.b[slot, :own_rank, start:end].copy_(second.t())
-                rank = max(rank, own_rank)
             start = end
         self.ranks[slot] = rank
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
         self.ranks[slot] = 0
+
+
+def table_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What the factors of a model of `dtype` are kept in."""
+    return torch.float32 if device.type == "cpu" else dtype
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On a CPU, pages of the system's that are there once they are written to; small ones: a slot is rarely filled."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, max(1, math.prod(shape)) * dtype.itemsize, flags=mmap.MAP_PRIVATE | _NO_RESERVE)
+    with contextlib.suppress(OSError):  # a system without large pages
+        memory.madvise(_NO_LARGE_PAGES)
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 def add_lora_reference(out: torch.Tensor, x: torch.Tensor, slots: torch.Tensor, table: LoraTable) -> None:

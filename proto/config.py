@@ -189,6 +189,16 @@ class Config:
         return Path(os.environ.get("TRITON_CACHE_DIR") or self.state / "kernels")
 
     @property
+    def adapter_copies(self) -> Path:
+        """Where adapters that lie in no root are copied to."""
+        return self.state / "adapters"
+
+    @property
+    def adapter_roots(self) -> tuple[Path, ...]:
+        """Below which an engine reads adapters."""
+        return (self.adapter_copies, *self.adapters.roots)
+
+    @property
     def engine_addresses(self) -> tuple[str, ...]:
         """The engines a shim connects to."""
         return self.shim.engines or (self.engine.listen,)

@@ -31,6 +31,7 @@ _SIZES = frozenset(
     }
 )
 _AUTO = frozenset({"deterministic", "eager"})  # where they are None
+_COUNTS = frozenset({"max_step_tokens", "slots", "max_rank"})  # where they are 0
 _ABSENT = frozenset({"redis_url", "quantization", "gpus"})  # where they are empty
 _LIMITS = frozenset({"requests_per_minute", "tokens_per_day"})
 _SECTIONS = (
@@ -89,7 +90,7 @@ def _section(value: Any, leave_out: Iterable[str] = ()) -> dict[str, Any]:
 def _plain(name: str, value: Any) -> Any:
     if name in _SIZES:
         return format_size(value) if value else "auto"
-    if (name in _AUTO and value is None) or (name == "max_step_tokens" and not value):
+    if (name in _AUTO and value is None) or (name in _COUNTS and not value):
         return "auto"
     if name in _LIMITS and value is None:
         return UNLIMITED

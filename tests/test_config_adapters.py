@@ -17,10 +17,18 @@ def written(directory: Path, text: str) -> Path:
     return path
 
 
-def test_no_adapter_is_served_by_default(tmp_path: Path) -> None:
+def test_by_default_a_card_keeps_nothing_for_adapters(tmp_path: Path) -> None:
     config = load(written(tmp_path, ""), tmp_path)
     assert config.adapters == AdaptersConfig()
     assert config.adapters.roots == ()
+    assert config.adapter_roots == (tmp_path / "adapters",)
+    assert config.adapters.card_slots == 0
+    shown = written(tmp_path, config_text.to_toml(config))
+    assert 'slots = "auto"' in shown.read_text()
+    assert load(shown, tmp_path).adapters == config.adapters
+    named = load(written(tmp_path, '[adapters]\nroots = ["/srv"]\n'), tmp_path)
+    assert (named.adapters.card_slots, named.adapters.card_rank) == (8, 64)
+    assert load(written(tmp_path, "[adapters]\nslots = 3\n"), tmp_path).adapters.card_slots == 3
     assert config.plans["enterprise"].families == ("opus", "sonnet", "haiku", "custom")
     assert "custom" not in config.plans["pro"].families
 
@@ -49,8 +57,8 @@ def test_every_key(tmp_path: Path) -> None:
     [
         ('roots = "/srv"', 'adapters.roots: must be a list of directories such as ["/srv/adapters"]'),
         ("roots = [7]", "adapters.roots: must be a text"),
-        ("slots = 0", "adapters.slots: must be a whole number from 1 to 1024"),
-        ("max_rank = 512", "adapters.max_rank: must be a whole number from 1 to 256"),
+        ("slots = 0", 'adapters.slots: must be "auto" or a whole number from 1 to 1024'),
+        ("max_rank = 512", 'adapters.max_rank: must be "auto" or a whole number from 1 to 256'),
         ("input_surcharge = -1", "adapters.input_surcharge: must be a price"),
         ("slot = 3", 'adapters.slot: unknown key; did you mean "slots"?'),
     ],

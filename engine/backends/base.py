@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
-from aiexport_edge.engine.core.protocol import AdapterRef, CoreStats, FinishReason, ImageInput, Priority, Sampling
+from aiexport_edge.engine.core.protocol import (
+    AdapterRef,
+    AdapterRoom,
+    CoreStats,
+    FinishReason,
+    ImageInput,
+    Priority,
+    Sampling,
+)
 from aiexport_edge.engine.structured.vocabulary import Vocabulary
 
 
@@ -26,12 +34,14 @@ class ModelState(Enum):
 @dataclass(frozen=True, slots=True)
 class ModelStatus:
     """`message` says why a model failed, for the operator. `capacity_tokens`: the longest sequence, prompt and output
-    together, that the backend's memory holds; 0 while it is not known.
+    together, that the backend's memory holds; 0 while it is not known. `adapters`: the room for them; None while it is
+    not known.
     """
 
     state: ModelState
     message: str = ""
     capacity_tokens: int = 0
+    adapters: AdapterRoom | None = None
 
 
 class RequestListener(Protocol):

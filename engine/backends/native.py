@@ -336,7 +336,7 @@ class NativeBackend:
                 self._add(handle, live)
         self._set_statuses(
             [
-                ModelStatus(ModelState.READY, capacity_tokens=capacities.get(index, 0))
+                ModelStatus(ModelState.READY, capacity_tokens=capacities.get(index, 0), adapters=ready.adapters)
                 for index in range(len(self._config.models))
             ]
         )

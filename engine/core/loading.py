@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 import torch
 
+from aiexport_edge.engine.adapters.peft import MAX_RANK
 from aiexport_edge.engine.core.accelerator import Accelerator, CudaAccelerator
 from aiexport_edge.engine.core.device import keep_kernels, select_device
 from aiexport_edge.engine.core.encoder import encoding_bytes, eyes_of, picture_bytes
@@ -23,7 +24,7 @@ from aiexport_edge.engine.core.kv_memory import (
     pool_shape,
     smallest_shape,
 )
-from aiexport_edge.engine.core.protocol import CoreConfig
+from aiexport_edge.engine.core.protocol import AdapterRoom, CoreConfig
 from aiexport_edge.engine.core.runner import Runner, untold
 from aiexport_edge.engine.core.warm_up import Progress
 from aiexport_edge.engine.models.adapter_tables import ModelAdapters
@@ -32,6 +33,8 @@ from aiexport_edge.engine.models.loader import LoadedModel, load_model
 from aiexport_edge.kernels.threads import set_num_threads
 
 STEP_TOKENS_CPU, STEP_TOKENS_CARD = 512, 2048  # a card's products are busy from about a thousand rows on
+
+CPU_SLOTS, CARD_RANK = 8, 64  # places for adapters, and their rank, where nobody says
 
 
 def load(
@@ -102,7 +105,7 @@ def make_runner(
 
     Raises ModelError with a sentence for the operator.
     """
-    adapters = [_adapters_of(config, model, device) for model in models]
+    adapters = [_adapters_of(config, model, device, is_card=accelerator is not None) for model in models]
     needs = [
         ModelNeed(model.name, model.config.kv_bytes_per_token(model.kv_dtype.itemsize), model.context_window)
         for model in models
@@ -160,21 +163,25 @@ def make_runner(
     return runner
 
 
-def _adapters_of(config: CoreConfig, model: LoadedModel, device: torch.device) -> ModelAdapters | None:
+def _adapters_of(
+    config: CoreConfig, model: LoadedModel, device: torch.device, *, is_card: bool
+) -> ModelAdapters | None:
     """Empty places for the model's adapters. Raises ModelError where there is no memory for them."""
-    if not config.adapter_slots:
+    if is_card and not config.adapter_slots:
         return None
+    room = AdapterRoom(
+        config.adapter_slots or CPU_SLOTS, config.max_adapter_rank or (CARD_RANK if is_card else MAX_RANK)
+    )
     try:
         return ModelAdapters(
             model.config,
-            num_slots=config.adapter_slots,
-            max_rank=config.max_adapter_rank,
+            room=room,
             host_bytes=config.adapter_host_bytes,
             dtype=model.dtype,
             device=device,
         )
     except torch.OutOfMemoryError as error:
         raise ModelError(
-            f"{config.adapter_slots} adapters of rank {config.max_adapter_rank} for model {model.name} do not fit into "
+            f"{room.slots} adapters of rank {room.max_rank} for model {model.name} do not fit into "
             f"the memory of {device} beside the weights; lower adapters.slots or adapters.max_rank"
         ) from error

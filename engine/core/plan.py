@@ -18,6 +18,7 @@ import msgspec
 
 from aiexport_edge.engine.core.pictures import Eyes, Key
 from aiexport_edge.engine.core.prefill_pace import PrefillPace
+from aiexport_edge.engine.core.protocol import AdapterRoom
 from aiexport_edge.engine.core.request import Request
 
 # Stands in `Request.token_ids` for an id that a planned step draws and that has not been committed.
@@ -144,6 +145,11 @@ class StepRunner(Protocol[Launched]):
     @property
     def picture_bytes(self) -> int:
         """What there is room for of the features of pictures."""
+        ...
+
+    @property
+    def adapter_room(self) -> AdapterRoom:
+        """Of each model."""
         ...
 
     def launch(self, plan: StepPlan) -> Launched:

@@ -122,14 +122,14 @@ def _serve(config: CoreConfig, runner: StepRunner[Any], channel: Channel, suspec
         batch_floor_share=config.batch_floor_share,
         pictures=Pictures(runner.eyes, capacity_bytes=runner.picture_bytes),
         pace=runner.pace,
-        num_adapter_slots=config.adapter_slots,
+        num_adapter_slots=runner.adapter_room.slots,
     )
     loop = StepLoop(channel=channel, scheduler=scheduler, runner=runner, suspects=suspects)
     models = [
         ModelReady(model, runner.tokens_per_page[model], runner.weight_bytes[model], scheduler.capacity_tokens(model))
         for model in range(len(config.models))
     ]
-    channel.send(encode_from_core(Ready(models, loop.stats())))
+    channel.send(encode_from_core(Ready(models, loop.stats(), runner.adapter_room)))
     gc.freeze()  # what is loaded stays: no collection walks over it between steps
     gc.enable()
     loop.run()

@@ -56,7 +56,8 @@ class CoreConfig(msgspec.Struct, frozen=True, array_like=True):
     """The first frame to a core. `page_bytes`, `pool_bytes` and `max_step_tokens` 0: chosen by the core; `num_threads`
     0: all cores. `memory_share` is the pool's part of what a card's memory has left, where `pool_bytes` is 0. Compiled
     kernels are kept in `kernel_cache`; "": where Triton does it by itself. Each model has `adapter_slots` places for
-    adapters of at most `max_adapter_rank` on the device; others wait in `adapter_host_bytes` of memory, or on disk.
+    adapters of at most `max_adapter_rank` on the device; others wait in `adapter_host_bytes` of memory, or on disk. 0:
+    none on a card, some on a CPU, where they take no memory before there are adapters; what the device has room for.
     Pictures of more than `max_image_tokens` are not sent; 0: of more than their model's own bound.
     """
 
@@ -218,11 +219,19 @@ class ModelReady(msgspec.Struct, frozen=True, array_like=True):
     capacity_tokens: int = 0
 
 
+class AdapterRoom(msgspec.Struct, frozen=True, array_like=True):
+    """How many adapters each model has places for on the device, and of which rank at most."""
+
+    slots: int = 0
+    max_rank: int = 0
+
+
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     """Sent once: every model is loaded and warm."""
 
     models: list[ModelReady]
     stats: CoreStats
+    adapters: AdapterRoom = AdapterRoom()
 
 
 class LoadFailed(msgspec.Struct, frozen=True, array_like=True, tag="load_failed"):

@@ -25,7 +25,7 @@ from aiexport_edge.engine.core.encoder import Encoder, eyes_of, picture_bytes
 from aiexport_edge.engine.core.kv_memory import KVMemory
 from aiexport_edge.engine.core.plan import Chunk, ModelPlan, StepPlan, StepResult
 from aiexport_edge.engine.core.prefill_pace import PrefillPace
-from aiexport_edge.engine.core.protocol import CoreConfig
+from aiexport_edge.engine.core.protocol import AdapterRoom, CoreConfig
 from aiexport_edge.engine.core.request import Status
 from aiexport_edge.engine.core.warm_up import Progress, dummy_request, largest_steps, warm_up
 from aiexport_edge.engine.core.warm_up_pictures import hold_largest_picture
@@ -81,7 +81,7 @@ class Runner:
     `num_models`; `tokens_per_page`, `context_windows` and `weight_bytes` by model; `memory` is what the pages lie in.
     With `keep_logits`, `last_logits` holds the float32 logits [vocabulary] that each id of the last step was drawn
     from, by request handle: for tests. With an `accelerator`, decodes are graphs, unless `graphed` is off. `adapters`
-    by model, None where it has none.
+    by model, None where it has none; `adapter_room` is what each has for them.
     """
 
     def __init__(
@@ -119,6 +119,7 @@ class Runner:
             for index, model in enumerate(models)
         ]
         self._adapters = list(adapters) or [None] * len(models)
+        self.adapter_room = next((of_model.room for of_model in self._adapters if of_model), AdapterRoom())
         self.eyes = [eyes_of(model, config.max_image_tokens) for model in models]
         self.picture_bytes = picture_bytes(self.eyes)
         self._encoder = Encoder([model.tower for model in models], accelerator)

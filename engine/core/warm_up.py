@@ -46,7 +46,6 @@ def warm_up(runner: Runner, graphs: Sequence[DecodeGraphs], progress: Progress) 
             parts += [_step(runner, *chunks) for chunks in _short_steps(runner, model)]
             prompt = dummy_request(runner, model, _short(runner, model))
             parts += [_plan(runner, plan) for plan in picture_steps(runner, model, [prompt])]
-            parts += [_step(runner, *chunks) for chunks in _adapted_steps(runner, model, [_short(runner, model)])]
     for done, part in enumerate(parts):
         progress(done, len(parts))
         part()

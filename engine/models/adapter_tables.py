@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from aiexport_edge.engine.adapters.peft import AdapterError, read_adapter
+from aiexport_edge.engine.core.protocol import AdapterRoom
 from aiexport_edge.engine.models.config import ModelConfig
-from aiexport_edge.kernels.lora import LoraTable
+from aiexport_edge.kernels.lora import LoraTable, table_dtype
 
 Parts = list[tuple[Tensor, Tensor] | None]  # of a fused product: both factors, scaled, or None
 
@@ -121,25 +123,36 @@ class HostAdapters:
 
 
 class ModelAdapters:
-    """The adapters of one model: `layers` on the device, the rest in host memory or on disk."""
+    """The adapters of one model: `layers` on the device, the rest in host memory or on disk.
+
+    A card's memory is taken at once, that of a CPU by the adapters that are placed there, as much as they need.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
         *,
-        num_slots: int,
-        max_rank: int,
+        room: AdapterRoom,
         host_bytes: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.layers: Sequence[LayerAdapters] = empty_layers(
-            config, num_slots=num_slots, max_rank=max_rank, dtype=dtype, device=device
+        self.room = room
+        self._make_layers = partial(
+            empty_layers, config, num_slots=room.slots, max_rank=room.max_rank, dtype=dtype, device=device
         )
+        self._layers = None if device.type == "cpu" else self._make_layers()
         self._host = HostAdapters(
-            config, capacity_bytes=host_bytes, max_rank=max_rank, dtype=self.layers[0].qkv.a.dtype
+            config, capacity_bytes=host_bytes, max_rank=room.max_rank, dtype=table_dtype(dtype, device)
         )
-        self._in_slot: list[bytes] = [b""] * num_slots
+        self._in_slot: list[bytes] = [b""] * room.slots
+
+    @property
+    def layers(self) -> Sequence[LayerAdapters]:
+        """The tables. On a CPU they are made when they are first asked for."""
+        if self._layers is None:
+            self._layers = self._make_layers()
+        return self._layers
 
     def place(self, slot: int, path: str, digest: bytes) -> None:
         """See to it that `slot` holds this adapter. No launched step may read the slot.

@@ -63,7 +63,6 @@ class ServerConfig:
     otlp_endpoint: str | None = None
     images: ImageConfig = field(default_factory=ImageConfig)
     adapter_roots: Sequence[Path] = ()
-    max_adapter_rank: int = 0
 
 
 class Server:
@@ -78,7 +77,7 @@ class Server:
         images = config.images
         pool = ImagePool(images.limits, num_workers=images.num_workers, timeout_s=images.timeout_s)
         pictures = Pictures(pool, held_bytes=images.held_bytes, max_count=images.max_count)
-        adapters = AdapterRegistry(config.models, roots=config.adapter_roots, max_rank=config.max_adapter_rank)
+        adapters = AdapterRegistry(self._models, roots=config.adapter_roots, on_status=backend.on_status)
         self._generations = Generations(self._models, backend, admission, pictures, adapters, self._tracer)
         self._service = EngineService(self._generations, config.outbox)
         self._tasks: list[asyncio.Task[None]] = []

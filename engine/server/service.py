@@ -127,9 +127,7 @@ class EngineService(EngineServicer):
     ) -> pb.Adapter:
         adapters = self._generations.adapters
         try:
-            adapter = await self._generations.in_thread(adapters.read, request)
-            adapters.add(adapter)
-            return to_proto(adapter)
+            return to_proto(await adapters.load(request, self._generations.in_thread))
         except errors.RequestError as error:
             await errors.abort(context, error.detail)
 
@@ -142,7 +140,10 @@ class EngineService(EngineServicer):
     async def ListAdapters(
         self, request: pb.ListAdaptersRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> pb.ListAdaptersResponse:
-        return pb.ListAdaptersResponse(adapters=map(to_proto, self._generations.adapters.list()))
+        adapters = self._generations.adapters
+        return pb.ListAdaptersResponse(
+            adapters=map(to_proto, adapters.served()), leaving=map(to_proto, adapters.leaving())
+        )
 
     async def Stats(self, request: pb.StatsRequest, context: grpc.aio.ServicerContext[Any, Any]) -> pb.StatsResponse:
         stats = self._generations.backend.stats()

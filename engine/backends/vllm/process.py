@@ -25,6 +25,7 @@ from aiexport_edge.engine.backends.vllm.protocol import WorkerConfig, decode_wor
 from aiexport_edge.engine.backends.vllm.worker import AsyncEngine, EngineDead, Worker
 from aiexport_edge.engine.core.channel import Channel, ChannelClosed
 from aiexport_edge.engine.core.protocol import (
+    AdapterRoom,
     LoadFailed,
     ModelReady,
     Ready,
@@ -133,7 +134,8 @@ class _Process:
             lambda: Frames(self._on_frame, lambda: self._finish(0)), sock=sock
         )
         ready = ModelReady(0, engine.tokens_per_page, 0, engine.capacity_tokens)
-        self._transport.write(encode_from_core(Ready([ready], worker.stats())))
+        room = AdapterRoom(config.adapter_slots, config.max_adapter_rank)
+        self._transport.write(encode_from_core(Ready([ready], worker.stats(), room)))
         await asyncio.Event().wait()
         raise AssertionError("nobody sets it")
 

@@ -77,7 +77,6 @@ async def engine(
         tenant_queue_share=1.0,
         drain_s=5.0,
         adapter_roots=roots,
-        max_adapter_rank=16,
     )
     server = Server(config, backend)
     try:
@@ -230,6 +229,6 @@ def test_what_is_refused(place: Path, tmp_path: Path) -> None:
                 await generate(stub, ask("ft"))
             assert caught.value.code() is grpc.StatusCode.NOT_FOUND
         async with engine(place, roots=[]) as (stub, _):
-            assert "adapters.roots" in (await refusal(load(stub, "ft", one))).message
+            assert "serves no adapters" in (await refusal(load(stub, "ft", one))).message
 
     run(test())
