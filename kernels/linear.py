@@ -172,26 +172,31 @@ def _pack_own(
     return PackedWeight(parts, bias, quantized=quantized)
 
 
+def round_for_card(weight: torch.Tensor, quantize: str) -> QuantizedWeight:
+    """A float weight [N, K] rounded as a card multiplies it; `quantize` is not "none"."""
+    if quantize == "int8":
+        return Int8Weight(*quantize_int8(weight))
+    return quantize_fp8(weight) if quantize == "fp8" else quantize_int4(weight, CARD_INT4_GROUP)
+
+
 def _quantized(parts: Sequence[Weight], dtype: torch.dtype, quantize: str) -> QuantizedWeight | None:
     """The weight in the form that its device multiplies: as it came, or rounded as `quantize` asks; None: in floats.
 
     A CPU's int8 products round the weights themselves, part by part.
     """
-    is_float = all(isinstance(part, torch.Tensor) for part in parts)
-    rounds = quantize in (("int4", "fp8") if parts[0].device.type == "cpu" else ("int8", "int4", "fp8"))
-    if is_float and not rounds:
+    is_on_cpu = parts[0].device.type == "cpu"
+    rounds = quantize in (("int4", "fp8") if is_on_cpu else ("int8", "int4", "fp8"))
+    if all(isinstance(part, torch.Tensor) for part in parts) and not rounds:
         return None
     weight = stack(parts, dtype)
     if not isinstance(weight, torch.Tensor):
         return weight
     if not rounds:
         return None
-    if quantize == "int8":
-        return Int8Weight(*quantize_int8(weight))
+    if not is_on_cpu:
+        return round_for_card(weight, quantize)
     if quantize == "fp8":
         return quantize_fp8(weight)
-    if weight.device.type != "cpu":
-        return quantize_int4(weight, CARD_INT4_GROUP)
     from aiexport_edge.kernels.cpu import int4_products
 
     return int4_products.round_weight(weight)
@@ -265,13 +270,13 @@ class PackedLinear:
         self._gather: Product | None = None
         self._own: OwnProduct | None = None
         self.is_decoded = False  # quantized weights that are multiplied in floats
-        quantized = _quantized(given, dtype, quantize)
-        if quantized is not None:
-            self._own = _pack_bits(quantized, bias, dtype, deterministic=deterministic)
+        in_bits = _quantized(given, dtype, quantize)
+        if in_bits is not None:
+            self._own = _pack_bits(in_bits, bias, dtype, deterministic=deterministic)
             if self._own is not None:
                 return
-            given, quantize, self.is_decoded = [quantized.dequantize(dtype)], "none", True
-        del quantized, weight
+            given, quantize, self.is_decoded = [in_bits.dequantize(dtype)], "none", True
+        del in_bits, weight
         parts = [part if isinstance(part, torch.Tensor) else part.dequantize(dtype) for part in given]
         del given
         self._own = _pack_own(parts, bias, dtype, quantized=quantize == "int8")

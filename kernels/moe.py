@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
-from aiexport_edge.kernels.linear import PackedLinear
-from aiexport_edge.kernels.quantization import Weight, dequantized
+from aiexport_edge.kernels.linear import PackedLinear, round_for_card
+from aiexport_edge.kernels.quantization import Weight, dequantized, stack
 from aiexport_edge.kernels.swiglu import swiglu
+
+if TYPE_CHECKING:
+    from aiexport_edge.kernels.gpu.packed_moe import CardExperts
 
 
 def route_reference(logits: torch.Tensor, top_k: int, *, normalize: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,7 +65,8 @@ class Experts:
     """The experts of a layer, packed for the device: `moe_mlp_reference` with weights of its own.
 
     On a CPU only the experts that a token chose are read, each once, by products as in `PackedLinear`; on a GPU by
-    grouped products. With `deterministic` a token's bits depend on that token alone.
+    grouped products, of quantized weights in their own bits. With `deterministic` a token's bits depend on that token
+    alone.
     """
 
     def __init__(
@@ -74,25 +79,46 @@ class Experts:
     ) -> None:
         """`experts`: of each, the parts of gate_up [2*I, H] to be stacked (gate rows first), and down [H, I].
 
-        In any float dtype or quantized (a GPU decodes those into `dtype`); taken one by one, so that what is read from
-        files need not be there all at once.
+        In any float dtype or quantized; taken one by one, so that what is read from files need not be there all at
+        once. `quantize` as in `PackedLinear`.
         """
         self._deterministic = deterministic
         self._packed: list[tuple[PackedLinear, PackedLinear]] = []
-        on_gpu: list[tuple[torch.Tensor, torch.Tensor]] = []
+        on_gpu: list[tuple[Weight, Weight]] = []
         for gate_up, down in experts:
             self.hidden_size = down.shape[0]
-            if down.device.type == "cuda":
-                assert quantize == "none", "experts are quantized on CPUs only"
-                parts = [dequantized(part, dtype) for part in gate_up]
-                on_gpu.append((torch.cat(parts), dequantized(down, dtype)))
+            if _is_on_card(down):
+                on_gpu.append((_as_served(gate_up, dtype, quantize), _as_served([down], dtype, quantize)))
             else:
                 pack = partial(PackedLinear, dtype=dtype, deterministic=deterministic, quantize=quantize)
                 self._packed.append((pack(gate_up), pack(down)))
-        self._stacked = tuple(torch.stack(each) for each in zip(*on_gpu, strict=True)) if on_gpu else None
+        self._stacked: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._on_card: CardExperts | None = None
+        self.is_decoded = any(product.is_decoded for pair in self._packed for product in pair)
+        if on_gpu:
+            self._stack(on_gpu, dtype)
+
+    def _stack(self, experts: list[tuple[Weight, Weight]], dtype: torch.dtype) -> None:
+        """Lay experts on a GPU one after the other, in their own bits where its products take those."""
+        columns = [list(each) for each in zip(*experts, strict=True)]
+        experts.clear()
+        in_bits = [[weight for weight in column if not isinstance(weight, torch.Tensor)] for column in columns]
+        if all(len(of) == len(column) for of, column in zip(in_bits, columns, strict=True)):
+            from aiexport_edge.kernels.gpu import packed_moe
+
+            if dtype in packed_moe.DTYPES:
+                self._on_card = packed_moe.stack_experts(*in_bits)
+        if self._on_card is None:
+            self.is_decoded = any(in_bits)
+            gate_up, down = ([dequantized(weight, dtype) for weight in column] for column in columns)
+            self._stacked = torch.stack(gate_up), torch.stack(down)
 
     def __call__(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """x [T, H], weights float32 and experts int32 [T, k] from `route` -> [T, H] in x's dtype."""
+        if self._on_card is not None:
+            from aiexport_edge.kernels.gpu import packed_moe
+
+            return packed_moe.packed_moe(x, weights, experts, self._on_card, batch_invariant=self._deterministic)
         if self._stacked is not None:
             from aiexport_edge.kernels.gpu import moe as gpu
 
@@ -111,6 +137,18 @@ class Experts:
                 start += count
         parts *= weights.reshape(-1, 1)
         return _sum_in_order(parts.view(num_tokens, top_k, -1)).to(x.dtype)
+
+
+def _is_on_card(weight: Weight) -> bool:
+    return weight.device.type == "cuda"
+
+
+def _as_served(parts: Sequence[Weight], dtype: torch.dtype, quantize: str) -> Weight:
+    """The parts one below the other in the form that a GPU multiplies, rounded as `quantize` asks."""
+    weight = stack(parts, dtype)
+    if isinstance(weight, torch.Tensor) and quantize != "none":
+        return round_for_card(weight, quantize)
+    return weight
 
 
 def _sum_in_order(parts: torch.Tensor) -> torch.Tensor:

@@ -350,6 +350,57 @@ def _few_launches(
     ]
 
 
+def sort_launches(
+    experts: torch.Tensor, num_experts: int, block_slots: int
+) -> tuple[list[Launch], torch.Tensor, torch.Tensor]:
+    """The launches that put the slots of `experts` [T, k] in order, and what they fill: int32 `ordered` [blocks *
+    block_slots], slots or NOTHING, and `block_experts` [blocks], of each block its expert or -1.
+    """
+    num_slots, device = experts.numel(), experts.device
+    # Each expert that has slots wastes less than a block.
+    num_blocks = num_slots // block_slots + min(num_experts, num_slots)
+    counts = torch.zeros(num_experts, dtype=torch.int32, device=device)
+    ranks = torch.empty(num_slots, dtype=torch.int32, device=device)
+    first_blocks = torch.empty(num_experts, dtype=torch.int32, device=device)
+    block_experts = torch.empty(num_blocks, dtype=torch.int32, device=device)
+    ordered = torch.full((num_blocks * block_slots,), NOTHING, dtype=torch.int32, device=device)
+    small = {"BLOCK": 256, "num_warps": 4, "num_stages": 1}
+    launches = [
+        Launch(_rank, (ceil_div(num_slots, 256),), (experts, counts, ranks, num_slots), small),
+        Launch(
+            _lay_out,
+            (1,),
+            (counts, first_blocks, block_experts, num_blocks),
+            {
+                "NUM_EXPERTS": num_experts,
+                "BLOCK_SLOTS": block_slots,
+                "BLOCK_EXPERTS": next_power_of_2(num_experts),
+                "BLOCK": max(1, min(64, 8192 // next_power_of_2(num_experts))),
+                "num_warps": 4,
+                "num_stages": 1,
+            },
+        ),
+        Launch(
+            _scatter,
+            (ceil_div(num_slots, 256),),
+            (experts, ranks, first_blocks, ordered, num_slots),
+            small | {"BLOCK_SLOTS": block_slots},
+        ),
+    ]
+    return launches, ordered, block_experts
+
+
+def sum_launch(parts: torch.Tensor, out: torch.Tensor, top_k: int) -> Launch:
+    """The launch that adds up each token's slots: parts [T * k, H] float32 to out [T, H]."""
+    num_tokens, hidden = out.shape
+    return Launch(
+        _sum_parts,
+        (num_tokens, ceil_div(hidden, 1024)),
+        (parts, out),
+        {"H": hidden, "TOP_K": top_k, "BLOCK": 1024, "num_warps": 4, "num_stages": 1},
+    )
+
+
 def _grouped_launches(
     x: torch.Tensor,
     weights: torch.Tensor,
@@ -365,21 +416,24 @@ def _grouped_launches(
     num_experts, _, size = down.shape
     top_k = experts.shape[1]
     num_slots = num_tokens * top_k
-    device, element_size = x.device, x.element_size()
-    first = settings(architecture, num_slots=num_slots, num_experts=num_experts, element_size=element_size, products=2)
-    second = settings(architecture, num_slots=num_slots, num_experts=num_experts, element_size=element_size, products=1)
+    device = x.device
+
+    def settings_of(products: int) -> GroupedSettings:
+        return settings(
+            architecture,
+            num_slots=num_slots,
+            num_experts=num_experts,
+            element_size=x.element_size(),
+            products=products,
+            batch_invariant=batch_invariant,
+        )
+
+    first, second = settings_of(2), settings_of(1)
     assert first.block_slots == second.block_slots
-    # Each expert that has slots wastes less than a block.
-    num_blocks = num_slots // first.block_slots + min(num_experts, num_slots)
-    counts = torch.zeros(num_experts, dtype=torch.int32, device=device)
-    ranks = torch.empty(num_slots, dtype=torch.int32, device=device)
-    first_blocks = torch.empty(num_experts, dtype=torch.int32, device=device)
-    block_experts = torch.empty(num_blocks, dtype=torch.int32, device=device)
-    ordered = torch.full((num_blocks * first.block_slots,), NOTHING, dtype=torch.int32, device=device)
+    sort, ordered, block_experts = sort_launches(experts, num_experts, first.block_slots)
+    num_blocks = block_experts.shape[0]
     inner = torch.empty((num_slots, size), dtype=x.dtype, device=device)
     parts = torch.empty((num_slots, hidden), dtype=torch.float32, device=device)
-    block_slots = {"BLOCK_SLOTS": first.block_slots}
-    small = {"BLOCK": 256, "num_warps": 4, "num_stages": 1}
 
     def product(setting: GroupedSettings) -> dict[str, int]:
         return {
@@ -393,26 +447,7 @@ def _grouped_launches(
         }
 
     return [
-        Launch(_rank, (ceil_div(num_slots, 256),), (experts, counts, ranks, num_slots), small),
-        Launch(
-            _lay_out,
-            (1,),
-            (counts, first_blocks, block_experts, num_blocks),
-            block_slots
-            | {
-                "NUM_EXPERTS": num_experts,
-                "BLOCK_EXPERTS": next_power_of_2(num_experts),
-                "BLOCK": max(1, min(64, 8192 // next_power_of_2(num_experts))),
-                "num_warps": 4,
-                "num_stages": 1,
-            },
-        ),
-        Launch(
-            _scatter,
-            (ceil_div(num_slots, 256),),
-            (experts, ranks, first_blocks, ordered, num_slots),
-            block_slots | small,
-        ),
+        *sort,
         Launch(
             _grouped_gate_up,
             (ceil_div(size, first.block_outputs), num_blocks),
@@ -425,12 +460,7 @@ def _grouped_launches(
             (inner, weights, ordered, block_experts, down, parts),
             product(second),
         ),
-        Launch(
-            _sum_parts,
-            (num_tokens, ceil_div(hidden, 1024)),
-            (parts, out),
-            {"H": hidden, "TOP_K": top_k, "BLOCK": 1024, "num_warps": 4, "num_stages": 1},
-        ),
+        sum_launch(parts, out, top_k),
     ]
 
 

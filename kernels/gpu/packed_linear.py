@@ -87,7 +87,7 @@ def pack(weight: QuantizedWeight) -> CardWeight:
 
 
 @triton.jit
-def _decode(codes, zeros, KIND: tl.constexpr, dtype: tl.constexpr):
+def decode_tile(codes, zeros, KIND: tl.constexpr, dtype: tl.constexpr):
     """A tile [outputs, inputs] of bytes to `dtype`, exact; E4M3 times 2^-8. `zeros` [outputs] are int4's."""
     if KIND == _INT4:
         wide = codes.to(tl.int16)
@@ -128,7 +128,7 @@ def _add_product(
     zero = tl.load(zeros + group + outputs, mask=there, other=0) if KIND == _INT4 else outputs
     inside = (inputs < K)[:, None] & (tokens < num_tokens)[None, :]
     values = tl.load(x + tokens[None, :].to(tl.int64) * x_stride + inputs[:, None], mask=inside, other=0.0)
-    return total + tl.dot(_decode(codes, zero, KIND, values.dtype), values) * scale[:, None]
+    return total + tl.dot(decode_tile(codes, zero, KIND, values.dtype), values) * scale[:, None]
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -234,7 +234,7 @@ def _decode_weight(
     else:
         zero = outputs
         tile = tl.load(codes + outputs[:, None].to(tl.int64) * K + inputs[None, :], mask=inside, other=0)
-    wide = _decode(tile, zero, KIND, tl.bfloat16).to(tl.float32) * scale[:, None]
+    wide = decode_tile(tile, zero, KIND, tl.bfloat16).to(tl.float32) * scale[:, None]
     places = out + outputs[:, None].to(tl.int64) * K + inputs[None, :]
     tl.store(places, wide.to(out.dtype.element_ty), mask=inside)
 

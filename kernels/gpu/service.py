@@ -18,6 +18,7 @@ from aiexport_edge.kernels.gpu import (
     lora,
     moe,
     packed_linear,
+    packed_moe,
     paged_attention,
     qk_norm_rope,
     rms_norm,
@@ -294,6 +295,42 @@ def packed_cases(
             yield Case("fp8 product", f"{name} {bits}, {count} tokens", product)
 
 
+def packed_moe_cases(architecture: Architecture, dtype: torch.dtype, *, num_tokens: tuple[int, ...]) -> Iterator[Case]:
+    """Qwen3-30B-A3B's experts in four and eight bits."""
+    hidden, size, num_experts, top_k = 2048, 768, 128, 8
+    name = f"qwen3-30b-a3b {str(dtype).removeprefix('torch.')}"
+    for kind, group, bits in (
+        (packed_linear.INT4, 32, "int4/32"),
+        (packed_linear.INT4, 128, "int4/128"),
+        (packed_linear.INT8, 0, "int8"),
+        (packed_linear.E4M3, 0, "fp8"),
+        (packed_linear.E4M3, 128, "fp8/128"),
+    ):
+        packed = packed_moe.CardExperts(
+            *(_stacked(_card_weight(kind, shape, group), num_experts) for shape in ((2 * size, hidden), (hidden, size)))
+        )
+        for count in num_tokens:
+            launches, _ = packed_moe.packed_moe_launches(
+                _meta(count, hidden, dtype=dtype),
+                _meta(count, top_k, dtype=torch.float32),
+                _meta(count, top_k, dtype=torch.int32),
+                packed,
+                architecture=architecture,
+            )
+            for kernel, launch in zip(("packed moe gate_up", "packed moe down"), launches[-3:-1], strict=True):
+                yield Case(kernel, f"{name} {bits}, {count} tokens", launch, wide=group != 32)
+
+
+def _stacked(weight: packed_linear.CardWeight, number: int) -> packed_linear.CardWeight:
+    """So many of them, one after the other."""
+    codes, scales, zeros = (
+        _meta(number, *each.shape, dtype=each.dtype) for each in (weight.codes, weight.scales, weight.zeros)
+    )
+    return packed_linear.CardWeight(
+        weight.kind, weight.shape, codes, scales, zeros, weight.half, weight.group, weight.order
+    )
+
+
 def representative_cases(architecture: Architecture) -> Iterator[Case]:
     """Each kernel at least once, in a minute or so for three architectures."""
     for shape in REPRESENTATIVE:
@@ -303,6 +340,7 @@ def representative_cases(architecture: Architecture) -> Iterator[Case]:
     yield from moe_cases(architecture, torch.bfloat16, num_tokens=(1, 256))
     yield from lora_cases(QWEN3_8B, torch.bfloat16, num_tokens=(1, 256))
     yield from packed_cases(architecture, QWEN3_8B, torch.bfloat16, num_tokens=(1,))
+    yield from packed_moe_cases(architecture, torch.bfloat16, num_tokens=(1,))
 
 
 def service_cases(architecture: Architecture) -> Iterator[Case]:
@@ -317,6 +355,7 @@ def service_cases(architecture: Architecture) -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float16):
         yield from lora_cases(QWEN3_8B, dtype, num_tokens=(1, 256, 2048))
         yield from packed_cases(architecture, QWEN3_8B, dtype, num_tokens=(1, 32, 64))
+        yield from packed_moe_cases(architecture, dtype, num_tokens=(1, 256, 8192))
     for masked in (False, True):
         yield from sampler_cases(architecture, QWEN3_8B, masked=masked, batches=(1, 64))
         yield from moe_cases(architecture, torch.float16 if masked else torch.bfloat16, num_tokens=(1, 64, 256, 8192))

@@ -84,6 +84,9 @@ def test_settings_depend_on_how_many_slots_an_expert_has() -> None:
         for slots in (72, 4096, 100_000)
     ]
     assert blocks == [16, 32, 128]
+    assert settings(
+        KNOWN[3], num_slots=100_000, num_experts=128, element_size=2, products=2, batch_invariant=True
+    ) == settings(KNOWN[3], num_slots=8, num_experts=128, element_size=2, products=2, batch_invariant=True)
 
 
 def test_batch_invariant_bits() -> None:
