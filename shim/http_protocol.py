@@ -1,5 +1,7 @@
 """uvicorn's HTTP/1.1 protocol with what a server on an open network needs besides: bounds on a request's head, on the
 number of connections and on what a client that does not read can hold, and the error shape for what is not HTTP at all.
+
+Also what old and new clients need of it: replies without chunks for HTTP/1.0, and bodies beside an offer to upgrade.
 """
 
 from __future__ import annotations
@@ -8,12 +10,13 @@ from asyncio import TimerHandle, Transport
 from http import HTTPStatus
 from typing import Any
 
-from uvicorn._types import ASGI3Application
+import httptools
+from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from aiexport_edge.shim import logs
 from aiexport_edge.shim.errors import ApiError, HeadTooLarge, InvalidRequest, Overloaded, error_body
-from aiexport_edge.shim.response_stream import EXTENSION, ConnectionStream
+from aiexport_edge.shim.response_stream import EXTENSION, ConnectionStream, PlainStream
 from aiexport_edge.shim.store.keys import new_id
 
 MAX_HEAD_BYTES = 64 << 10
@@ -37,6 +40,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._head_timer: TimerHandle | None = None
         self._stall_timer: TimerHandle | None = None
         self._one_too_many = False
+        self._upgrade_offered = False  # by the head that has just been read
+        self._reading_copy = False  # of a head that has been read already
         self._replying: RequestResponseCycle | None = None  # `cycle` is the last that has arrived
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
@@ -62,7 +67,8 @@ class HttpProtocol(HttpToolsProtocol):
             self._refuse(Overloaded("This server has as many connections as it may have.", retry_after=1.0))
             return
         self._head_bytes += len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._parse(data)
         if self.transport.is_closing() or not self._head_bytes:
             return
         if self._head_bytes > MAX_HEAD_BYTES:
@@ -70,11 +76,53 @@ class HttpProtocol(HttpToolsProtocol):
         elif self._head_timer is None:
             self._start_timer()
 
+    # ------------------------------------------------------------------------------------------ what the parser finds
+
+    def _parse(self, data: bytes) -> None:
+        while data:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                data = data[upgrade.args[0] :]
+                self._decline_upgrade()
+            except httptools.HttpParserError:
+                self.send_400_response("Invalid HTTP request received.")
+                return
+
+    def _decline_upgrade(self) -> None:
+        """Goes on behind a head that offers another protocol, as Java's and curl's clients offer HTTP/2 by themselves.
+
+        The parser ends the message with such a head and drops its body. A new one is told of the body alone.
+        """
+        framing = [header for header in self.headers if header[0] in (b"content-length", b"transfer-encoding")]
+        head = b"".join(b"%b: %b\r\n" % header for header in framing)
+        self.parser = httptools.HttpRequestParser(self)
+        self._upgrade_offered, self._reading_copy = False, True
+        self.parser.feed_data(b"POST / HTTP/1.1\r\n" + head + b"\r\n")  # ends the message where it has no body
+        self._reading_copy = False
+
+    def on_message_begin(self) -> None:
+        if not self._reading_copy:
+            super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        if not self._reading_copy:
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._reading_copy:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         self._end_of_head()
+        if self._reading_copy:
+            return
+        self._upgrade_offered = self.parser.should_upgrade()
         super().on_headers_complete()
         if self.cycle.scope is self.scope:
-            extensions: dict[Any, Any] = {EXTENSION: ConnectionStream(self.cycle, self.loop)}
+            stream = ConnectionStream if self.scope["http_version"] != "1.0" else PlainStream
+            extensions: dict[Any, Any] = {EXTENSION: stream(self.cycle, self.loop)}
             self.scope["extensions"] = extensions
         if len(self.pipeline) > MAX_PIPELINED:
             raise InvalidRequest("Too many requests were sent before their replies.")  # ends the parser's work, too
@@ -85,13 +133,16 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._end_of_head()
-        super().on_message_complete()
+        if not self._upgrade_offered:
+            super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(InvalidRequest(msg))
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._replying = cycle
+        if cycle.scope["http_version"] == "1.0":
+            app = _without_chunks(cycle, app)
         super()._start_asgi_task(cycle, app)
 
     # ------------------------------------------------------------------------------------------ what takes no bytes
@@ -124,9 +175,13 @@ class HttpProtocol(HttpToolsProtocol):
 
         In the middle of another reply there is no place for it.
         """
-        if self._replying is not None and not self._replying.response_complete:
-            self.transport.close()
-            return
+        replying = self._replying
+        if replying is not None and not replying.response_complete:
+            if replying is not self.cycle or replying.response_started or not replying.more_body:
+                self.transport.close()
+                return
+            replying.disconnected = True  # it is the body that is wrong: the application need not wait for its rest
+            replying.message_event.set()
         request_id = new_id("req_")
         body = error_body(error, request_id)
         retry = "" if error.retry_after is None else f"retry-after: {error.retry_after:.0f}\r\n"
@@ -154,3 +209,24 @@ class HttpProtocol(HttpToolsProtocol):
     def _give_up(self) -> None:
         self._head_timer = None
         self.transport.close()
+
+
+def _without_chunks(cycle: RequestResponseCycle, app: ASGI3Application) -> ASGI3Application:
+    """`app` for a client of HTTP/1.0, which knows no chunks: a body of unknown length ends with the connection."""
+
+    async def wrapped(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        length_is_known = True
+
+        async def send_plain(message: ASGISendEvent) -> None:
+            nonlocal length_is_known
+            if message["type"] == "http.response.start":
+                length_is_known = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+                if not length_is_known:
+                    cycle.chunked_encoding = False
+            elif message["type"] == "http.response.body" and not length_is_known:
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, send_plain)
+
+    return wrapped

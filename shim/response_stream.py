@@ -100,6 +100,22 @@ class ConnectionStream:
         await self._flow.drain()
 
 
+class PlainStream(ConnectionStream):
+    """The same without chunks, for HTTP/1.0."""
+
+    __slots__ = ()
+
+    def write(self, piece: bytes) -> None:
+        if not self._cycle.disconnected:
+            self._turn(self._write, piece)
+
+    def offer(self, piece: bytes) -> bool:
+        if self._flow.write_paused:
+            return False
+        self.write(piece)
+        return True
+
+
 def stream_of(scope: Scope) -> ResponseStream:
     """The stream of the response to this request."""
     stream: ResponseStream = scope["extensions"][EXTENSION]

@@ -154,6 +154,63 @@ def test_compressed_bodies_are_not_taken(shim: ShimServer) -> None:
             assert reply.status_code == 415
 
 
+# ---------------------------------------------------------------------------------------------------- other clients
+
+COUNT = f'{{"model":"{HAIKU}","messages":[{{"role":"user","content":"COUNT 3"}}]}}'.encode()
+
+
+def post(shim: ShimServer, body: bytes, *headers: str, path: str = "/v2/messages", version: str = "1.1") -> bytes:
+    lines = [f"POST {path} HTTP/{version}", "host: x", f"x-api-key: {shim.key.key}", *headers]
+    return "\r\n".join([*lines, f"content-length: {len(body)}", "", ""]).encode() + body
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 300])
+def test_an_offer_of_http_2_costs_no_body(shim: ShimServer, pieces: int) -> None:
+    """Java's client and `curl --http2` offer an upgrade with each request over plain HTTP; it may be ignored
+    (RFC 9110, 7.8). The parser took the body for the other protocol's: every POST of theirs was an empty one."""
+    offer = ("connection: Upgrade, HTTP2-Settings", "upgrade: h2c", "http2-settings: AAMAAABkAAQAAP__")
+    chunked = b"POST /v2/messages HTTP/1.1\r\nhost: x\r\nx-api-key: %b\r\n%b\r\ntransfer-encoding: chunked\r\n\r\n" % (
+        shim.key.key.encode(),
+        "\r\n".join(offer).encode(),
+    )
+    sent = post(shim, COUNT, *offer)
+    sent += chunked + b"%x\r\n%b\r\n0\r\n\r\n" % (len(COUNT), COUNT)
+    sent += f"GET /healthz HTTP/1.1\r\nhost: x\r\n{offer[0]}\r\n{offer[1]}\r\n\r\n".encode()
+    sent += post(shim, COUNT, "connection: close")
+    size = -(-len(sent) // pieces)
+    with raw(shim) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for start in range(0, len(sent), size):
+            connection.sendall(sent[start : start + size])
+        received = until_closed(connection)
+    assert received.count(b"HTTP/1.1 200 OK\r\n") == 4
+    assert received.count(b'"type":"message"') == 3
+
+
+def test_http_1_0_gets_no_chunks(shim: ShimServer) -> None:
+    """It knows none (RFC 9112, 7.1): the body ends with the connection."""
+    for path, last in (("/v2/messages/stream", b'data: {"type":"message_stop"}\n\n'), ("/v2/messages", b"}")):
+        with raw(shim) as connection:
+            connection.sendall(post(shim, COUNT, path=path, version="1.0"))
+            head, _, body = until_closed(connection).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert b"transfer-encoding" not in head
+        assert body.startswith((b"event: message_start\n", b"{"))
+        assert body.endswith(last)
+
+
+def test_a_body_that_breaks_the_protocol_is_told_so(shim: ShimServer) -> None:
+    with raw(shim) as connection:
+        head = (
+            f"POST /v2/messages HTTP/1.1\r\nhost: x\r\nx-api-key: {shim.key.key}\r\ntransfer-encoding: chunked\r\n\r\n"
+        )
+        connection.sendall(head.encode() + b"2\r\n{}\r\nzz\r\n")
+        received = until_closed(connection)
+    assert received.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert received.count(b"HTTP/1.1") == 1
+    assert b'"type":"invalid_request_error"' in received
+
+
 # ---------------------------------------------------------------------------------------------------- TLS
 
 
