@@ -74,6 +74,7 @@ class Keys:
         created, rotated, key = await self._in_thread(
             lambda: self._rows.rotate(principal.workspace_id, key_id, grace, within=principal.scopes)
         )
+        self._services.authenticator.forget()
         old = {"old_key_id": rotated.old_key_id, "old_expires_at": _time(rotated.old_expires_at)}
         return _json(201, {**_shown(created, key), **old})
 
@@ -82,6 +83,7 @@ class Keys:
         principal = await enter(self._services, request.scope, "keys")
         key_id = request.path_params["key_id"]
         await self._in_thread(lambda: self._rows.revoke(principal.workspace_id, key_id))
+        self._services.authenticator.forget()
         return Response(status_code=204)
 
     async def _body(self, request: Request) -> Object:

@@ -78,6 +78,10 @@ class Authenticator:
                     self._trusted_until = began + TRUST_S
                 await asyncio.sleep(POLL_S)
 
+    def forget(self) -> None:
+        """Keys have been changed through this process: it need not wait for the next look at the store."""
+        self._forget(None)
+
     def _forget(self, generation: int | None) -> None:
         self._cache.clear()
         self._tokens.forget()
