@@ -59,7 +59,7 @@ class Services:
         self.threads = ThreadPoolExecutor(4, "shim")
         self.tokens = Tokens(store.database, SigningKeys(store.database, self.secrets))
         self.authenticator = Authenticator(store, self.tokens, self.threads)
-        self.adapters = Adapters(store, config.models, engines)
+        self.adapters = Adapters(store, config.models, engines, config.adapter_copies)
         self.catalog = Catalog(config.models, config.plans, engines, self.adapters, config.adapters)
         self.process_id = new_id("proc_")
         self.ledger = UsageLedger(UsageRows(store.database, self.process_id), config.store.retention)

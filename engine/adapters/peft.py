@@ -98,14 +98,24 @@ def read_adapter(directory: Path, model: ModelConfig, *, max_rank: int = MAX_RAN
 
     Raises `AdapterError`.
     """
-    config = _Config.read(directory / CONFIG)
-    file = directory / WEIGHTS
-    shapes = _shapes(file)
-    factors = _factors(file, shapes, config, model)
+    factors = read_header(directory, model)
     rank = max(each.rank for each in factors)
     if rank > max_rank:
-        raise AdapterError(f"{file}: the rank {rank} is more than {max_rank}, the most that this engine serves")
-    return Adapter(directory, _digest(directory / CONFIG, file), rank, factors)
+        raise AdapterError(
+            f"{directory / WEIGHTS}: the rank {rank} is more than {max_rank}, the most that this engine has room for"
+        )
+    return Adapter(directory, _digest(directory / CONFIG, directory / WEIGHTS), rank, factors)
+
+
+def read_header(directory: Path, model: ModelConfig) -> tuple[Factors, ...]:
+    """What `read_adapter` finds of an adapter's factors, without its numbers. Raises `AdapterError`."""
+    config = _Config.read(directory / CONFIG)
+    file = directory / WEIGHTS
+    factors = _factors(file, _shapes(file), config, model)
+    rank = max(each.rank for each in factors)
+    if rank > MAX_RANK:
+        raise AdapterError(f"{file}: the rank {rank} is more than {MAX_RANK}, the most that is served")
+    return factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +262,7 @@ def _check_place(file: Path, module: str, layer: int, product: str, model: Model
             "trained on another model?"
         )
     if "visual." in module:
-        raise AdapterError(f"{file}: {module} is part of the vision tower; adapters of the language model are served")
+        raise AdapterError(f"{file}: {module} {_refusal(module)}")
     if product.startswith("mlp.") and model.mixture is not None and layer in model.mixture.layers:
         raise AdapterError(f"{file}: {module} is no product of this model: layer {layer} is a mixture of experts")
 
@@ -273,6 +283,11 @@ def product_sizes(model: ModelConfig, product: str) -> tuple[int, int]:
 
 
 def _refusal(name: str) -> str:
+    if "visual." in name or "vision_" in name:
+        return (
+            "is part of the vision tower, which adapters cannot change here; train the language model alone: "
+            'exclude_modules=".*visual.*"'
+        )
     if "embed_tokens" in name or "lm_head" in name or "lora_embedding" in name:
         return "changes the embeddings or the head, which adapters cannot do here; train without them"
     if ".experts." in name or name.endswith(("mlp.gate.lora_A.weight", "mlp.gate.lora_B.weight")):

@@ -159,7 +159,7 @@ def _fill(source: Path, staging: Path, done: _Import) -> None:
         needed = sum(entry.size for entry in entries(source) if isinstance(entry, SourceFile))
         if not _same_disk(source, staging):
             _require_space(staging, needed, source)
-    progress = _Progress()
+    progress = Progress()
     for entry in entries(source):
         if isinstance(entry, Skipped):
             done.skipped.append(entry)
@@ -206,7 +206,7 @@ def _require_space(staging: Path, needed: int, source: Path) -> None:
         )
 
 
-def _pour(stream: Any, output: int | None, entry: SourceFile, progress: _Progress) -> str:
+def _pour(stream: Any, output: int | None, entry: SourceFile, progress: Progress) -> str:
     """Reads exactly what the source says the file holds, writes it where there is an output; its SHA-256."""
     digest = hashlib.sha256()
     total = 0
@@ -224,7 +224,7 @@ def _pour(stream: Any, output: int | None, entry: SourceFile, progress: _Progres
     return digest.hexdigest()
 
 
-class _Progress:
+class Progress:
     """Lines on stderr while it takes long."""
 
     def __init__(self) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -18,6 +19,7 @@ import grpc.aio
 from aiexport_edge.proto import engine_pb2 as pb
 
 LOAD_TIMEOUT_S = 120.0  # every byte of its files is read
+LIST_TIMEOUT_S = 5.0
 RETRY_S = 5.0
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class AdapterKeeper:
         self._wanted: Mapping[str, WantedAdapter] = {}
         self._changed = asyncio.Event()
         self._told: set[str] = set()  # whose failure is in the log
+        self._ask: Callable[[], Awaitable[pb.ListAdaptersResponse]] | None = None
 
     def want(self, adapters: Sequence[WantedAdapter]) -> None:
         """These, and no others."""
@@ -51,9 +54,21 @@ class AdapterKeeper:
     def forget(self) -> None:
         """The engine is gone, and what it had loaded with it."""
         self.loaded.clear()
+        self._ask = None
+
+    async def paths(self) -> set[str] | None:
+        """Of the adapters that the engine has, or still runs with; None where it can't be asked."""
+        if self._ask is None:
+            return None
+        try:
+            known = await self._ask()
+        except grpc.aio.AioRpcError:
+            return None
+        return {adapter.path for adapter in (*known.adapters, *known.leaving)}
 
     async def keep(self, stub: Any, metadata: Any, models: Mapping[str, object]) -> None:
         """Until cancelled: loads and unloads, for an engine with these models."""
+        self._ask = partial(stub.ListAdapters, pb.ListAdaptersRequest(), metadata=metadata, timeout=LIST_TIMEOUT_S)
         while True:
             self._changed.clear()
             for name in self.loaded - self._wanted.keys():

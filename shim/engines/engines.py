@@ -116,6 +116,12 @@ class Engines:
         for session in self.sessions:
             session.adapters.want(adapters)
 
+    async def adapter_paths(self) -> set[str] | None:
+        """The directories of all adapters that any engine has or still runs with; None while one can't be asked."""
+        of_engines = await asyncio.gather(*(session.adapters.paths() for session in self.sessions))
+        known = [paths for paths in of_engines if paths is not None]
+        return set().union(*known) if len(known) == len(of_engines) else None
+
     def _found(self, endpoints: Sequence[Endpoint]) -> None:
         """The names stand for these addresses now. One that is gone gets nothing new and ends what it has."""
         wanted = {endpoint.address: endpoint for endpoint in (*self._fixed, *endpoints)}

@@ -16,7 +16,7 @@ import grpc.aio
 
 from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.proto.engine_pb2_grpc import EngineStub
-from aiexport_edge.proto.units import split_address
+from aiexport_edge.proto.units import join_address, split_address
 from aiexport_edge.shim.engines.access import AccessError, Endpoint, EngineAccess, split_targets
 from aiexport_edge.shim.engines.discovery import resolve
 from aiexport_edge.shim.engines.handshake import why_refused
@@ -56,18 +56,24 @@ def look_at(targets: Sequence[str], access: EngineAccess) -> list[EngineSeen]:
     return asyncio.run(_look_at(targets, access))
 
 
-async def _look_at(targets: Sequence[str], access: EngineAccess) -> list[EngineSeen]:
+async def endpoints_of(targets: Sequence[str]) -> tuple[list[Endpoint], list[str]]:
+    """Every engine that `targets` stand for, those behind a name as of now; and the names that have no address."""
     fixed, names = split_targets(tuple(targets))
-    endpoints = list(fixed)
-    missing: list[EngineSeen] = []
+    endpoints = {endpoint.address: endpoint for endpoint in fixed}
+    missing = []
     for name in names:
         host, port = split_address(name)
         try:
-            found = sorted(set(await resolve(host, port)))
+            for address in sorted(set(await resolve(host, port))):
+                endpoints.setdefault(join_address(address, port), Endpoint(join_address(address, port), host))
         except (OSError, UnicodeError):
-            missing.append(EngineSeen(f"dns:///{name}", "away", "the name has no address; correct it, or its records"))
-            continue
-        endpoints += [Endpoint(f"[{each}]:{port}" if ":" in each else f"{each}:{port}", host) for each in found]
+            missing.append(f"dns:///{name}")
+    return list(endpoints.values()), missing
+
+
+async def _look_at(targets: Sequence[str], access: EngineAccess) -> list[EngineSeen]:
+    endpoints, nameless = await endpoints_of(targets)
+    missing = [EngineSeen(name, "away", "the name has no address; correct it, or its records") for name in nameless]
     return [*await asyncio.gather(*(_look(endpoint, access) for endpoint in endpoints)), *missing]
 
 

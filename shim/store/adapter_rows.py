@@ -35,11 +35,7 @@ class AdapterRows:
 
     def add(self, workspace: str, name: str, *, base: str, path: str) -> Adapter:
         """A new one, for the model `base`."""
-        if not _NAME.fullmatch(name):
-            raise InvalidValue(
-                f"{name!r} can't be the id of a fine-tuned model; use lower-case letters, digits and _, at most 63, "
-                "not _ first."
-            )
+        _check_name(name)
         row = {"id": new_id("adp_"), "name": name, "base": base, "path": path, "created_at": now_ms()}
         try:
             with write(self._database) as connection:
@@ -47,11 +43,14 @@ class AdapterRows:
                 connection.execute(insert(adapters).values(**row, workspace_id=workspace_id))
                 bump(connection)
         except IntegrityError:
-            raise NameTaken(
-                f"There is a model {full_id(workspace, name)} already; remove it first: "
-                f"aiexport-edge adapters remove {full_id(workspace, name)}"
-            ) from None
+            raise _taken(workspace, name) from None
         return _adapter({**row, "workspace": workspace})
+
+    def check_free(self, workspace: str, name: str) -> None:
+        """Raises what `add` would just now, for what takes long before it."""
+        _check_name(name)
+        if any(adapter.full_id == full_id(workspace, name) for adapter in self.list(workspace)):
+            raise _taken(workspace, name)
 
     def list(self, workspace: str | None = None) -> list[Adapter]:
         """Those of living workspaces, or of one, oldest first."""
@@ -72,6 +71,21 @@ class AdapterRows:
             connection.execute(update(adapters).where(this).values(deleted_at=now_ms()))
             bump(connection)
         return found
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise InvalidValue(
+            f"{name!r} can't be the id of a fine-tuned model; use lower-case letters, digits and _, at most 63, not _ "
+            "first."
+        )
+
+
+def _taken(workspace: str, name: str) -> NameTaken:
+    return NameTaken(
+        f"There is a model {full_id(workspace, name)} already; remove it first: "
+        f"aiexport-edge adapters remove {full_id(workspace, name)}"
+    )
 
 
 def _living() -> Select[Any]:
