@@ -88,7 +88,7 @@ class Messages:
             message_id=reply.message_id,
             workspace_id=principal.workspace_id,
             key_id=principal.key_id,
-            model=reply.model,
+            model=reply.listed.id,
             prompt_tokens=accepted.prompt_tokens,
             price=Price.per_million(spec.input_per_million, spec.output_per_million),
         )

@@ -231,7 +231,7 @@ def _succeeded(prepared: Prepared, generation: Generation, text: str, finished: 
         message_id=message["id"],
         workspace_id=leased.principal.workspace_id,
         key_id=leased.principal.key_id,
-        model=prepared.item.request.model,
+        model=prepared.listed.id,
         status="completed",
         input_tokens=prompt_tokens - cached_tokens,
         cache_read_input_tokens=cached_tokens,

@@ -156,11 +156,15 @@ def test_requests_run_below_interactive_work(client: httpx.Client, engine: Scrip
 
 def test_usage_is_that_of_the_results_at_half_the_price(client: httpx.Client, engine: ScriptedEngine) -> None:
     engine.cached_tokens = 2
-    batch = ended(client, create(client, *(body(f"COUNT {n}") for n in (1, 2, 3)), body("word " * 5000)))
+    bodies = [body(f"COUNT {n}") for n in (1, 2, 3)]
+    bodies[1]["model"] = HAIKU.rpartition("-")[0]  # the alias counts as the id that it stands for
+    batch = ended(client, create(client, *bodies, body("word " * 5000)))
     sums = {"input_tokens": 12, "cache_read_input_tokens": 6, "output_tokens": 6}
     messages = [line["result"]["message"]["usage"] for line in results(client, batch)[:3]]
     assert {name: sum(message[name] for message in messages) for name in sums} == sums
-    total = client.get("/v2/usage").json()["total"]
+    used = client.get("/v2/usage?group_by=model").json()
+    assert [row["group"] for row in used["data"]] == [HAIKU]
+    total = used["total"]
     assert {name: total[name] for name in sums} == sums
     assert total["requests"] == 3
     assert float(total["cost_usd"]) == pytest.approx((18 * 0.25 + 6 * 1.25) / 2 / 1e6)

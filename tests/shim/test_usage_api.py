@@ -64,7 +64,8 @@ def test_the_document(make_engine: Engines, make_shim: Shims) -> None:
         assert nothing == {"start": str(today - timedelta(days=29)), "end": str(today), "total": zero}
         assert get(client, group_by="model")["data"] == []
         client.post("/v2/messages", json=message("COUNT 5"))
-        client.post("/v2/messages/stream", json=message("COUNT 7", model=SONNET))
+        alias = SONNET.rpartition("-")[0]  # counts as the id that it stands for
+        client.post("/v2/messages/stream", json=message("COUNT 7", model=alias))
         client.post("/v2/messages", json=message("COUNT 1"), headers={"X-API-Key": other.key})
         by_model = get(client, group_by="model")
         assert by_model["data"] == [
