@@ -1,7 +1,7 @@
 """A request's life in the engine process: refused or accepted, tokens in, text out, ended.
 
-Owns, for each request, its text state (detokenizer, stop sequences) and its counters; for the process, which requests
-there are, the queue's bound and draining. Knows no gRPC calls: what it has to say goes into an outbox.
+Owns its text state (detokenizer, stop sequences) and its counters; what it shares with others is its owner's
+(`generations.py`). Knows no gRPC calls: what it has to say goes into an outbox.
 """
 
 from __future__ import annotations
@@ -11,22 +11,19 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from aiexport_edge.engine.backends.base import Backend, BackendRequest
+from aiexport_edge.engine.backends.base import BackendRequest
 from aiexport_edge.engine.core.protocol import AdapterRef, FinishReason, Sampling, pack_ids
-from aiexport_edge.engine.server.adapters import AdapterRegistry, ServedAdapter, check_resumed_adapter
-from aiexport_edge.engine.server.admission import Admission
+from aiexport_edge.engine.server.adapters import ServedAdapter, check_resumed_adapter
 from aiexport_edge.engine.server.errors import RequestError
 from aiexport_edge.engine.server.models import Model, ModelText
 from aiexport_edge.engine.server.outbox import Outbox
 from aiexport_edge.engine.server.pictures import (
     HeldPicture,
     ImageBlock,
-    Pictures,
     are_uploaded,
     check_images,
     hold_all,
@@ -34,6 +31,7 @@ from aiexport_edge.engine.server.pictures import (
     image_blocks,
 )
 from aiexport_edge.engine.server.prompt import (
+    INLINE_CHARACTERS,
     budget,
     check_model,
     check_request,
@@ -42,93 +40,21 @@ from aiexport_edge.engine.server.prompt import (
     num_characters,
     priority_of,
 )
-from aiexport_edge.engine.server.response_format import Format, ResponseFormats, constraint_of, is_constrained
-from aiexport_edge.engine.server.tracing import RequestTracer
+from aiexport_edge.engine.server.response_format import Format, constraint_of, is_constrained
 from aiexport_edge.engine.text.reply import ReplyText
 from aiexport_edge.engine.text.template import Encoded, Picture
 from aiexport_edge.proto import engine_pb2 as pb
 
-log = logging.getLogger(__name__)
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from aiexport_edge.engine.server.generations import Generations
 
-INLINE_CHARACTERS = 2000  # shorter prompts are tokenized on the event loop: under a millisecond
+log = logging.getLogger(__name__)
+
 _REASONS = {
     FinishReason.END_TURN: pb.FINISH_END_TURN,
     FinishReason.MAX_TOKENS: pb.FINISH_MAX_TOKENS,
     FinishReason.ABORTED: pb.FINISH_ABORTED,
 }
-
-
-class Generations:
-    """All requests of this process."""
-
-    def __init__(
-        self,
-        models: Sequence[Model],
-        backend: Backend,
-        admission: Admission,
-        pictures: Pictures,
-        adapters: AdapterRegistry,
-        tracer: RequestTracer | None = None,
-    ) -> None:
-        self.tracer = tracer
-        self.adapters = adapters
-        self.pictures = pictures
-        self.models = {model.facts.name: model for model in models}
-        self.backend = backend
-        self.admission = admission
-        self.draining = False
-        self.formats = ResponseFormats()
-        self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
-        self._live: set[Generation] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    def submit(self, request: pb.GenerateRequest, outbox: Outbox, tag: int, on_end: Callable[[], None]) -> Generation:
-        """Takes a request in; everything about it goes into `outbox` under `tag`, and then `on_end` is called."""
-        generation = Generation(self, request, outbox, tag, on_end)
-        self._live.add(generation)
-        self._idle.clear()
-        generation.begin(request)
-        return generation
-
-    async def count_tokens(self, request: pb.CountTokensRequest) -> int:
-        """Tokens of a prompt, template included. Raises `RequestError`."""
-        model, text = check_model(self.models, request.model)
-        blocks = image_blocks(request.chat)
-        check_images(blocks, model, self.pictures)
-        held = await hold_all(blocks, model.facts.vision, self.pictures)
-        try:
-            pictures = [picture.picture for picture in held]
-            if num_characters(request) <= INLINE_CHARACTERS:
-                return len(encode_prompt(request, model, text, pictures).ids)
-            return len((await self.in_thread(encode_prompt, request, model, text, pictures)).ids)
-        finally:
-            for picture in held:
-                picture.release()
-
-    async def idle(self) -> None:
-        """Returns when no request is left."""
-        await self._idle.wait()
-
-    def close(self) -> None:
-        """Frees the threads and processes."""
-        self.pictures.close()
-        self.formats.close()
-        self._executor.shutdown(wait=False, cancel_futures=True)
-
-    async def in_thread(self, function: Callable[..., T], *args: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)
-
-    def start_task(self, task: asyncio.Task[None]) -> None:
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def ended(self, generation: Generation) -> None:
-        self._live.discard(generation)
-        if not self._live:
-            self._idle.set()
 
 
 class Generation:

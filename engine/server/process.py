@@ -20,7 +20,7 @@ from aiexport_edge.engine.images.pool import ImagePool
 from aiexport_edge.engine.server.adapters import AdapterRegistry
 from aiexport_edge.engine.server.admission import Admission
 from aiexport_edge.engine.server.facts import ModelFacts
-from aiexport_edge.engine.server.generation import Generations
+from aiexport_edge.engine.server.generations import Generations
 from aiexport_edge.engine.server.listener import Listener, ListenerConfig, open_listener
 from aiexport_edge.engine.server.models import Model, any_ready, load_text
 from aiexport_edge.engine.server.outbox import DEFAULT_BOUND, OutboxBound

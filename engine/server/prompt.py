@@ -21,6 +21,7 @@ from aiexport_edge.proto import engine_pb2 as pb
 DEFAULT_MAX_TOKENS = 1024
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_CHARACTERS = 256
+INLINE_CHARACTERS = 2000  # shorter prompts are tokenized on the event loop: under a millisecond
 BLOCK_SEPARATOR = "\n"  # between the text blocks of one message
 
 _ROLES: dict[int, Literal["system", "user", "assistant"]] = {

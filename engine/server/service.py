@@ -15,7 +15,7 @@ import grpc
 from aiexport_edge.engine.backends.base import ModelState
 from aiexport_edge.engine.server import errors
 from aiexport_edge.engine.server.adapters import to_proto
-from aiexport_edge.engine.server.generation import Generations
+from aiexport_edge.engine.server.generations import Generations
 from aiexport_edge.engine.server.outbox import Outbox, OutboxBound
 from aiexport_edge.engine.server.pictures import UPLOAD_S, UploadEvents, receive_images
 from aiexport_edge.engine.server.session import Session

@@ -13,7 +13,8 @@ from typing import TypeAlias
 
 import grpc
 
-from aiexport_edge.engine.server.generation import Generation, Generations
+from aiexport_edge.engine.server.generation import Generation
+from aiexport_edge.engine.server.generations import Generations
 from aiexport_edge.engine.server.outbox import Outbox, OutboxBound
 from aiexport_edge.proto import engine_pb2 as pb
 

@@ -132,7 +132,7 @@ def _engine_row(session: Session, stats: pb.StatsResponse | None) -> Sequence[An
 
 def _model_rows(session: Session, stats: pb.StatsResponse | None) -> Iterable[Sequence[Any]]:
     counts = {} if stats is None else {model.name: model for model in stats.models}
-    for name, info in session.models.items():
+    for name, info in session.vitals.models.items():
         state = _STATES.get(info.state, "unknown") if session.connected else "unavailable"
         row = counts.get(name)
         of_row: tuple[Any, ...] = ("",) * 5

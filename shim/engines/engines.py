@@ -151,7 +151,7 @@ class Engines:
 
     def _compare(self) -> None:
         for session in self.sessions:
-            session.watches_load = len(self.sessions) > 1
+            session.vitals.watches_load = len(self.sessions) > 1
 
     # ------------------------------------------------------------------------------------------ what there is
 
@@ -160,11 +160,11 @@ class Engines:
         able = [
             session
             for session in self.sessions
-            if session.connected and not session.draining and not session.leaving and model in session.models
+            if session.connected and not session.draining and not session.leaving and model in session.vitals.models
         ]
         if any(session.can_serve(model) for session in able):
             return ModelState.READY
-        states = {session.models[model].state for session in able}
+        states = {session.vitals.models[model].state for session in able}
         if states & {pb.MODEL_LOADING, pb.MODEL_READY}:  # ready, but its engine does not serve yet
             return ModelState.LOADING
         return ModelState.FAILED if pb.MODEL_FAILED in states else ModelState.UNAVAILABLE
@@ -172,7 +172,7 @@ class Engines:
     def facts(self, model: str) -> ModelFacts | None:
         """The model's sizes; None until an engine has told them. Connected engines' word counts first."""
         for session in sorted(self.sessions, key=lambda session: not session.connected):
-            info = session.models.get(model)
+            info = session.vitals.models.get(model)
             if info is not None and info.context_window:
                 return ModelFacts(info.context_window, info.max_output_tokens, info.vision)
         return None
@@ -208,7 +208,7 @@ class Engines:
                 lost += 1
                 refusal = Overloaded("The model does not answer just now.", retry_after=RETRY_AFTER_S)
             else:
-                self._router.placed(found, session.memory)
+                self._router.placed(found, session.vitals.memory)
                 return accepted
         raise refusal or self._unavailable(generation.request)
 
@@ -244,7 +244,7 @@ class Engines:
             for session in self.sessions
             if session not in without
             and session.can_serve(model, adapter)
-            and (revision is None or session.models[model].revision == revision)
+            and (revision is None or session.vitals.models[model].revision == revision)
         ]
         if len(able) > 1:
             able = [session for session in able if session.outlier.admits] or able
@@ -254,7 +254,7 @@ class Engines:
         for_batch = generation.request.priority == pb.PRIORITY_BATCH
         choice = self._router.choose(
             found,
-            [Candidate(session.address, session.memory, session.load(for_batch=for_batch)) for session in able],
+            [Candidate(session.address, session.vitals.memory, session.load(for_batch=for_batch)) for session in able],
         )
         self.routed[choice.reason] += 1
         return able[choice.index]
@@ -341,7 +341,7 @@ class Engines:
                             return
                         await asyncio.sleep(RESUME_RETRY_S)
                     else:
-                        self._router.placed(found, session.memory)
+                        self._router.placed(found, session.vitals.memory)
                         self.num_resumed += 1
                         log.info("%s goes on at engine %s", request_id, session.address)
                         return

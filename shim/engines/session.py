@@ -1,8 +1,8 @@
 """One engine address: a gRPC channel and one bidirectional stream on it that carries every request of this process.
 
-Owns the connection, the tags, and what the engine has said of its models, its health and its load. Reconnects for ever,
-with backoff; when a session ends it hands its requests back to its owner, who decides where they go on. Knows nothing
-of HTTP, and nothing of other engines.
+Owns the connection and the tags. Reconnects for ever, with backoff; when a session ends it hands its requests back to
+its owner, who decides where they go on. Knows nothing of HTTP, and nothing of other engines; what this one says of
+itself is in its `vitals`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from enum import Enum
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from typing import Any
 
 import grpc
@@ -29,21 +29,16 @@ from aiexport_edge.shim.engines.generation import Generation, SessionLost
 from aiexport_edge.shim.engines.handshake import why_refused
 from aiexport_edge.shim.engines.outliers import Fitness, Outlier
 from aiexport_edge.shim.engines.upload import uploaded
+from aiexport_edge.shim.engines.vitals import Vitals
 
 FIRST_RETRY_S = 0.1
 LAST_RETRY_S = 0.5  # an engine that restarts is found again soon …
 AWAY_S = 60.0  # … one that has been away for so long is asked less often
 AWAY_RETRY_S = 5.0
-LOADING_REFRESH_S = 0.1  # while a model is loading
-CHECK_S = 1.0  # health and load, where there are other engines; else with the models
-REFRESH_S = 5.0  # models
-CALL_TIMEOUT_S = 15.0
 STATS_TIMEOUT_S = 3.0  # a person waits for it
 BATCH_LOAD = 0.25  # of a batch request, to an interactive one, which goes before it
 
 log = logging.getLogger(__name__)
-_SERVICE = pb.DESCRIPTOR.services_by_name["Engine"].full_name
-_memories = count(1)
 
 
 class EngineState(Enum):
@@ -75,24 +70,18 @@ class Session:
         self.connected = False
         self.draining = False
         self.leaving = False  # it gets nothing new, for good
-        self.serving = True  # as the health service says
-        self.watches_load = False  # somebody compares it with others
         self.outlier = Outlier()
-        self.memory = 0  # a number for what the engine has cached; another one where it may have lost that
         self.num_accepted = 0
         self.prompt_tokens = 0  # of requests that started here, and those of them that it had cached
         self.cached_tokens = 0
-        self.models: Mapping[str, pb.ModelInfo] = {}  # as last told, also while disconnected
         self.adapters = AdapterKeeper(self.address, on_change)
         self._client = client
         self._access = access
         self._on_lost = on_lost
         self._on_change = on_change
         self._live: dict[int, Generation] = {}
+        self.vitals = Vitals(self.address, num_mine=self._live.__len__, on_change=on_change)
         self._num_batch = 0  # of those
-        self._others = 0  # requests of other clients, as last told
-        self._core = (0, 0.0)  # whose memory it is: the core's process and when it may have begun
-        self._has_health = True
         self._next_tag = 1
         self._outgoing: deque[pb.ClientEvent] = deque()
         self._wake_writer = asyncio.Event()
@@ -110,16 +99,16 @@ class Session:
         """Whether a request for `model`, with `adapter` where it is not "", would be taken now."""
         if adapter and adapter not in self.adapters.loaded:
             return False
-        if not (self.connected and self.serving) or self.draining or self.leaving:
+        if not (self.connected and self.vitals.serving) or self.draining or self.leaving:
             return False
-        info = self.models.get(model)
+        info = self.vitals.models.get(model)
         return info is not None and info.state == pb.MODEL_READY
 
     def load(self, *, for_batch: bool) -> float:
         """How many requests one more would share the engine with, weighed by how much they would be in its way."""
         if for_batch:
-            return len(self._live) + self._others
-        return len(self._live) - (1 - BATCH_LOAD) * self._num_batch + self._others
+            return len(self._live) + self.vitals.others
+        return len(self._live) - (1 - BATCH_LOAD) * self._num_batch + self.vitals.others
 
     @property
     def state(self) -> EngineState:
@@ -129,7 +118,7 @@ class Session:
             return EngineState.LEAVING
         if self.draining:
             return EngineState.DRAINING
-        if not self.serving:
+        if not self.vitals.serving:
             return EngineState.UNHEALTHY
         match self.outlier.fitness:
             case Fitness.EJECTED:
@@ -210,7 +199,7 @@ class Session:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
                     raise
-                # else: `_keep_refreshing` has cancelled the call, not this task
+                # else: `_watch` has cancelled the call, not this task
             finally:
                 was_connected = self.connected
                 self._end()
@@ -225,9 +214,7 @@ class Session:
         async with self._access.channel(self.endpoint) as channel:
             stub = EngineStub(channel)
             metadata = self._access.metadata()
-            await self._refresh(stub, metadata)
-            await self._check(channel, metadata)
-            await self._look(stub, metadata)
+            await self.vitals.ask(channel, metadata)
             call = stub.Session(metadata=metadata)
             self._outgoing.clear()
             self._send(pb.ClientEvent(hello=pb.Hello(client=self._client)))
@@ -238,8 +225,8 @@ class Session:
             self._on_change()
             side_tasks = [
                 asyncio.create_task(self._write(call)),
-                asyncio.create_task(self._keep_refreshing(channel, stub, metadata, call)),
-                asyncio.create_task(self.adapters.keep(stub, metadata, self.models)),
+                asyncio.create_task(self._watch(channel, metadata, call)),
+                asyncio.create_task(self.adapters.keep(stub, metadata, self.vitals.models)),
             ]
             try:
                 while (outputs := await call.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
@@ -260,66 +247,17 @@ class Session:
                 return reason
         return f"{error.details()} ({error.code().name})"
 
+    async def _watch(self, channel: grpc.aio.Channel, metadata: Any, call: Any) -> None:
+        """Ends the session of an engine that does not answer what it is asked of itself."""
+        await self.vitals.keep_asking(channel, metadata)
+        call.cancel()
+
     async def _write(self, call: Any) -> None:
         while True:
             while self._outgoing:
                 await call.write(self._outgoing.popleft())
             self._wake_writer.clear()
             await self._wake_writer.wait()
-
-    async def _refresh(self, stub: Any, metadata: Any) -> None:
-        listed = await stub.ListModels(pb.ListModelsRequest(), metadata=metadata, timeout=CALL_TIMEOUT_S)
-        self.models = {model.name: model for model in listed.models}
-
-    async def _check(self, channel: grpc.aio.Channel, metadata: Any) -> None:
-        """Asks the standard health service; a server without one is taken to serve."""
-        if not self._has_health:
-            return
-        from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-        request = health_pb2.HealthCheckRequest(service=_SERVICE)
-        try:
-            reply = await health_pb2_grpc.HealthStub(channel).Check(request, metadata=metadata, timeout=CALL_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            if error.code() not in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.NOT_FOUND):
-                raise
-            self._has_health = False
-        else:
-            self.serving = reply.status == health_pb2.HealthCheckResponse.SERVING
-
-    async def _look(self, stub: Any, metadata: Any) -> None:
-        """Asks how loaded the engine is, and whether it is still the one whose memory is known."""
-        mine = len(self._live)
-        stats = await stub.Stats(pb.StatsRequest(), metadata=metadata, timeout=CALL_TIMEOUT_S)
-        self._others = max(0, stats.running + stats.waiting - max(mine, len(self._live)))
-        pid, uptime_s = self._core
-        if not self.memory or stats.core_pid != pid or stats.uptime_s < uptime_s:
-            self.memory = next(_memories)
-        self._core = (stats.core_pid, stats.uptime_s)
-
-    async def _keep_refreshing(self, channel: grpc.aio.Channel, stub: Any, metadata: Any, call: Any) -> None:
-        """Asks for health, load and the models' states. An engine that does not answer at all is as good as dead: ends
-        the session."""
-        loop = asyncio.get_running_loop()
-        refresh_at = loop.time() + REFRESH_S
-        while True:
-            loading = not self.serving or any(model.state == pb.MODEL_LOADING for model in self.models.values())
-            pause = min(CHECK_S, REFRESH_S) if self.watches_load else REFRESH_S
-            await asyncio.sleep(LOADING_REFRESH_S if loading else pause)
-            before = self.models, self.serving
-            try:
-                await self._check(channel, metadata)
-                if self.watches_load:
-                    await self._look(stub, metadata)
-                if loading or loop.time() >= refresh_at:
-                    await self._refresh(stub, metadata)
-                    refresh_at = loop.time() + REFRESH_S
-            except grpc.aio.AioRpcError as error:
-                log.warning("engine %s: does not answer (%s)", self.address, error.code().name)
-                call.cancel()
-                return
-            if (self.models, self.serving) != before:
-                self._on_change()
 
     def _dispatch(self, outputs: pb.StepOutputs) -> None:
         if outputs.draining and not self.draining:
@@ -372,7 +310,7 @@ class Session:
         self._outgoing.clear()
         lost = list(self._live.values())
         self._live.clear()
-        self._num_batch = self._others = 0
+        self._num_batch = self.vitals.others = 0
         if lost and not was_draining:
             self.outlier.lost()
         for generation in lost:

@@ -68,7 +68,7 @@ def test_status(make_engine: Callable[..., ScriptedEngine], tmp_path: Path, caps
         assert f"engine    {engine.address}: serving" in capsys.readouterr().out
 
         engine.set_serving(False)
-        until(lambda: not shim.engines.sessions[0].serving, "it is noticed")
+        until(lambda: not shim.engines.sessions[0].vitals.serving, "it is noticed")
         code, document = status(config, capsys)
         assert code == 1
         assert document["engines"][0]["state"] == "unhealthy"

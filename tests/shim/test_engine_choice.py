@@ -54,9 +54,10 @@ DRAWN = st.builds(
 
 def put(session: Session, drawn: Drawn, memory: int) -> None:
     session.connected, session.draining, session.leaving = drawn.connected, drawn.draining, drawn.leaving
-    session.serving, session.memory, session._others = drawn.serving, memory, drawn.others
+    vitals = session.vitals
+    vitals.serving, vitals.memory, vitals.others = drawn.serving, memory, drawn.others
     state = pb.MODEL_READY if drawn.ready else pb.MODEL_LOADING
-    session.models = {"m": pb.ModelInfo(name="m", state=state, revision=drawn.revision)}
+    vitals.models = {"m": pb.ModelInfo(name="m", state=state, revision=drawn.revision)}
     if drawn.ejected:
         for _ in range(MAX_FAILURES):
             session.outlier.failed(on_trial=session.outlier.sent())
@@ -101,6 +102,6 @@ def test_who_is_chosen(
             if room:
                 assert chosen in room
                 assert chosen.state is EngineState.SERVING
-            engines._router.placed(found, chosen.memory)
+            engines._router.placed(found, chosen.vitals.memory)
             tried.add(chosen)
         assert tried == able, "each that can is asked, once"

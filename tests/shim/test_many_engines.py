@@ -17,7 +17,7 @@ from support.shim_server import HAIKU, ShimServer, until
 
 from aiexport_edge.proto import engine_pb2 as pb
 from aiexport_edge.shim import services
-from aiexport_edge.shim.engines import outliers, session
+from aiexport_edge.shim.engines import outliers, vitals
 from aiexport_edge.shim.engines.discovery import Discovery
 from aiexport_edge.shim.engines.routing import Policy, Reason
 from aiexport_edge.shim.engines.session import EngineState
@@ -246,7 +246,7 @@ def test_an_engine_that_says_it_serves_nothing_gets_nothing(make_engine: Make, m
 def test_an_engine_that_dies_again_and_again_is_left_alone(
     make_engine: Make, make_shim: Shims, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "CHECK_S", 0.05)
+    monkeypatch.setattr(vitals, "CHECK_S", 0.05)
     monkeypatch.setattr(outliers, "FIRST_EJECTION_S", 300.0)
     one, two = make_engine("one"), make_engine("two")
     shim = make_shim(one, two, policy=Policy.ROUND_ROBIN)
@@ -326,7 +326,7 @@ def test_a_shared_beginning_does_not_make_one_engine_hot(make_engine: Make, make
 
 
 def test_load_of_other_clients_counts(make_engine: Make, make_shim: Shims, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "CHECK_S", 0.02)
+    monkeypatch.setattr(vitals, "CHECK_S", 0.02)
     one, two = make_engine("one"), make_engine("two")
     one.load = (40, 10)
     shim = make_shim(one, two)

@@ -14,7 +14,7 @@ from support.scripted_engine import ScriptedEngine, Seen
 from support.shim_server import HAIKU, ShimServer, until
 
 from aiexport_edge.proto import engine_pb2 as pb
-from aiexport_edge.shim.engines import session
+from aiexport_edge.shim.engines import vitals
 
 Engines = Callable[..., ScriptedEngine]
 Shims = Callable[..., ShimServer]
@@ -318,8 +318,8 @@ def test_a_client_that_leaves_while_no_engine_is_there(make_engine: Engines, mak
 
 def test_an_engine_that_hangs_is_left(make_engine: Engines, make_shim: Shims, monkeypatch: Any) -> None:
     """A process that is there and does not answer is as good as dead."""
-    monkeypatch.setattr(session, "REFRESH_S", 0.05)
-    monkeypatch.setattr(session, "CALL_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(vitals, "REFRESH_S", 0.05)
+    monkeypatch.setattr(vitals, "CALL_TIMEOUT_S", 0.3)
     engine = make_engine()
     shim = make_shim(engine)
     engine.hang(True)
