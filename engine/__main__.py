@@ -7,7 +7,6 @@ Exit status: 0 after draining, 1 with a sentence on stderr.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import gc
 import os
 import sys
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 from aiexport_edge.proto.lifetime import die_with_parent
 
 if TYPE_CHECKING:
-    from aiexport_edge.engine.backends.core_process import CoreProcess
+    from aiexport_edge.engine.backends.spawn import Spawned
     from aiexport_edge.engine.models.vision_config import VisionConfig
     from aiexport_edge.engine.server.facts import ModelFacts, Vision
     from aiexport_edge.engine.server.process import ImageConfig
@@ -37,10 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     sys.setswitchinterval(0.0005)  # threads compile grammars, tokenize: the event loop waits a tenth of the usual 5 ms
 
-    from aiexport_edge.engine.backends.core_process import CoreProcess
+    from aiexport_edge.engine.backends.spawn import spawn
 
     try:
-        core = CoreProcess()
+        core = spawn()
     except OSError as error:
         return _fail(f"the core process cannot be started ({error}).")
 
@@ -51,13 +50,14 @@ def main(argv: list[str] | None = None) -> int:
         config = load(arguments.config, arguments.state)
         facts = _facts(config)
     except (ConfigError, ModelError) as error:
-        asyncio.run(core.end())
+        core.end()
         return _fail(str(error))
     return _run(config, facts, core, arguments.listen or config.engine.listen, arguments.ready_fd)
 
 
-def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: str, ready_fd: int | None) -> int:
+def _run(config: Config, facts: list[ModelFacts], begun: Spawned, address: str, ready_fd: int | None) -> int:
     """Configures the core, imports the rest, serves."""
+    from aiexport_edge.engine.backends.core_process import CoreProcess
     from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel
     from aiexport_edge.engine.models.window import yarn_of
 
@@ -92,10 +92,12 @@ def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: st
         max_adapter_rank=config.adapters.max_rank,
         adapter_host_bytes=config.adapters.host_bytes,
     )
+    core = None
     if core_config.models:
+        core = CoreProcess(begun=begun)
         core.configure(core_config)
     else:
-        asyncio.run(core.end())
+        begun.end()
 
     import uvloop
 
@@ -123,7 +125,7 @@ def _run(config: Config, facts: list[ModelFacts], core: CoreProcess, address: st
     )
     try:
         progress = StartProgress([fact.name for fact in facts])
-        backend = make_backend(config, facts, core_config, core if core_config.models else None, progress)
+        backend = make_backend(config, facts, core_config, core, progress)
         uvloop.run(serve(server, backend))
     except (ListenerError, TracingError) as error:
         return _fail(str(error))

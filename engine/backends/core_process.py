@@ -1,6 +1,7 @@
 """One life of a core: the child process, its socket and the memory in which it notes who is in its step.
 
-Owns spawning, framing and the end of a core. Does not know what the messages mean; who restarts it is `native.py`.
+Owns framing and the end of a core; how it is begun is `spawn.py`'s, who begins another is `native.py`'s. Does not know
+what the messages mean.
 """
 
 from __future__ import annotations
@@ -9,49 +10,34 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
+from aiexport_edge.engine.backends.spawn import CORE_COMMAND, Spawned, spawn
 from aiexport_edge.engine.core.protocol import HEADER, encode_config
-from aiexport_edge.engine.core.suspects import SUSPECTS_BYTES, Suspects
-
-CORE_COMMAND = (sys.executable, "-m", "aiexport_edge.engine.core.process")
 
 
 class CoreProcess:
-    """A spawned core, which imports what it needs while it waits for `configure`. Neither needs an event loop, so that
-    it can be the first thing that an engine process does. Raises OSError where there is no process to be had.
+    """A spawned core, which imports what it needs while it waits for `configure`: `begun` already, or begun now by
+    `command`. Neither needs an event loop, so that it can be the first thing that an engine process does. Raises
+    OSError where there is no process to be had.
 
-    Made by a thread that lives as long as the process: the kernel ends the child with the thread that forked it.
     With `environment`, the whole of the child's, it leads a process group of its own, which is ended with it: for one
     that has children.
     """
 
-    def __init__(self, command: Sequence[str] = CORE_COMMAND, *, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        command: Sequence[str] = CORE_COMMAND,
+        *,
+        environment: Mapping[str, str] | None = None,
+        begun: Spawned | None = None,
+    ) -> None:
         self._leads_group = environment is not None
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        shared = os.memfd_create("aiexport-edge-core")
-        try:
-            os.ftruncate(shared, SUSPECTS_BYTES)
-            self._suspects = Suspects(shared)
-            self._popen = subprocess.Popen(
-                [*command, "--fd", str(theirs.fileno()), "--shared-fd", str(shared)],
-                pass_fds=(theirs.fileno(), shared),
-                stdin=subprocess.DEVNULL,
-                env=environment,
-                process_group=0 if self._leads_group else None,
-            )
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-            os.close(shared)
-        self._socket = ours
+        spawned = begun or spawn(command, environment=environment)
+        self._popen, self._socket, self._suspects = spawned.popen, spawned.socket, spawned.suspects
         self._transport: asyncio.WriteTransport | None = None
 
     @property

@@ -27,8 +27,9 @@ from aiexport_edge.engine.backends.base import (
     RequestListener,
     StartListener,
 )
-from aiexport_edge.engine.backends.core_process import CORE_COMMAND, CoreProcess
+from aiexport_edge.engine.backends.core_process import CoreProcess
 from aiexport_edge.engine.backends.counters import LifeCounters
+from aiexport_edge.engine.backends.spawn import CORE_COMMAND
 from aiexport_edge.engine.core.protocol import (
     AbortRequest,
     AddRequest,

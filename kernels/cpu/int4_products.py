@@ -17,7 +17,6 @@ from aiexport_edge.kernels.cpu.dot import COLUMNS, HAS_INT8, MOST_ROWS, Tile, in
 from aiexport_edge.kernels.cpu.jit import inner, kernel
 from aiexport_edge.kernels.cpu.memory import load, set_float32, store, widen
 from aiexport_edge.kernels.cpu.products import (
-    allocate,
     pack_words,
     quantize_rows,
     rows_of,
@@ -27,6 +26,7 @@ from aiexport_edge.kernels.cpu.products import (
 from aiexport_edge.kernels.cpu.simd import LANES, add, fma, max_lanes, maximum, multiply, negate, splat, sum_lanes
 from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
 from aiexport_edge.kernels.cpu.words import int4_codes, store_octets
+from aiexport_edge.kernels.large_pages import allocate
 from aiexport_edge.kernels.quantization import INT4_GROUP, SHRINKS, Int4Weight
 from aiexport_edge.kernels.threads import empty, launch
 

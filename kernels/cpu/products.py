@@ -11,8 +11,6 @@ on the rows beside it (`dot.py`).
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,12 +32,13 @@ from aiexport_edge.kernels.cpu.memory import (
 from aiexport_edge.kernels.cpu.simd import LANES, absolute, add, max_lanes, maximum, multiply, splat
 from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
 from aiexport_edge.kernels.cpu.words import quantize_lanes, quantize_unsigned, set_int32, transpose_words
+from aiexport_edge.kernels.large_pages import allocate
+from aiexport_edge.kernels.quantization import Int8Weight
 from aiexport_edge.kernels.threads import empty, launch
 
 GROUP = 128  # inputs of a row that share a scale
 OFFSET = 128  # of stored weights in int8
 PACKED_AT_ONCE = 1 << 22  # numbers
-LARGE_PAGE = 2 << 20  # bytes
 
 
 @inner
@@ -395,6 +394,14 @@ class PackedWeight:
                 self._pack(rows, first)
                 first += rows.shape[0]
 
+    @classmethod
+    def of_codes(cls, weight: Int8Weight, bias: torch.Tensor | None) -> PackedWeight:
+        """A weight that came in int8, with a scale per output."""
+        packed = cls([weight.codes], bias, quantized=True)
+        assert packed._scales is not None
+        packed._scales[: packed.num_outputs] = weight.scales[:, 0]
+        return packed
+
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
@@ -420,6 +427,8 @@ class PackedWeight:
     def _quantize_weight(self, rows: torch.Tensor, first: int) -> torch.Tensor:
         """`quantize_int8` with 128 added, uint8; the scales go where they belong."""
         assert self._scales is not None
+        if rows.dtype == torch.int8:  # rounded already
+            return (rows.to(torch.int16) + OFFSET).to(torch.uint8)
         rows = rows.contiguous()
         out = torch.empty(rows.shape, dtype=torch.uint8)
         launch(
@@ -547,12 +556,3 @@ class PackedWeight:
 def rows_of(num_rows: int) -> int:
     """As `tile_rows` has it."""
     return -(-num_rows // -(-num_rows // MOST_ROWS))
-
-
-def allocate(num_bytes: int) -> torch.Tensor:
-    """uint8 [num_bytes], zero, in large pages of the system where it has them: fewer faults while it is filled."""
-    memory = mmap.mmap(-1, max(1, num_bytes))
-    if num_bytes >= LARGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8, count=num_bytes)
