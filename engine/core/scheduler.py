@@ -34,7 +34,7 @@ from aiexport_edge.engine.core.fairness import INPUT_COST, OUTPUT_COST, FloorSha
 from aiexport_edge.engine.core.pages import PagePool
 from aiexport_edge.engine.core.pictures import Pictures
 from aiexport_edge.engine.core.plan import PENDING_ID, Chunk, Encode, ModelPlan, StepPlan
-from aiexport_edge.engine.core.prefill_pace import PrefillPace, StepBudget
+from aiexport_edge.engine.core.prefill_pace import PrefillPace, StepBudget, cost_of
 from aiexport_edge.engine.core.prefix import PrefixCache
 from aiexport_edge.engine.core.protocol import Priority
 from aiexport_edge.engine.core.request import Request, Status
@@ -361,6 +361,7 @@ class Scheduler:
             self.charge(request, INPUT_COST * fresh)
         self._expected += self.prefix.expect(request, start, start + num_tokens)
         handle = request.handle
+        self._queues[request.priority].serve(request, cost_of(start, num_tokens, self._span(request.model)))
         if num_tokens == num_left:
             if handle in self._probation:
                 del self._probation[handle]

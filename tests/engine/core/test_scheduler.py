@@ -471,6 +471,51 @@ def test_a_long_prompt_does_not_hold_up_another_tenants_short_one() -> None:
     core.check_outputs()
 
 
+def test_a_long_prompt_does_not_hold_up_its_own_tenants_short_ones() -> None:
+    """They take turns with it: half of the time is the long one's, whatever comes."""
+    core = FakeCore(num_pages=200, max_step_tokens=16)
+    core.add(add_request(0, prompt_of(rng, 400), max_tokens=2))
+    core.step()
+    for handle in range(1, 4):
+        core.add(add_request(handle, prompt_of(rng, 12), max_tokens=2))
+    core.step()
+    assert planned(core) == {1: 12, 0: 4}
+    first: dict[int, int] = {}
+    while core.pipeline.busy:
+        for tokens in core.step().tokens:
+            first.setdefault(tokens.handle, core.num_steps)
+    assert first[1] <= first[2] <= first[3] < 10
+    assert first[0] < 32, "28 steps without the others"
+    core.check_outputs()
+
+
+def test_prompts_of_like_length_stay_in_order_of_arrival() -> None:
+    core = FakeCore(num_pages=200, max_step_tokens=16)
+    for handle, length in enumerate([60, 40, 20, 50]):
+        core.add(add_request(handle, prompt_of(rng, length), max_tokens=1))
+    order: list[int] = []
+    while core.pipeline.busy:
+        order += [finished.handle for finished in core.step().finished]
+    assert order == [0, 1, 2, 3]
+
+
+def test_nobody_takes_the_pages_that_a_tenants_oldest_waits_for() -> None:
+    """A long one that has yet to be admitted goes before all short ones of its tenant that came later."""
+    core = FakeCore(num_pages=40, max_step_tokens=64)
+    core.add(add_request(0, prompt_of(rng, 100), max_tokens=30))
+    core.step()
+    core.step()  # it decodes now
+    core.add(add_request(1, prompt_of(rng, 110), max_tokens=2))
+    for handle in range(2, 8):
+        core.add(add_request(handle, prompt_of(rng, 4), max_tokens=2))
+    while core.replies[0].reason is None:
+        core.step()
+        waiting = [core.scheduler.requests[handle] for handle in range(1, 8)]
+        assert core.replies[0].reason or all(request.status is Status.WAITING for request in waiting)
+    core.run()
+    core.check_outputs()
+
+
 def test_stop_ids_end_a_request() -> None:
     core = FakeCore(num_pages=200, max_num_running=64, max_step_tokens=256)
     for handle in range(40):
