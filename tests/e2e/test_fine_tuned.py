@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -244,7 +243,7 @@ def test_in_a_batch(edge: Edge, place: Path) -> None:
         assert refused.json()["error"]["param"] == "requests.0.model"
 
 
-def test_what_the_command_line_refuses(edge: Edge, place: Path, tmp_path: Path) -> None:
+def test_what_the_command_line_refuses(edge: Edge, place: Path) -> None:
     def added(directory: Path, *, base: str = BASE, name: str = "bad", workspace: str = "tests") -> str:
         given = ("--workspace", workspace, "--base", base, "--id", name, str(directory))
         return fails(edge, "adapters", "add", *given)
@@ -253,10 +252,10 @@ def test_what_the_command_line_refuses(edge: Edge, place: Path, tmp_path: Path) 
     assert "there is no model opus" in added(good, base="opus")
     assert "no workspace named nobody" in added(good, workspace="nobody")
     assert "letters, digits and _" in added(good, name="with-hyphen")
-    shutil.copytree(good, tmp_path / "outside")
-    assert "adapters.roots" in added(tmp_path / "outside")
     broken = place / "adapters" / "broken"
     broken.mkdir()
     assert "adapter_config.json does not exist" in added(broken)
+    save_adapter(base(), broken, r=65)
+    assert "rank 65 is more than 64, the most that this engine has room for; set max_rank = 65" in added(broken)
     assert "no model ft-tests-none" in fails(edge, "adapters", "remove", "ft-tests-none")
     assert edge.cli("adapters", "list", "--workspace", "others") == []

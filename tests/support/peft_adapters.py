@@ -20,7 +20,7 @@ def save_adapter(base: Any, directory: Path, *, seed: int = 0, size: float = 0.1
     arguments: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ALL_PRODUCTS} | config
     generator = torch.Generator().manual_seed(seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers, at what PEFT asks it
+        warnings.simplefilter("ignore")  # of transformers, at what PEFT asks it, and of PEFT, at rare arguments
         adapted = get_peft_model(base, LoraConfig(**arguments))
         with torch.no_grad():
             for name, parameter in adapted.named_parameters():
