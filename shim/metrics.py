@@ -10,6 +10,10 @@ import os
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
 
+from aiexport_edge.shim import count_files
+
+count_files.use()
+
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 _registry = CollectorRegistry()
 
