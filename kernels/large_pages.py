@@ -16,8 +16,10 @@ import sys
 import threading
 import time
 import weakref
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 LARGE_PAGE = 2 << 20  # bytes
 _MADV_COLLAPSE = 25  # madvise(2), Linux 6.1; Python 3.11 has no name for it
@@ -28,6 +30,8 @@ _blocks: list[tuple[weakref.ref[mmap.mmap], int, int]] = []  # what `allocate` g
 
 def allocate(num_bytes: int) -> torch.Tensor:
     """uint8 [num_bytes], zero; what takes a large page and more begins at one."""
+    import torch
+
     if num_bytes < LARGE_PAGE or sys.platform != "linux":
         return torch.zeros(num_bytes, dtype=torch.uint8)
     memory = mmap.mmap(-1, num_bytes + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -63,13 +67,13 @@ def collapse(*, pause_s: float = 0.0) -> int:
     return done
 
 
-def collapse_meanwhile(*, pause_s: float = 0.004) -> threading.Thread:
+def collapse_meanwhile(*, pause_s: float = 0.004) -> None:
     """`collapse` on a thread that gives way to all others."""
+    if not _blocks:
+        return
 
     def run() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)  # of this thread alone, on Linux
         collapse(pause_s=pause_s)
 
-    thread = threading.Thread(target=run, name="large pages", daemon=True)
-    thread.start()
-    return thread
+    threading.Thread(target=run, name="large pages", daemon=True).start()

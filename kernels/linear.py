@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
 from aiexport_edge.kernels.quantization import (
@@ -90,13 +91,16 @@ def _trial_operands(
     out_features: int, in_features: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight and rows whose products cancel: what is left is rounding, and shows any other order of the sums."""
-    generator = torch.Generator().manual_seed(0)
+    generator = np.random.default_rng(0)
     half = in_features // 2
-    order = torch.randperm(in_features, generator=generator)
+    order = torch.from_numpy(generator.permutation(in_features))
+
+    def draw(number: int, width: int) -> torch.Tensor:
+        return torch.from_numpy(generator.standard_normal((number, width), dtype=np.float32)).to(dtype)
 
     def rows(number: int, sign: float) -> torch.Tensor:
-        first = torch.randn((number, half), generator=generator).to(dtype)
-        rest = torch.randn((number, in_features - 2 * half), generator=generator).to(dtype) * 1e-6
+        first = draw(number, half)
+        rest = draw(number, in_features - 2 * half) * 1e-6
         return torch.cat((first, sign * first, rest), dim=1)[:, order].contiguous().to(device)
 
     return rows(out_features, -1.0), rows(max(max(tiling) for tiling in TILINGS), 1.0)

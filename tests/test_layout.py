@@ -148,3 +148,14 @@ def test_the_command_line_starts_without_the_server() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_an_engine_begins_its_core_before_all_else() -> None:
+    """A core's imports are the longest part of a start: what its parent imports before it forks comes on top."""
+    later = (*HEAVY, "asyncio", "msgspec", "grpc", "uvloop", "google.protobuf")
+    code = (
+        "import sys, aiexport_edge.engine.__main__, aiexport_edge.engine.backends.spawn\n"
+        f"print([name for name in {later!r} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

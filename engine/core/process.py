@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     # Before torch is imported: OpenMP threads that spin at barriers are 10× slower where event loops share the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's library, which multiplies nothing here
     # The longest part of the start, begun while the parent still makes up its configuration.
     threading.Thread(target=_import_runner, daemon=True).start()
     parser = argparse.ArgumentParser(prog="aiexport_edge.engine.core.process")
@@ -86,6 +87,9 @@ def _prepare_process() -> None:
 
 def _import_runner() -> None:
     with contextlib.suppress(Exception):  # `_load` comes upon the same, and tells
+        from aiexport_edge.engine.core.torch_start import import_torch
+
+        import_torch()
         import aiexport_edge.engine.core.loading  # noqa: F401
 
 
@@ -99,6 +103,9 @@ def _load(config: CoreConfig, channel: Channel) -> StepRunner[Any] | None:
         channel.send(encode_from_core(Warming(done, total)))
 
     try:
+        from aiexport_edge.engine.core.torch_start import import_torch
+
+        import_torch()
         from aiexport_edge.engine.core.loading import load
 
         return load(config, progress, warming)
@@ -113,6 +120,8 @@ def _load(config: CoreConfig, channel: Channel) -> StepRunner[Any] | None:
 
 def _serve(config: CoreConfig, runner: StepRunner[Any], channel: Channel, suspects: Suspects) -> None:
     """Say that all is ready, then run until told to end."""
+    from aiexport_edge.kernels.large_pages import collapse_meanwhile
+
     scheduler = Scheduler(
         PagePool(runner.num_pages),
         revisions=[model.revision for model in config.models],
@@ -132,6 +141,7 @@ def _serve(config: CoreConfig, runner: StepRunner[Any], channel: Channel, suspec
     channel.send(encode_from_core(Ready(models, loop.stats(), runner.adapter_room)))
     gc.freeze()  # what is loaded stays: no collection walks over it between steps
     gc.enable()
+    collapse_meanwhile()
     loop.run()
 
 

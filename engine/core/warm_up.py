@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from aiexport_edge.engine.core.constraint import Bitmask
     from aiexport_edge.engine.core.runner import Runner
 
-SHORT = 64
+SHORT = 16  # tokens: more rows than one tile of a product
 Progress = Callable[[int, int], None]  # parts done, parts in all
 
 
@@ -119,15 +119,13 @@ def _adapted_steps(runner: Runner, model: int, sizes: Sequence[int]) -> list[lis
 def _short_steps(runner: Runner, model: int) -> list[list[Chunk]]:
     num_tokens = _short(runner, model)
     request = dummy_request(runner, model, num_tokens)
-    return [
-        [Chunk(request, 0, num_tokens, samples=False)],
-        [Chunk(request, 0, num_tokens, samples=True)],
-        [Chunk(request, num_tokens, 1, samples=True)],
-    ]
+    return [[Chunk(request, 0, num_tokens, samples=True)], [Chunk(request, num_tokens, 1, samples=True)]]
 
 
 def _card_variants(runner: Runner, model: int) -> list[list[Chunk]]:
-    steps = _short_steps(runner, model)
+    num_tokens = _short(runner, model)
+    steps = [[Chunk(dummy_request(runner, model, num_tokens), 0, num_tokens, samples=False)]]
+    steps += _short_steps(runner, model)
     for size in _sizes(runner, model):
         steps.append([Chunk(dummy_request(runner, model, size), 0, size, samples=size > 1)])
     for constrained in (False, True):
@@ -164,6 +162,13 @@ class _Anything:
 
     def fill(self, row: Bitmask) -> None:
         row[:] = -1
+
+    def fill_ahead(self, rows: Bitmask, draft: Sequence[int]) -> int:
+        rows[:] = -1
+        return len(rows)
+
+    def forced_ids(self) -> list[int]:
+        return []
 
     def advance(self, drawn: Sequence[int]) -> Taken:
         return _Everything(list(drawn))
