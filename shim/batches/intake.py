@@ -6,6 +6,7 @@ reads is for the processor, and it lets go of the interpreter every millisecond 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 import time
@@ -92,6 +93,10 @@ class Intake:
             Value(value, "requests").array()
         if not self._items:
             raise InvalidRequest("requests: must hold at least one request", param="requests")
+        try:
+            self._spool.flush()
+        except OSError as error:
+            raise _no_space(error) from None
         url = json_body.parse(self._members.get("webhook_url", b"null"))
         return None if url is None else Value(url, "webhook_url").text()
 
@@ -102,7 +107,8 @@ class Intake:
             yield NewItem(index, item.custom_id, item.model, self._spool.read(item.num_bytes))
 
     def close(self) -> None:
-        self._spool.close()
+        with contextlib.suppress(OSError):  # what it could not write, nobody wants any more
+            self._spool.close()
 
     # ------------------------------------------------------------------------------------------ parts
 

@@ -170,6 +170,18 @@ def test_usage_is_that_of_the_results_at_half_the_price(client: httpx.Client, en
     assert float(total["cost_usd"]) == pytest.approx((18 * 0.25 + 6 * 1.25) / 2 / 1e6)
 
 
+def test_a_batch_for_which_the_disk_has_no_room_is_a_503(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one so small that its spool is written only when all has been read: closing that once more was a 500."""
+    with monkeypatch.context() as full:
+        full.setattr("aiexport_edge.shim.batches.intake.tempfile.TemporaryFile", lambda dir: open("/dev/full", "r+b"))  # noqa: SIM115
+        for num_requests in (1, 500):
+            reply = client.post("/v2/batch", json={"requests": [body("x" * 1000)] * num_requests})
+            assert (reply.status_code, reply.json()["error"]["type"]) == (503, "overloaded_error")
+            assert int(reply.headers["retry-after"]) > 0
+    assert client.get("/v2/batch").json()["data"] == []
+    create(client, body())
+
+
 def test_results_before_the_end_are_a_409(client: httpx.Client, engine: ScriptedEngine) -> None:
     engine.pause()
     batch = create(client, body("COUNT 2"))
