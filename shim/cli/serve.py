@@ -14,7 +14,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,7 +25,7 @@ from aiexport_edge.proto.units import join_address, split_address
 from aiexport_edge.shim.cli import processes, welcome
 from aiexport_edge.shim.cli.admin import admin_url, require_login
 from aiexport_edge.shim.cli.command import CommandError, load_config, make_state
-from aiexport_edge.shim.cli.listeners import listen
+from aiexport_edge.shim.cli.listeners import engine_socket, listen
 from aiexport_edge.shim.cli.supervisor import Child, ChildSpec, StartFailed
 
 T = TypeVar("T")
@@ -37,7 +36,6 @@ example:
   aiexport-edge serve --config aiexport-edge.toml --port 8080
 """
 
-SOCKET_PATH_LIMIT = 100  # bytes; sun_path of unix(7) holds 108 with its end
 SHIM_MARGIN = 5.0  # seconds past the drain that a shim gets to write its accounts
 IMPATIENT = 0.5  # seconds after which a second Ctrl-C is another one
 _SHIM_SECRETS = ("AIEXPORT_MASTER_KEY",)  # no business of the engine's
@@ -61,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         stack.enter_context(_lock(config.state))
         rest, admin = _listeners(config, stack)
-        address = "unix:" + str(stack.enter_context(_socket_path(config.state)))
+        address = "unix:" + str(stack.enter_context(engine_socket(config.state)))
         engine = ChildSpec("engine", processes.engine_command(config, address), hidden=_SHIM_SECRETS)
         return asyncio.run(_Installation(config, rest, admin, engine, (address, *config.shim.engines)).run())
 
@@ -121,17 +119,6 @@ def _listeners(config: Config, stack: ExitStack) -> tuple[socket.socket, socket.
     rest = stack.enter_context(listen(config.shim.host, config.shim.port, "--port"))
     admin_host, admin_port = split_address(config.admin_listen)
     return rest, stack.enter_context(listen(admin_host, admin_port, "--admin-port"))
-
-
-@contextmanager
-def _socket_path(state: Path) -> Iterator[Path]:
-    """Where the engine listens: in the state directory, or in a new one where that path is too long for a socket."""
-    path = state / "engine.sock"
-    if len(os.fsencode(path)) <= SOCKET_PATH_LIMIT:
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="aiexport-edge-") as short:
-        yield Path(short) / "engine.sock"
 
 
 class _Installation:

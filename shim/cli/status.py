@@ -8,6 +8,7 @@ from typing import Any
 
 from aiexport_edge.proto.config import Config
 from aiexport_edge.shim.cli.command import json_option, load_config, print_json
+from aiexport_edge.shim.cli.listeners import find_engine_socket
 from aiexport_edge.shim.cli.own_server import serving_pid
 from aiexport_edge.shim.cli.rest_client import NoReply, Unreachable, exchange, own_server
 
@@ -16,8 +17,6 @@ example:
   aiexport-edge status
   aiexport-edge status --json
 """
-
-SOCKET = "engine.sock"  # of the engine that `serve` starts, in the state directory
 
 
 def add_arguments(_name: str, parser: argparse.ArgumentParser) -> None:
@@ -58,8 +57,8 @@ def engine_targets(config: Config) -> tuple[str, ...]:
     """The engines of the shim here: that of `serve` where it runs, and those of the configuration."""
     if serving_pid(config.state) is None:
         return config.engine_addresses
-    own = config.state / SOCKET
-    return (*([f"unix:{own}"] if own.exists() else []), *config.shim.engines)
+    own = find_engine_socket(config.state)
+    return (*([f"unix:{own}"] if own is not None else []), *config.shim.engines)
 
 
 def _service(config: Config) -> dict[str, Any]:

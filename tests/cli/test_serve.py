@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
@@ -243,3 +244,7 @@ def test_a_deep_state_directory(tmp_path: Path) -> None:
     with serving(state) as edge:
         assert re.search("^curl ", edge.greeting, re.MULTILINE)
         assert "event: message_stop" in paste(edge.last_line)
+        command = [*PROGRAM, "status", "--json", "--state", str(state)]
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+        assert [engine["state"] for engine in json.loads(asked.stdout)["engines"]] == ["serving"]
+    assert not (state / "engine.sock").is_symlink()
