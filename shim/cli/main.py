@@ -9,12 +9,15 @@ Exit status: 0 done, 1 failed (the reason on stderr), 2 bad usage, 130 interrupt
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 from aiexport_edge.shim.cli.command import CommandError, Parser, common_options
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # name: (module under aiexport_edge.shim.cli, help)
 COMMANDS = {
@@ -73,17 +76,18 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; returns its exit status."""
+    _open_standard_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     args = build_parser(next((word for word in words if word in COMMANDS), None)).parse_args(words)
     try:
         status: int = args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started us
+            sys.stdout.flush()
         return status
     except CommandError as error:
         return _fail(str(error))
     except BrokenPipeError:
-        # whoever read stdout has left; what is still buffered must not raise again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # whoever read it has left
         return 1
     except KeyboardInterrupt:
         return 130
@@ -91,7 +95,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         sentence = _user_error(error)
         if sentence is None:
             raise
+        if isinstance(error, OSError) and error.errno in _FULL:
+            _drop_output()
         return _fail(sentence)
+
+
+def _open_standard_streams() -> None:
+    """Where the caller has closed one, the next file to be opened would take its number, and be written to."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+
+
+def _drop_output() -> None:
+    """What is still buffered for stdout must not raise again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _user_error(error: Exception) -> str | None:
@@ -102,6 +122,8 @@ def _user_error(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, PermissionError) and error.filename:
         return f"{error.filename}: {error.strerror}; run as the user who owns it, or name another place"
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return f"{error.filename or 'the output'} cannot be written: {error.strerror}; make room, or write elsewhere"
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import re
 import socket
 import subprocess
@@ -291,7 +292,7 @@ def test_doctor_names_each_problem_and_its_remedy(cli: Cli, tmp_path: Path) -> N
 
 def run(*words: str, cwd: Path, **more: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "aiexport_edge.shim.cli.main", *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=60, check=False, **more)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=240, check=False, **more)
 
 
 def test_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
@@ -301,6 +302,17 @@ def test_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
     with os.fdopen(write_end, "w") as stdout:
         done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_full_or_closed_stdout_is_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "aiexport_edge.shim.cli.main", "config", "show", "--state", str(tmp_path / "s")]
+    with open("/dev/full", "w") as stdout:
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False)
+    sentence = "aiexport-edge: the output cannot be written: No space left on device; make room, or write elsewhere\n"
+    assert (done.returncode, done.stderr) == (1, sentence)
+    closed = ["/bin/sh", "-c", f"{shlex.join(command)} >&-"]
+    done = subprocess.run(closed, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_busy_port_is_one_sentence(tmp_path: Path) -> None:
