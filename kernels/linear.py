@@ -22,6 +22,7 @@ from aiexport_edge.kernels.quantization import (
     Int8Weight,
     QuantizedWeight,
     Weight,
+    int8_weight,
     quantize_fp8,
     quantize_int4,
     quantize_int8,
@@ -179,7 +180,7 @@ def _pack_own(
 def round_for_card(weight: torch.Tensor, quantize: str) -> QuantizedWeight:
     """A float weight [N, K] rounded as a card multiplies it; `quantize` is not "none"."""
     if quantize == "int8":
-        return Int8Weight(*quantize_int8(weight))
+        return int8_weight(weight)
     return quantize_fp8(weight) if quantize == "fp8" else quantize_int4(weight, CARD_INT4_GROUP)
 
 
@@ -211,11 +212,7 @@ def _pack_bits(
 ) -> OwnProduct | None:
     """The weight in our own packing, None where its device has no products for it: there it is decoded."""
     if weight.device.type == "cpu":
-        if not isinstance(weight, Int4Weight):
-            return None
-        from aiexport_edge.kernels.cpu import int4_products
-
-        return int4_products.PackedInt4(weight, bias) if int4_products.fits(weight) else None
+        return _pack_bits_on_cpu(weight, bias)
     if weight.device.type != "cuda":
         return None
     from aiexport_edge.kernels.gpu import quantized_product
@@ -223,6 +220,21 @@ def _pack_bits(
     if not quantized_product.fits(weight, dtype):
         return None
     return quantized_product.CardProduct(weight, bias, dtype=dtype, deterministic=deterministic)
+
+
+def _pack_bits_on_cpu(weight: QuantizedWeight, bias: torch.Tensor | None) -> OwnProduct | None:
+    if isinstance(weight, Int4Weight):
+        from aiexport_edge.kernels.cpu import int4_products
+
+        return int4_products.PackedInt4(weight, bias) if int4_products.fits(weight) else None
+    if isinstance(weight, Int8Weight) and weight.is_per_output and weight.order is None:
+        from aiexport_edge.kernels.cpu import dot
+
+        if dot.HAS_INT8:
+            from aiexport_edge.kernels.cpu.products import PackedWeight
+
+            return PackedWeight.of_codes(weight, bias)
+    return None
 
 
 def _pack_quantized(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> tuple[Product, Product]:

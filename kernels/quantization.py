@@ -100,10 +100,16 @@ class Fp8Weight:
 
 @dataclass(frozen=True, slots=True)
 class Int8Weight:
-    """W [N, K] in eight bits: W[n, k] = codes[n, k] * scales[n]. codes int8 [N, K], scales float32 [N]."""
+    """W [N, K] in eight bits: W[n, k] = codes[n, k] * scales[n, k // group].
+
+    codes int8 [N, K], scales float32 [N, ceil(K / group)]; `group` 0: all inputs share one. `order` as `Int4Weight` has
+    it.
+    """
 
     codes: Tensor
     scales: Tensor
+    group: int = 0
+    order: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -115,13 +121,25 @@ class Int8Weight:
         """Where it lies."""
         return self.codes.device
 
+    @property
+    def is_per_output(self) -> bool:
+        """Whether each row of W has one scale."""
+        return self.scales.shape[1] == 1
+
     def to(self, device: torch.device) -> Int8Weight:
         """The same there."""
-        return Int8Weight(self.codes.to(device), self.scales.to(device))
+        order = None if self.order is None else self.order.to(device)
+        return Int8Weight(self.codes.to(device), self.scales.to(device), self.group, order)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W [N, K]."""
-        return (self.codes.float() * self.scales[:, None]).to(dtype)
+        scales = self.scales
+        if not self.is_per_output:
+            scales = scales.repeat_interleave(self.group, dim=1)[:, : self.shape[1]]
+        wide = self.codes.float().mul_(scales)
+        if self.order is not None:
+            wide = torch.empty_like(wide).index_copy_(1, self.order, wide)
+        return wide.to(dtype)
 
 
 QuantizedWeight = Int4Weight | Int8Weight | Fp8Weight
@@ -136,6 +154,12 @@ def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     wide = weight.float()
     scales = wide.abs().amax(dim=1).clamp_(min=1e-30) / 127
     return (wide / scales[:, None]).round_().to(torch.int8), scales
+
+
+def int8_weight(weight: torch.Tensor) -> Int8Weight:
+    """weight [N, K] in any float dtype by `quantize_int8`."""
+    codes, scales = quantize_int8(weight)
+    return Int8Weight(codes, scales[:, None])
 
 
 def quantize_fp8(weight: torch.Tensor) -> Fp8Weight:
@@ -199,6 +223,11 @@ def stack(parts: Sequence[Weight], dtype: torch.dtype) -> Weight:
         if len(own4) == len(parts):
             codes, scales, zeros = (torch.cat([getattr(p, n) for p in own4]) for n in ("codes", "scales", "zeros"))
             return Int4Weight(codes, scales, zeros, first.group, first.order)
+    if isinstance(first, Int8Weight):
+        whole = [part for part in parts if isinstance(part, Int8Weight) and _same_groups(part, first)]
+        if len(whole) == len(parts):
+            codes, scales = torch.cat([part.codes for part in whole]), torch.cat([part.scales for part in whole])
+            return Int8Weight(codes, scales, first.group, first.order)
     if isinstance(first, Fp8Weight):
         own8 = [part for part in parts if isinstance(part, Fp8Weight) and _same_blocks(part, first)]
         if len(own8) == len(parts):
@@ -207,7 +236,7 @@ def stack(parts: Sequence[Weight], dtype: torch.dtype) -> Weight:
     return torch.cat([dequantized(part, dtype) for part in parts])
 
 
-def _same_groups(one: Int4Weight, other: Int4Weight) -> bool:
+def _same_groups(one: Int4Weight | Int8Weight, other: Int4Weight | Int8Weight) -> bool:
     if one.group != other.group or (one.order is None) != (other.order is None):
         return False
     return one.order is None or other.order is None or torch.equal(one.order, other.order)

@@ -14,7 +14,7 @@ from aiexport_edge.kernels.linear import PackedLinear
 from aiexport_edge.kernels.packed_linear import packed_linear_reference
 from aiexport_edge.kernels.paged_attention import paged_attention, paged_attention_reference
 from aiexport_edge.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
-from aiexport_edge.kernels.quantization import Int8Weight, quantize_fp8, quantize_int4, quantize_int8
+from aiexport_edge.kernels.quantization import int8_weight, quantize_fp8, quantize_int4
 from aiexport_edge.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from aiexport_edge.kernels.sampler import sample, sample_reference
 from aiexport_edge.kernels.swiglu import swiglu, swiglu_reference
@@ -68,7 +68,7 @@ def _packed_product(bench: Bench, generator: random.Random, dtype: torch.dtype) 
     forms = (
         quantize_int4(weight, 32),
         quantize_int4(weight, 128),
-        Int8Weight(*quantize_int8(weight)),
+        int8_weight(weight),
         quantize_fp8(weight),
     )
     pairs = []

@@ -16,11 +16,10 @@ from aiexport_edge.kernels.paged_attention import paged_attention
 from aiexport_edge.kernels.qk_norm_rope import qk_norm_rope
 from aiexport_edge.kernels.quantization import (
     Fp8Weight,
-    Int8Weight,
     QuantizedWeight,
+    int8_weight,
     quantize_fp8,
     quantize_int4,
-    quantize_int8,
 )
 from aiexport_edge.kernels.rms_norm import add_rms_norm, add_rms_norm_reference
 from aiexport_edge.kernels.sampler import sample
@@ -224,7 +223,7 @@ def _quantized_products(bench: Bench, bandwidth: float) -> None:
         forms: dict[str, QuantizedWeight] = {
             "w4a16 group 128": quantize_int4(weight, 128),
             "w4a16 group 32": quantize_int4(weight, 32),
-            "int8": Int8Weight(*quantize_int8(weight)),
+            "int8": int8_weight(weight),
             "fp8": per_output,
             "fp8 blocks": Fp8Weight(per_output.codes, blocks, (128, 128)),
         }

@@ -96,10 +96,6 @@ def load_model(
         raise ModelError(
             f"{directory}: a context window of {context_window} tokens is more than the model's {config.context_window}"
         )
-    if quantize != "none" and device.type != "cpu" and config.mixture is not None:
-        raise ModelError(
-            f"{directory}: quantize {quantize} of a mixture of experts is for models that run on a CPU; leave it out"
-        )
     with open_checkpoint(directory) as checkpoint:
         weights = _Weights(
             checkpoint,
@@ -165,16 +161,17 @@ class _Weights:
         self.device = device
         self._quantize = quantize
         self._checkpoint = checkpoint
-        self._names, self._stored = check(checkpoint, config)
+        self._found = check(checkpoint, config)
+        self._names, self._stored = self._found.names, self._found.stored
         is_made_for_fp8 = config.quantization is not None and config.quantization.fp8_kv_cache
         self.fp8_kv_cache = kv_cache_dtype == "fp8" or is_made_for_fp8
-        if self._stored and quantize != "none":
+        if self._found.quantized_sources and quantize != "none":
             raise ModelError(
                 f"{checkpoint.directory}: the weights are quantized already; leave out quantize, or take the 16-bit "
                 "checkpoint"
             )
         entries = [checkpoint.entries[name] for name in self._names.values()]
-        stored = [checkpoint.entries[name] for weight in self._stored.values() for name in weight.names]
+        stored = [checkpoint.entries[name] for name in self._found.quantized_sources]
         embedding = checkpoint.entries[self._names[EMBEDDING]]
         self.dtype = serving_dtype(dtype, DTYPES[embedding.dtype], device)
         item_bytes = self.dtype.itemsize
@@ -182,7 +179,7 @@ class _Weights:
             int(math.prod(entry.shape) * SERVED_BYTES.get(self.rounding(name), item_bytes))
             for name, entry in zip(self._names, entries, strict=True)
         ) + sum(entry.nbytes for entry in stored)
-        self._num_products = self._num_decoded = 0
+        self._num_products = self._num_decoded = self._num_floats = 0
         self._bytes_done = 0
         self._bytes_total = sum(entry.nbytes for entry in (*entries, *stored))
         self._progress = progress
@@ -238,7 +235,9 @@ class _Weights:
             if stored is None:
                 weights += self.rows(name)
                 continue
-            weights.append(stored.read(self._checkpoint).to(self.device))
+            weight = stored.read(self._checkpoint).to(self.device)
+            self._num_floats += isinstance(weight, Tensor)
+            weights.append(weight)
             self._bytes_done += sum(self._checkpoint.entries[source].nbytes for source in stored.names)
         self._report()
         return weights
@@ -254,37 +253,46 @@ class _Weights:
         bias_rows = self.parameter(*(f"{part}.bias" for part in parts)) if bias else None
         return self.product(weight, bias_rows, self.rounding(f"{parts[0]}.weight"), deterministic=deterministic)
 
-    def experts(self, prefix: str, num_experts: int, *, deterministic: bool) -> Experts:
+    def experts(self, prefix: str, mixture: Mixture, *, deterministic: bool) -> Experts:
         """The layer `prefix`'s experts."""
+        each = self._fused_experts if self._found.has_fused_experts else self._single_experts
+        made = Experts(each(prefix, mixture), dtype=self.dtype, deterministic=deterministic, quantize=self._quantize)
+        self._num_products += 2 * mixture.num_experts
+        self._num_decoded += 2 * mixture.num_experts * made.is_decoded
+        return made
 
-        def each() -> Iterator[tuple[list[Weight], Weight]]:
-            for expert in range(num_experts):
-                gate, up, down = (
-                    f"{prefix}.mlp.experts.{expert}.{part}_proj.weight" for part in ("gate", "up", "down")
-                )
-                yield self.weights(gate, up), self.weights(down)[0]
+    def _single_experts(self, prefix: str, mixture: Mixture) -> Iterator[tuple[list[Weight], Weight]]:
+        for expert in range(mixture.num_experts):
+            gate, up, down = (f"{prefix}.mlp.experts.{expert}.{part}_proj.weight" for part in ("gate", "up", "down"))
+            yield self.weights(gate, up), self.weights(down)[0]
 
-        return Experts(each(), dtype=self.dtype, deterministic=deterministic, quantize=self._quantize)
+    def _fused_experts(self, prefix: str, mixture: Mixture) -> Iterator[tuple[list[Weight], Weight]]:
+        """Out of one tensor for all: [experts, rows, columns] or each transposed."""
+        inner, hidden = mixture.intermediate_size, self.config.hidden_size
+        wanted = {f"{prefix}.{FUSED_GATE_UP}": (2 * inner, hidden), f"{prefix}.{FUSED_DOWN}": (hidden, inner)}
+        # Of a square tensor the other one tells.
+        is_turned = any(name in self._names and self._shape(name)[1:] != shape for name, shape in wanted.items())
+        gate_up, down_proj = (self._of_each_expert(name, is_turned=is_turned) for name in wanted)
+        for both, down in zip(gate_up, down_proj, strict=True):
+            yield list(both.chunk(2)) if isinstance(both, Tensor) else [both], down
+            self._report()
 
-    def fused_experts(self, prefix: str, mixture: Mixture, *, deterministic: bool) -> Experts:
-        """The layer `prefix`'s experts, out of one tensor for all: [experts, rows, columns] or each transposed."""
-        sources = [self._names[f"{prefix}.{name}"] for name in (FUSED_GATE_UP, FUSED_DOWN)]
-        entries = [self._checkpoint.entries[source] for source in sources]
-        hidden, inner = self.config.hidden_size, mixture.intermediate_size
-        as_is = [entries[0].shape[1:] == (2 * inner, hidden), entries[1].shape[1:] == (hidden, inner)]
-        gate_up, down = (self._checkpoint.tensor(source) for source in sources)
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self._checkpoint.entries[self._names[name]].shape
 
-        def own(tensor: Tensor) -> Tensor:
-            tensor = (tensor if all(as_is) else tensor.t()).contiguous()
-            return tensor if self.device.type == "cpu" else tensor.to(self.device, self.dtype)
-
-        def each() -> Iterator[tuple[list[Weight], Weight]]:
-            for expert in range(mixture.num_experts):
-                yield list(own(gate_up[expert]).chunk(2)), own(down[expert])
-                self._bytes_done += sum(entry.nbytes for entry in entries) // mixture.num_experts
-                self._report()
-
-        return Experts(each(), dtype=self.dtype, deterministic=deterministic, quantize=self._quantize)
+    def _of_each_expert(self, name: str, *, is_turned: bool) -> Iterator[Weight]:
+        fused = self._found.fused.get(name)
+        entries = [self._checkpoint.entries[source] for source in (fused.names if fused else [self._names[name]])]
+        nbytes = sum(entry.nbytes for entry in entries) // entries[0].shape[0]
+        if fused is not None:
+            for weight in fused.read(self._checkpoint):
+                yield weight.to(self.device)
+                self._bytes_done += nbytes
+            return
+        for expert in self._checkpoint.tensor(self._names[name]):
+            own = (expert.t() if is_turned else expert).contiguous()
+            yield own if self.device.type == "cpu" else own.to(self.device, self.dtype)
+            self._bytes_done += nbytes
 
     def plain_product(self, prefix: str, *, deterministic: bool) -> PackedLinear:
         """The product `prefix`, never rounded: rows by whatever is behind them."""
@@ -320,13 +328,12 @@ class _Weights:
 
     def note(self) -> str:
         """What of the weights' form this device has no products for; "" where there is nothing to say."""
-        name = str(self.dtype).removeprefix("torch.")
-        has_mixture = self.config.mixture is not None
-        if self._num_decoded or (self._stored and has_mixture and self.device.type != "cpu"):
-            experts = " and the experts" if has_mixture and self._stored else ""
+        decoded = self._num_decoded + self._num_floats
+        if decoded:
+            name = str(self.dtype).removeprefix("torch.")
             return (
-                f"{self._num_decoded} of {self._num_products} products{experts} have quantized weights that this "
-                f"device does not multiply: they were decoded, and take the memory and the time of {name}"
+                f"{decoded} of {self._num_products} products have quantized weights that this device does not "
+                f"multiply: they were decoded, and take the memory and the time of {name}"
             )
         is_fp8 = self._quantize == "fp8" or any("weight" in stored.tensors for stored in self._stored.values())
         if is_fp8 and self.device.type == "cuda":
@@ -379,10 +386,7 @@ def _layer(weights: _Weights, index: int, deterministic: bool) -> Layer:
 
     def mixture() -> MixtureOfExperts:
         assert config.mixture is not None
-        if config.vision is not None:
-            experts = weights.fused_experts(prefix, config.mixture, deterministic=deterministic)
-        else:
-            experts = weights.experts(prefix, config.mixture.num_experts, deterministic=deterministic)
+        experts = weights.experts(prefix, config.mixture, deterministic=deterministic)
         return MixtureOfExperts(linear(ROUTER, False), experts, config.mixture.top_k, config.mixture.normalize)
 
     return Layer(

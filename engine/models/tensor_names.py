@@ -7,10 +7,13 @@ shape raises ModelError with its name. What becomes of them is `loader.py`'s.
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import dataclass, replace
 
 from aiexport_edge.engine.models.checkpoint import DTYPES, Checkpoint
 from aiexport_edge.engine.models.config import ModelConfig, ModelError
-from aiexport_edge.engine.models.formats.stored import StoredWeight, empty_biases, find_all
+from aiexport_edge.engine.models.formats.scheme import Quantization
+from aiexport_edge.engine.models.formats.stored import FusedWeight, StoredWeight, empty_biases, find_all, find_fused
 from aiexport_edge.engine.models.vision_loader import PREFIX as TOWER
 from aiexport_edge.engine.models.vision_loader import tower_shapes
 
@@ -24,6 +27,7 @@ ROUTER = "mlp.gate"
 KV_SCALES = ("k_scale", "v_scale")
 # One tensor each for all experts of a layer, as Qwen3-VL's mixtures have them.
 FUSED_GATE_UP, FUSED_DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+EXPERT = re.compile(r"\.mlp\.experts\.0\.")
 HARMLESS = "rotary_emb.inv_freq"  # a table that old transformers saved; it follows from the configuration
 
 
@@ -32,8 +36,12 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {own_name(name, config): shape for name, shape in named_shapes(config).items()}
 
 
-def named_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The same, the decoder's by the names that they have in a model of text alone."""
+def named_shapes(config: ModelConfig, *, has_fused_experts: bool | None = None) -> dict[str, tuple[int, ...]]:
+    """The same, the decoder's by the names that they have in a model of text alone. Experts are fused in models that
+    see; what quantizes those takes them apart (`has_fused_experts`).
+    """
+    if has_fused_experts is None:
+        has_fused_experts = config.vision is not None
     hidden, inner = config.hidden_size, config.intermediate_size
     q_rows, kv_rows = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
     products = {
@@ -47,7 +55,7 @@ def named_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj": (inner, hidden, config.mlp_bias),
         "mlp.down_proj": (hidden, inner, config.mlp_bias),
     }
-    sparse = _mixture_shapes(config)
+    sparse = _mixture_shapes(config, has_fused_experts=has_fused_experts)
     norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
     if config.qk_norm:
         norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
@@ -59,7 +67,7 @@ def named_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}{product}.weight"] = (rows, columns)
             if bias:
                 shapes[f"{prefix}{product}.bias"] = (rows,)
-        if mlp is sparse and config.mixture is not None and config.vision is not None:
+        if mlp is sparse and config.mixture is not None and has_fused_experts:
             num_experts, expert_inner = config.mixture.num_experts, config.mixture.intermediate_size
             shapes[f"{prefix}{FUSED_GATE_UP}"] = (num_experts, 2 * expert_inner, hidden)
             shapes[f"{prefix}{FUSED_DOWN}"] = (num_experts, hidden, expert_inner)
@@ -73,24 +81,45 @@ def named_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _mixture_shapes(config: ModelConfig) -> dict[str, tuple[int, int, bool]]:
+def _mixture_shapes(config: ModelConfig, *, has_fused_experts: bool) -> dict[str, tuple[int, int, bool]]:
     """The products of a layer that is a mixture of experts."""
     mixture, hidden = config.mixture, config.hidden_size
     if mixture is None:
         return {}
     shapes = {ROUTER: (mixture.num_experts, hidden, False)}
-    for expert in range(mixture.num_experts if config.vision is None else 0):
+    for expert in range(0 if has_fused_experts else mixture.num_experts):
         shapes[f"mlp.experts.{expert}.gate_proj"] = (mixture.intermediate_size, hidden, False)
         shapes[f"mlp.experts.{expert}.up_proj"] = (mixture.intermediate_size, hidden, False)
         shapes[f"mlp.experts.{expert}.down_proj"] = (hidden, mixture.intermediate_size, False)
     return shapes
 
 
-def check(checkpoint: Checkpoint, config: ModelConfig) -> tuple[dict[str, str], dict[str, StoredWeight]]:
-    """Hold the headers against `expected_shapes`. Returns the checkpoint's name of every expected tensor, and those of
-    them that are stored as quantized weights.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Where a model's tensors are: `names`, the checkpoint's name of every one that is stored in floats, `stored` and
+    `fused` those that are quantized weights.
     """
-    expected = named_shapes(config)
+
+    names: dict[str, str]
+    stored: dict[str, StoredWeight]
+    fused: dict[str, FusedWeight]
+
+    @property
+    def quantized_sources(self) -> list[str]:
+        """The checkpoint's names of all that quantized weights are made of."""
+        weights: list[StoredWeight | FusedWeight] = [*self.stored.values(), *self.fused.values()]
+        return [name for weight in weights for name in weight.names]
+
+    @property
+    def has_fused_experts(self) -> bool:
+        """Whether all experts of a layer are one tensor."""
+        return bool(self.fused) or any(name.endswith(FUSED_DOWN) for name in self.names)
+
+
+def check(checkpoint: Checkpoint, config: ModelConfig) -> Found:
+    """Hold the headers against `named_shapes`. Raises ModelError naming what is missing, left over or has no place."""
+    is_apart = any(EXPERT.search(name) for name in checkpoint.entries)
+    expected = named_shapes(config, has_fused_experts=config.vision is not None and not is_apart)
     present = {name for name in checkpoint.entries if not name.endswith(HARMLESS)}
     present -= _kv_scales(checkpoint, config)
     names = {name: own_name(name, config) for name in expected}
@@ -98,12 +127,12 @@ def check(checkpoint: Checkpoint, config: ModelConfig) -> tuple[dict[str, str], 
         if names[EMBEDDING] not in present and HEAD in present:
             names[EMBEDDING] = HEAD  # one tensor of two names: some writers keep the other one
         present.discard(HEAD if names[EMBEDDING] != HEAD else "")
-    stored = {}
+    found = Found(names, {}, {})
     if config.quantization is not None:
-        stored = find_all(checkpoint.entries, names, expected, config.quantization)
-        present -= {name for weight in stored.values() for name in weight.names}
-        present -= empty_biases(checkpoint, present - set(names.values()), stored)
-        names = {name: source for name, source in names.items() if name not in stored}
+        found = _find_quantized(checkpoint, config.quantization, names, expected)
+        names = found.names
+        present -= set(found.quantized_sources)
+        present -= empty_biases(checkpoint, present - set(names.values()), found.stored)
     missing = [name for name, source in names.items() if source not in present]
     left_over = sorted(present - set(names.values()))
     problems = []
@@ -121,7 +150,23 @@ def check(checkpoint: Checkpoint, config: ModelConfig) -> tuple[dict[str, str], 
             )
         if entry.dtype not in DTYPES:
             raise ModelError(f"{entry.file}: {source} is {entry.dtype}; supported are {', '.join(DTYPES)}")
-    return names, stored
+    return found
+
+
+def _find_quantized(
+    checkpoint: Checkpoint, quantization: Quantization, names: dict[str, str], expected: dict[str, tuple[int, ...]]
+) -> Found:
+    stored = find_all(checkpoint.entries, names, expected, quantization)
+    fused = {}
+    for name, shape in expected.items():
+        if len(shape) == 3 and name.endswith((FUSED_GATE_UP, FUSED_DOWN)):
+            weight = find_fused(checkpoint.entries, names[name], (shape[0], shape[1], shape[2]), quantization)
+            if weight is not None:
+                fused[name] = weight
+    if any(weight.is_transposed for weight in fused.values()):  # of a square one the others tell
+        fused = {name: replace(weight, is_transposed=True) for name, weight in fused.items()}
+    left = {name: source for name, source in names.items() if name not in stored and name not in fused}
+    return Found(left, stored, fused)
 
 
 def _kv_scales(checkpoint: Checkpoint, config: ModelConfig) -> set[str]:

@@ -59,7 +59,7 @@ def takes(weight: QuantizedWeight) -> bool:
 def _group(weight: QuantizedWeight) -> int:
     """Inputs that share a scale; one that all share is as long as it must be."""
     width = weight.shape[1]
-    group = weight.group if isinstance(weight, Int4Weight) else weight.block[1] if isinstance(weight, Fp8Weight) else 0
+    group = weight.block[1] if isinstance(weight, Fp8Weight) else weight.group
     return group if 0 < group < width else ceil_div(width, 2 * HALF) * 2 * HALF
 
 
@@ -78,8 +78,8 @@ def pack(weight: QuantizedWeight) -> CardWeight:
         scales, zeros = (each.t().contiguous() for each in padded)
         return CardWeight(INT4, weight.shape, packed, scales, zeros, half, group, weight.order)
     if isinstance(weight, Int8Weight):
-        scales = weight.scales[None].contiguous()
-        return CardWeight(INT8, weight.shape, weight.codes.contiguous(), scales, scales, half, group, None)
+        scales = weight.scales.t().contiguous()
+        return CardWeight(INT8, weight.shape, weight.codes.contiguous(), scales, scales, half, group, weight.order)
     rows = weight.block[0]
     scales = weight.scales.repeat_interleave(rows, 0)[:num_outputs].t().contiguous()
     codes = weight.codes.view(torch.uint8).contiguous()

@@ -164,9 +164,12 @@ def edit(directory: Path, change: Callable[[Tensors], object]) -> None:
         (AWQ | {"bits": 8}, "bits is 8"),
         (AWQ | {"zero_point": False}, "zero_point is False"),
         (AWQ | {"group_size": 0}, "group_size is 0"),
-        (GPTQ | {"bits": 3}, "bits is 3"),
+        (GPTQ | {"bits": 3}, "bits is 3; supported is 4 or 8"),
         (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
-        (GPTQ | {"dynamic": {"-:mlp": {}}}, "dynamic sets single layers apart"),
+        (GPTQ | {"dynamic": {"+:mlp": {"bits": 2}}}, "dynamic.+:mlp.bits is 2"),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor"}, "packing_format is"),
+        ({"quant_method": "auto-round", "act_bits": 8}, "act_bits is 8"),
+        ({"quant_method": "auto-round", "data_type": "mx_fp"}, "data_type is 'mx_fp'"),
         (FP8 | {"fmt": "e5m2"}, "fmt is 'e5m2'"),
         (FP8 | {"scale_fmt": "ue8m0"}, "scale_fmt is 'ue8m0'"),
         (FP8 | {"weight_block_size": [128]}, "weight_block_size is"),
@@ -186,9 +189,10 @@ def test_other_methods_are_refused(quantization: dict[str, Any], message: str, t
 @pytest.mark.parametrize(
     ("form", "weights", "activations", "message"),
     [
-        ("int-quantized", {"num_bits": 8, "type": "int"}, {"num_bits": 8, "type": "int"}, "format is 'int-quantized'"),
+        ("int-quantized", {"num_bits": 4, "type": "int"}, {"num_bits": 8, "type": "int"}, "num_bits is 4"),
+        ("int-quantized", {"num_bits": 8, "type": "int", "symmetric": False}, None, "symmetric is False"),
         ("nvfp4-pack-quantized", {"num_bits": 4, "type": "float"}, None, "format is 'nvfp4-pack-quantized'"),
-        ("pack-quantized", {"num_bits": 8, "type": "int"}, None, "num_bits is 8"),
+        ("pack-quantized", {"num_bits": 3, "type": "int"}, None, "num_bits is 3"),
         ("pack-quantized", {"num_bits": 4, "type": "int"}, {"num_bits": 8, "type": "int"}, "input_activations is set"),
         ("float-quantized", {"num_bits": 8, "type": "float"}, {"num_bits": 8, "type": "int"}, "type is 'int'"),
         ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "group"}, None, "strategy is 'group'"),
@@ -217,6 +221,10 @@ def test_other_compressed_tensors_are_refused(
         (
             lambda tensors: tensors.update({"model.layers.1.mlp.up_proj.g_idx": torch.zeros(64, dtype=torch.int32)}),
             "up_proj: g_idx does not share out 64 inputs to groups of 32",
+        ),
+        (
+            lambda tensors: tensors["model.layers.1.mlp.up_proj.scales"].fill_(float("nan")),
+            "up_proj: scales has numbers that are not finite",
         ),
         (
             lambda tensors: tensors.update({"model.layers.1.mlp.up_proj.bias": torch.ones(160)}),

@@ -20,11 +20,10 @@ from aiexport_edge.kernels.packed_linear import (
 from aiexport_edge.kernels.quantization import (
     Fp8Weight,
     Int4Weight,
-    Int8Weight,
     QuantizedWeight,
+    int8_weight,
     quantize_fp8,
     quantize_int4,
-    quantize_int8,
 )
 
 SMALL = Architecture(86, 4)
@@ -35,7 +34,7 @@ def quantized(kind: str, weight: torch.Tensor) -> QuantizedWeight:
     if kind.startswith("int4"):
         return quantize_int4(weight, int(kind.removeprefix("int4-")))
     if kind == "int8":
-        return Int8Weight(*quantize_int8(weight))
+        return int8_weight(weight)
     rounded = quantize_fp8(weight)
     if kind == "fp8":
         return rounded

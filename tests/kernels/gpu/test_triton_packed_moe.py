@@ -17,12 +17,11 @@ from aiexport_edge.kernels.moe import Experts, moe_mlp_reference, route_referenc
 from aiexport_edge.kernels.quantization import (
     Fp8Weight,
     Int4Weight,
-    Int8Weight,
     QuantizedWeight,
     dequantized,
+    int8_weight,
     quantize_fp8,
     quantize_int4,
-    quantize_int8,
 )
 
 SMALL = Architecture(86, 4)
@@ -33,7 +32,7 @@ def quantized(kind: str, weight: torch.Tensor) -> QuantizedWeight:
     if kind.startswith("int4"):
         return quantize_int4(weight, int(kind.removeprefix("int4-")))
     if kind == "int8":
-        return Int8Weight(*quantize_int8(weight))
+        return int8_weight(weight)
     rounded = quantize_fp8(weight)
     if kind == "fp8":
         return rounded
