@@ -60,19 +60,33 @@ def _at(builder: Any, address: Any, offset: int) -> Any:
 
 
 def _ask_ahead(builder: Any, address: Any) -> None:
+    """Prefetch a row of packed columns."""
     read_only, level_1, data = (ir.Constant(I32, value) for value in (0, 3, 1))
     for offset in range(0, 4 * COLUMNS, 64):
-        place = memory.pointer(builder, _at(builder, address, PREFETCH_BYTES + offset), simd.F32)
+        place = memory.pointer(builder, _at(builder, address, offset), simd.F32)
         simd.call(builder, "llvm.prefetch.p0", ir.VoidType(), place, read_only, level_1, data)
 
 
-def _chains(builder: Any, num_rows: int, left: Any, right: Any, depth: Any, starts: dict[Any, Any], dot: Any) -> Any:
-    """From `starts` (by row and first column) over all of the depth: left words [depth, rows], right [depth, 32]."""
+def _chains(
+    builder: Any,
+    num_rows: int,
+    left: Any,
+    right: Any,
+    depth: Any,
+    ahead: Any,
+    step: Any,
+    starts: dict[Any, Any],
+    dot: Any,
+) -> Any:
+    """From `starts` (by row and first column) over all of the depth: left words [depth, rows], right [depth, 32].
+
+    Memory from `ahead` on is asked for meanwhile, `step` bytes further at each turn.
+    """
     sums = {cell: cgutils.alloca_once_value(builder, start) for cell, start in starts.items()}  # type: ignore[no-untyped-call]
     with cgutils.for_range(builder, depth) as loop:
         columns = builder.add(right, builder.mul(ir.Constant(I64, 4 * COLUMNS), loop.index))
         rows = builder.add(left, builder.mul(ir.Constant(I64, 4 * num_rows), loop.index))
-        _ask_ahead(builder, columns)
+        _ask_ahead(builder, builder.add(ahead, builder.mul(step, loop.index)))
         rights = {
             column: memory.read(builder, _at(builder, columns, 4 * column), WORDS)
             for column in range(0, COLUMNS, LANES)
@@ -91,12 +105,15 @@ def _cells(num_rows: int) -> list[tuple[int, int]]:
 
 
 def bfloat16_tile(num_rows: int) -> Tile:
-    """out[rows, 32] = left @ right in float32: left words [depth, rows], right words [depth, 32]."""
+    """out[rows, 32] = left @ right in float32: left words [depth, rows], right words [depth, 32].
 
-    @simd.operation(simd.none, *[simd.int64] * 4)
-    def tile(builder: Any, left: Any, right: Any, out: Any, depth: Any) -> None:
+    `ahead` and `step`: see `_chains`.
+    """
+
+    @simd.operation(simd.none, *[simd.int64] * 6)
+    def tile(builder: Any, left: Any, right: Any, out: Any, depth: Any, ahead: Any, step: Any) -> None:
         starts = {cell: simd.constant(FLOATS, 0.0) for cell in _cells(num_rows)}
-        sums = _chains(builder, num_rows, left, right, depth, starts, dot_bfloat16)
+        sums = _chains(builder, num_rows, left, right, depth, ahead, step, starts, dot_bfloat16)
         for (row, column), value in sums.items():
             place = _at(builder, out, 4 * (row * COLUMNS + column))
             builder.store(value, memory.pointer(builder, place, FLOATS), align=4)
@@ -109,11 +126,11 @@ def int8_tile(num_rows: int) -> Tile:
     """out[rows, 32] += scale * (left @ right), one group of the depth: left signed [depth, rows], right unsigned.
 
     `factors` holds int32 [rows], what the unsigned columns' offset of 128 adds to each sum with its sign turned, and
-    then float32 [rows], the scales.
+    then float32 [rows], the scales. `ahead` and `step`: see `_chains`.
     """
 
-    @simd.operation(simd.none, *[simd.int64] * 5)
-    def tile(builder: Any, left: Any, right: Any, out: Any, depth: Any, factors: Any) -> None:
+    @simd.operation(simd.none, *[simd.int64] * 7)
+    def tile(builder: Any, left: Any, right: Any, out: Any, depth: Any, factors: Any, ahead: Any, step: Any) -> None:
         def item(form: Any, index: int) -> Any:
             place = memory.pointer(builder, _at(builder, factors, 4 * index), form)
             return builder.load(place, align=4, typ=form)
@@ -124,7 +141,7 @@ def int8_tile(num_rows: int) -> Tile:
         def dot(builder: Any, sums: Any, factor: Any, values: Any) -> Any:
             return dot_int8(builder, sums, values, factor)
 
-        sums = _chains(builder, num_rows, left, right, depth, starts, dot)
+        sums = _chains(builder, num_rows, left, right, depth, ahead, step, starts, dot)
         for (row, column), value in sums.items():
             place = memory.pointer(builder, _at(builder, out, 4 * (row * COLUMNS + column)), FLOATS)
             scale = simd.broadcast(builder, item(simd.F32, num_rows + row), FLOATS)
@@ -183,7 +200,7 @@ def int4_tile(num_rows: int) -> Tile:
             with cgutils.for_range(builder, words) as inner:
                 columns = past(group_right, ir.Constant(I64, 4 * COLUMNS), inner.index)
                 rows = past(group_left, ir.Constant(I64, 8 * num_rows), inner.index)
-                _ask_ahead(builder, columns)
+                _ask_ahead(builder, _at(builder, columns, PREFETCH_BYTES))
                 codes = {
                     column: memory.read(builder, _at(builder, columns, 4 * column), WORDS)
                     for column in range(0, COLUMNS, LANES)

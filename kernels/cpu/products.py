@@ -16,7 +16,16 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from aiexport_edge.kernels.cpu.dot import COLUMNS, HAS_BFLOAT16, HAS_INT8, MOST_ROWS, Tile, bfloat16_tile, int8_tile
+from aiexport_edge.kernels.cpu.dot import (
+    COLUMNS,
+    HAS_BFLOAT16,
+    HAS_INT8,
+    MOST_ROWS,
+    PREFETCH_BYTES,
+    Tile,
+    bfloat16_tile,
+    int8_tile,
+)
 from aiexport_edge.kernels.cpu.jit import inner, kernel
 from aiexport_edge.kernels.cpu.memory import (
     BFLOAT16,
@@ -42,12 +51,12 @@ PACKED_AT_ONCE = 1 << 22  # numbers
 
 
 @inner
-def _no_float_tile(left: int, right: int, out: int, depth: int) -> None:
+def _no_float_tile(left: int, right: int, out: int, depth: int, ahead: int, step: int) -> None:
     """Stands for the product on processors that do not multiply bfloat16 pairs; never called there."""
 
 
 @inner
-def _no_int_tile(left: int, right: int, out: int, depth: int, factors: int) -> None:
+def _no_int_tile(left: int, right: int, out: int, depth: int, factors: int, ahead: int, step: int) -> None:
     """Stands for the product on processors that do not multiply int8 quadruples; never called there."""
 
 
@@ -66,59 +75,59 @@ _int_7, _int_8, _int_9, _int_10, _int_11, _int_12 = (_int(rows) for rows in rang
 
 
 @inner
-def _float_tile(rows: int, left: int, right: int, out: int, depth: int) -> None:
+def _float_tile(rows: int, left: int, right: int, out: int, depth: int, ahead: int, step: int) -> None:
     if rows == 12:
-        _float_12(left, right, out, depth)
+        _float_12(left, right, out, depth, ahead, step)
     elif rows == 1:
-        _float_1(left, right, out, depth)
+        _float_1(left, right, out, depth, ahead, step)
     elif rows == 2:
-        _float_2(left, right, out, depth)
+        _float_2(left, right, out, depth, ahead, step)
     elif rows == 3:
-        _float_3(left, right, out, depth)
+        _float_3(left, right, out, depth, ahead, step)
     elif rows == 4:
-        _float_4(left, right, out, depth)
+        _float_4(left, right, out, depth, ahead, step)
     elif rows == 5:
-        _float_5(left, right, out, depth)
+        _float_5(left, right, out, depth, ahead, step)
     elif rows == 6:
-        _float_6(left, right, out, depth)
+        _float_6(left, right, out, depth, ahead, step)
     elif rows == 7:
-        _float_7(left, right, out, depth)
+        _float_7(left, right, out, depth, ahead, step)
     elif rows == 8:
-        _float_8(left, right, out, depth)
+        _float_8(left, right, out, depth, ahead, step)
     elif rows == 9:
-        _float_9(left, right, out, depth)
+        _float_9(left, right, out, depth, ahead, step)
     elif rows == 10:
-        _float_10(left, right, out, depth)
+        _float_10(left, right, out, depth, ahead, step)
     else:
-        _float_11(left, right, out, depth)
+        _float_11(left, right, out, depth, ahead, step)
 
 
 @inner
-def _int_tile(rows: int, left: int, right: int, out: int, depth: int, factors: int) -> None:
+def _int_tile(rows: int, left: int, right: int, out: int, depth: int, factors: int, ahead: int, step: int) -> None:
     if rows == 12:
-        _int_12(left, right, out, depth, factors)
+        _int_12(left, right, out, depth, factors, ahead, step)
     elif rows == 1:
-        _int_1(left, right, out, depth, factors)
+        _int_1(left, right, out, depth, factors, ahead, step)
     elif rows == 2:
-        _int_2(left, right, out, depth, factors)
+        _int_2(left, right, out, depth, factors, ahead, step)
     elif rows == 3:
-        _int_3(left, right, out, depth, factors)
+        _int_3(left, right, out, depth, factors, ahead, step)
     elif rows == 4:
-        _int_4(left, right, out, depth, factors)
+        _int_4(left, right, out, depth, factors, ahead, step)
     elif rows == 5:
-        _int_5(left, right, out, depth, factors)
+        _int_5(left, right, out, depth, factors, ahead, step)
     elif rows == 6:
-        _int_6(left, right, out, depth, factors)
+        _int_6(left, right, out, depth, factors, ahead, step)
     elif rows == 7:
-        _int_7(left, right, out, depth, factors)
+        _int_7(left, right, out, depth, factors, ahead, step)
     elif rows == 8:
-        _int_8(left, right, out, depth, factors)
+        _int_8(left, right, out, depth, factors, ahead, step)
     elif rows == 9:
-        _int_9(left, right, out, depth, factors)
+        _int_9(left, right, out, depth, factors, ahead, step)
     elif rows == 10:
-        _int_10(left, right, out, depth, factors)
+        _int_10(left, right, out, depth, factors, ahead, step)
     else:
-        _int_11(left, right, out, depth, factors)
+        _int_11(left, right, out, depth, factors, ahead, step)
 
 
 @inner
@@ -126,6 +135,25 @@ def tile_rows(num_rows: int) -> int:
     """Rows of all tiles but the last: as few tiles as can be, of about one size."""
     tiles = (num_rows + MOST_ROWS - 1) // MOST_ROWS
     return (num_rows + tiles - 1) // tiles
+
+
+@inner
+def find_ahead(control: int, unit: int, num_units: int, panels: int, panel_bytes: int, num_rows: int, most: int) -> int:
+    """What to ask memory for during this panel: with one tile of rows, what comes soon; with several, the next panel,
+    a part of it during each tile, since all tiles but the first find their own in a cache. The threads take turns, so
+    the next panel is as many further as there are threads at work.
+    """
+    if num_rows <= most:
+        return panels + unit * panel_bytes + PREFETCH_BYTES
+    following: int = min(unit + get_int64(control, 1), num_units - 1)
+    return panels + following * panel_bytes
+
+
+@inner
+def ahead_step(num_rows: int, most: int) -> int:
+    """Bytes to ask for with each word of the depth."""
+    tiles = (num_rows + most - 1) // most
+    return (4 * COLUMNS + tiles - 1) // tiles
 
 
 @kernel
@@ -278,12 +306,16 @@ def multiply_bfloat16(
     """Tiles of rows times panels, to [num_rows, num_outputs]."""
     most = tile_rows(num_rows)
     item = 4 if out_dtype == 0 else 2
+    step = ahead_step(num_rows, most)
     unit = begin(control)
     while unit < num_units:
         first = unit * COLUMNS
+        right = panels + first * depth * 4
+        ahead = find_ahead(control, unit, num_units, panels, 4 * COLUMNS * depth, num_rows, most)
         for row in range(0, num_rows, most):
             rows = min(most, num_rows - row)
-            _float_tile(rows, tiles + row * depth * 4, panels + first * depth * 4, scratch, depth)
+            _float_tile(rows, tiles + row * depth * 4, right, scratch, depth, ahead, step)
+            ahead += step * depth
             place = out + (row * num_outputs + first) * item
             own_bias = bias + 4 * first if bias != 0 else 0
             columns = min(COLUMNS, num_outputs - first)
@@ -313,9 +345,11 @@ def multiply_int8(
     item = 4 if out_dtype == 0 else 2
     words = GROUP // 4
     groups = (depth + words - 1) // words
+    step = ahead_step(num_rows, most)
     unit = begin(control)
     while unit < num_units:
         first = unit * COLUMNS
+        ahead = find_ahead(control, unit, num_units, panels, 4 * COLUMNS * depth, num_rows, most)
         for row in range(0, num_rows, most):
             rows = min(most, num_rows - row)
             for i in range(0, rows * COLUMNS, LANES):
@@ -324,7 +358,9 @@ def multiply_int8(
                 left = tiles + (row * depth + group * words * rows) * 4
                 right = panels + (first * depth + group * words * COLUMNS) * 4
                 facts = factors + (row * groups + group * rows) * 8
-                _int_tile(rows, left, right, scratch, min(words, depth - group * words), facts)
+                own = min(words, depth - group * words)
+                _int_tile(rows, left, right, scratch, own, facts, ahead, step)
+                ahead += step * own
             place = out + (row * num_outputs + first) * item
             own_bias = bias + 4 * first if bias != 0 else 0
             columns = min(COLUMNS, num_outputs - first)
