@@ -84,7 +84,7 @@ def test_a_client_that_leaves_frees_its_pages(edge: Edge) -> None:
             await asyncio.gather(*(stream(client, body | {"seed": i}, leave_after=2) for i in range(8)))
 
     asyncio.run(leave())
-    wait_until(lambda: (s := edge.stats()).running == 0 and s.pages_used == 0, "pages are back", 10)
+    wait_until(lambda: (s := edge.stats()).running == 0 and s.pages_used == 0, "pages are back")
     stats = edge.stats()
     assert stats.pages_free + stats.pages_cached + stats.pages_used == stats.pages_total
 
@@ -248,7 +248,7 @@ def test_methods_types_sizes_and_keys(edge: Edge) -> None:
             for _ in range(33):
                 yield b"a" * (1 << 20)
 
-        with contextlib.suppress(httpx.WriteError):  # it may close while we still write
+        with contextlib.suppress(httpx.NetworkError):  # it may close while we still write
             assert client.post("/v2/messages", content=chunks()).status_code == 413
     for headers in ({}, {"X-API-Key": "axp_live_" + "x" * 43}, {"Authorization": "Bearer nope"}):
         reply = httpx.post(f"{edge.base_url}/v2/messages", content=body, headers=headers)
@@ -265,7 +265,7 @@ def test_revocation_is_live_within_a_second(edge: Edge) -> None:
     assert httpx.get(f"{edge.base_url}/v2/models", headers=headers).status_code == 200
     edge.cli("keys", "revoke", made["key_id"])
     wait_until(
-        lambda: httpx.get(f"{edge.base_url}/v2/models", headers=headers).status_code == 401, "the key is revoked", 5
+        lambda: httpx.get(f"{edge.base_url}/v2/models", headers=headers).status_code == 401, "the key is revoked"
     )
 
 
@@ -301,24 +301,32 @@ def test_core_killed_under_sixteen_streams(tmp_path_factory: pytest.TempPathFact
 
         async def killed() -> list[Any]:
             task = asyncio.create_task(all_of_them())
-            kills, rng = 0, random.Random(1)
-            while not task.done() and kills < 10:
-                await asyncio.sleep(rng.uniform(0.05, 1.0))
-                pid = (await asyncio.to_thread(edge.stats)).core_pid
-                if pid and not task.done():
-                    psutil.Process(pid).send_signal(signal.SIGKILL)
-                    kills += 1
-            assert kills >= 1
+            while not task.done():
+                began = await asyncio.to_thread(edge.stats)
+                moment = rng.randrange(100, 1000)  # tokens from here: each stream gets some
+                while not task.done():
+                    now = await asyncio.to_thread(edge.stats)
+                    if now.core_pid and produced(now) - produced(began) >= moment:
+                        with contextlib.suppress(psutil.NoSuchProcess):
+                            psutil.Process(now.core_pid).send_signal(signal.SIGKILL)
+                        break
+                    await asyncio.sleep(0.01)
             return await task
 
-        total_restarts = 0
-        while total_restarts < 10:
+        def produced(stats: Any) -> int:
+            return sum(model.output_tokens for model in stats.models)
+
+        rng = random.Random(1)
+        for _ in range(20):
             disturbed = asyncio.run(killed())
             assert [r.error for r in disturbed] == [None] * 16
             assert [r.text for r in disturbed] == [r.text for r in undisturbed]
             assert [r.usage["output_tokens"] for r in disturbed] == [r.usage["output_tokens"] for r in undisturbed]
-            total_restarts = edge.stats().core_restarts
-        wait_until(lambda: (s := edge.stats()).running == 0 and s.pages_used == 0, "pages are back", 30)
+            if edge.stats().core_restarts >= 10:
+                break
+        else:
+            pytest.fail("it was not killed ten times")
+        wait_until(lambda: (s := edge.stats()).running == 0 and s.pages_used == 0, "pages are back")
     finally:
         assert edge.stop() == 0
 
@@ -333,23 +341,23 @@ def test_engine_killed(tmp_path_factory: pytest.TempPathFactory) -> None:
         async def one(kill: bool) -> Any:
             async with edge.async_client() as client:
                 task = asyncio.create_task(stream(client, body))
-                if kill:
-                    await asyncio.sleep(0.2)
-                    engines = [
-                        p
-                        for p in psutil.Process(edge.process.pid).children()
-                        if "aiexport_edge.engine" in p.cmdline() or "aiexport_edge.engine" in " ".join(p.cmdline())
-                    ]
-                    assert len(engines) == 1
-                    engines[0].kill()
+                while kill and not task.done():
+                    stats = await asyncio.to_thread(edge.stats)
+                    if any(model.output_tokens > before for model in stats.models):
+                        engine = psutil.Process(stats.core_pid).parent()
+                        assert engine is not None
+                        engine.kill()
+                        break
                 return await task
 
         undisturbed = asyncio.run(one(False))
+        before = max(model.output_tokens for model in edge.stats().models)
         disturbed = asyncio.run(one(True))
         assert disturbed.error is None
         assert disturbed.text == undisturbed.text
-        wait_until(edge.ready, "the engine is back")
         with edge.client() as client:
-            assert client.post("/v2/messages", json=message("Hello!")).status_code == 200
+            wait_until(
+                lambda: client.post("/v2/messages", json=message("Hello!")).status_code == 200, "the engine is back"
+            )
     finally:
         assert edge.stop() == 0

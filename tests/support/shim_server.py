@@ -28,7 +28,7 @@ HAIKU = "apex-haiku-4-20250401"
 SONNET = "apex-sonnet-4-20250501"
 
 
-def until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> None:
+def until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> None:
     """Polls until `condition` holds."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -78,7 +78,7 @@ class ShimServer:
     def stop(self) -> None:
         for each in self.servers:
             each.should_exit = True
-        self._thread.join(30)
+        self._thread.join(60)
         assert not self._thread.is_alive()
         self.store.close()
 
