@@ -6,7 +6,7 @@ Owns the count of body bytes in flight. Knows nothing of what the bytes mean.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from starlette.types import Receive
@@ -15,6 +15,7 @@ from aiexport_edge.shim.errors import InvalidRequest, Overloaded, RequestTooLarg
 
 IDLE_S = 30.0  # between two pieces of a body
 MIN_BYTES_PER_S = 4096  # on the whole, past the first IDLE_S: one that trickles holds a connection and its place
+LARGE_BYTES = 1 << 20  # of a body: what was made of it is worth giving back to the system
 _CLOSE = ((b"connection", b"close"),)  # the rest may still come, and is no request
 
 
@@ -27,11 +28,13 @@ class BodyBudget:
 
     A body counts as it arrives, until its request ends: the prompt is kept for as long as it may have to be sent again.
     Past the limit new bytes are refused, rather than waited for: a client that trickles could hold up all others.
+    `freed` is called where a large one has ended.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, *, freed: Callable[[], None] | None = None) -> None:
         self.limit = limit
         self.used = 0
+        self._freed = freed
 
     @contextmanager
     def lease(self) -> Iterator[BodyLease]:
@@ -40,6 +43,8 @@ class BodyBudget:
             yield lease
         finally:
             self.used -= lease.size
+            if self._freed is not None and lease.size >= LARGE_BYTES:
+                self._freed()
 
 
 class BodyLease:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ctypes
 import logging
 import os
 import resource
@@ -27,6 +26,7 @@ from starlette.applications import Starlette
 from aiexport_edge.proto import config as configuration
 from aiexport_edge.proto.lifetime import die_with_parent
 from aiexport_edge.proto.units import is_loopback
+from aiexport_edge.shim import memory
 
 if TYPE_CHECKING:
     from aiexport_edge.shim.tls import Certificate
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 KEEP_ALIVE_S = 75
 BACKLOG = 2048
 _MOST_FILES = 1 << 16
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
 ENDING_S = 2  # for the last events of streams that are cut at the end of the drain
 
 log = logging.getLogger("aiexport_edge.shim")
@@ -50,7 +49,7 @@ class _Server(uvicorn.Server):
 
 def main(arguments: list[str] | None = None) -> int:
     die_with_parent()
-    _give_memory_back()
+    memory.set_up()
     _raise_file_limit()
     parser = argparse.ArgumentParser(prog="aiexport_edge.shim.server", description=__doc__)
     parser.add_argument("--config", type=Path)
@@ -77,20 +76,6 @@ def main(arguments: list[str] | None = None) -> int:
             return runner.run(serve(config, args.fd, args.admin_fd, tuple(args.engine) or config.engine_addresses))
     finally:
         listener.stop()
-
-
-def _give_memory_back() -> None:
-    """Has glibc return large buffers to the system when they are freed, so that one body of 32 MiB does not stay.
-
-    Left to itself it raises the size from which a buffer is mapped on its own to the largest that was ever freed.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in musl
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 256 << 10)
-        mallopt(_M_TRIM_THRESHOLD, 1 << 20)
-        mallopt(_M_ARENA_MAX, 2)
 
 
 def _raise_file_limit() -> None:

@@ -26,6 +26,7 @@ from aiexport_edge.shim.images.fetch import ImageFetcher
 from aiexport_edge.shim.images.sources import ImageRules
 from aiexport_edge.shim.limits.limits import Limits
 from aiexport_edge.shim.limits.windows import open_window
+from aiexport_edge.shim.memory import Trimmer
 from aiexport_edge.shim.secrets import MasterKeys, SecretBox
 from aiexport_edge.shim.store import Store, batch_sweep
 from aiexport_edge.shim.store.batch_leases import BatchLeases
@@ -72,7 +73,7 @@ class Services:
         )
         self.idempotency = IdempotencyKeys(IdempotencyRows(store.database, self.process_id), self.threads)
         self.uptime = Uptime(UptimeRows(store.database), self.threads, self.can_serve)
-        self.bodies = BodyBudget(config.shim.inflight_body_bytes)
+        self.bodies = BodyBudget(config.shim.inflight_body_bytes, freed=Trimmer().soon)
         self.batch_spool = BodyBudget(_SPOOLED_BODIES * config.batches.max_body_bytes)
         self.batch_threads = ThreadPoolExecutor(2, "batch-intake")
         self.batch_rows = BatchRows(store.database)
