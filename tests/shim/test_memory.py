@@ -21,29 +21,33 @@ def test_the_end_of_a_large_body_is_told() -> None:
     assert told == [0, 0]
 
 
-async def test_one_trim_for_all_that_ask_within_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_trim_for_all_that_ask_within_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     trims: list[int] = []
-    trimmed = asyncio.Event()
-    loop = asyncio.get_running_loop()
 
-    def trim(pad: int) -> None:
-        trims.append(pad)
-        loop.call_soon_threadsafe(trimmed.set)
+    async def scenario() -> None:
+        trimmed = asyncio.Event()
+        loop = asyncio.get_running_loop()
 
-    monkeypatch.setattr(memory, "_function", lambda name: trim)
-    monkeypatch.setattr(memory, "TRIM_S", 0.0)
-    trimmer = Trimmer()
-    for _ in range(3):
+        def trim(pad: int) -> None:
+            trims.append(pad)
+            loop.call_soon_threadsafe(trimmed.set)
+
+        monkeypatch.setattr(memory, "_function", lambda name: trim)
+        monkeypatch.setattr(memory, "TRIM_S", 0.0)
+        trimmer = Trimmer()
+        for _ in range(3):
+            trimmer.soon()
+        await trimmed.wait()
+        assert trims == [0]
+        trimmed.clear()
         trimmer.soon()
-    await trimmed.wait()
-    assert trims == [0]
-    trimmed.clear()
-    trimmer.soon()
-    await trimmed.wait()
+        await trimmed.wait()
+
+    asyncio.run(scenario())
     assert trims == [0, 0]
 
 
-async def test_nothing_is_done_where_the_library_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_done_where_the_library_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_function", lambda name: None)
     memory.set_up()
     Trimmer().soon()
