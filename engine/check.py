@@ -18,7 +18,6 @@ from typing import Any
 from aiexport_edge.engine.models.config import ModelConfig, ModelError
 from aiexport_edge.engine.models.memory import CARD_MIB, CardMemory, Served, card_memory
 from aiexport_edge.engine.models.presets import (
-    CARD_EXPERT_QUANTIZATIONS,
     CARD_QUANTIZATIONS,
     PUBLISHED,
     preset,
@@ -107,10 +106,6 @@ def _not_on_a_card(config: Config) -> str | None:
                 f'{weights.name}: quantize = "{weights.quantize}" is for processors; on a card there is '
                 f"{', '.join(CARD_QUANTIZATIONS)}"
             )
-        if weights.vllm is None and weights.quantize not in CARD_EXPERT_QUANTIZATIONS:
-            mixture = _served(config, weights).config.mixture
-            if mixture is not None:
-                return f'{weights.name}: quantize = "{weights.quantize}" is not for mixtures of experts on a card'
     return None
 
 

@@ -20,9 +20,9 @@ CONTEXT_BYTES = 600 << 20  # of the driver and its libraries, in every process t
 GRAPH_BYTES = 512 << 20  # as `core/kv_memory.py` keeps them
 RANK_MULTIPLE = 16  # as `kernels/lora.py` has it
 TOKENS_PER_PAGE = 16  # of the model with the most bytes per token
-# Bytes a weight of a product, scales included (int4: a 16-bit scale and zero for each group of 128; others: by row or
-# block). The head is more sensitive: `models/loader.py` has its rules.
-PRODUCT_BYTES = {"int8": 1.0 + 1 / 512, "int4": 0.5 + 4 / 128, "fp8": 1.0 + 1 / 512}
+# Bytes a weight of a product, scales included (int4: a 32-bit scale and an 8-bit zero for each group of 128; others: by
+# row or block). The head is more sensitive: `models/loader.py` has its rules.
+PRODUCT_BYTES = {"int8": 1.0 + 1 / 512, "int4": 0.5 + 5 / 128, "fp8": 1.0 + 1 / 512}
 HEAD_BYTES = {"int8": PRODUCT_BYTES["int8"], "int4": PRODUCT_BYTES["int8"]}
 SPARE_PICTURE_BYTES = 256 << 20  # beside the largest picture
 LARGEST_PICTURE_TOKENS = 16_384  # of Qwen3-VL's preprocessor: 16,777,216 pixels, 32 × 32 a token
@@ -130,11 +130,16 @@ def num_parameters(config: ModelConfig) -> int:
 
 
 def weight_bytes(config: ModelConfig, quantize: str, item_bytes: int = 2) -> int:
-    """As they are served: products rounded, routers, norms, the vision tower and a lookup-only embedding not."""
+    """As they are served: products rounded, routers, norms, the vision tower and a lookup-only embedding not; nor is
+    the head of most checkpoints that come quantized.
+    """
+    heads = HEAD_BYTES
+    if config.quantization is not None:
+        quantize, heads = config.quantization.rounding, {}
     routers = _routers(config)
     exact = routers + _embedding(config) + _rest(config) + vision_parameters(config)
     product = PRODUCT_BYTES.get(quantize, item_bytes)
-    head = HEAD_BYTES.get(quantize, item_bytes)
+    head = heads.get(quantize, item_bytes)
     return int((_products(config) - routers) * product + _head(config) * head + exact * item_bytes)
 
 

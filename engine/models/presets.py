@@ -16,9 +16,7 @@ from aiexport_edge.engine.models.config import ModelConfig
 from aiexport_edge.engine.models.memory import CARD_MIB, CardMemory, Served, card_memory
 
 PUBLISHED = Path(__file__).parent / "published"  # configurations of models that people serve, by directory name
-# What a card computes with: roundings of products, and of mixtures' experts.
-CARD_QUANTIZATIONS = ("none", "int8", "int4", "fp8")
-CARD_EXPERT_QUANTIZATIONS = ("none",)
+CARD_QUANTIZATIONS = ("none", "int8", "int4", "fp8")  # what a card computes with
 # Where memory is short: pictures of up to 2,048 by 2,048 pixels; larger ones are made smaller. 0: the model's bound.
 IMAGE_TOKENS = {8: 4096, 16: 4096, 24: 4096, 48: 0, 80: 0, 141: 0}
 # Where contexts would be short of the vendor's: keys and values in FP8, half the bytes.
@@ -52,9 +50,9 @@ CHOICES: dict[int, Choice] = {
     8: (("4B", "int4"), ("4B", "int4"), ("4B", "int4")),
     16: (("8B", "int4"), ("8B", "int4"), ("2B", "int4")),
     24: (("8B", "int4"), ("8B", "int4"), ("4B", "int4")),
-    48: (("8B", "fp8"), ("8B", "fp8"), ("4B", "fp8")),
-    80: (("32B", "int4"), ("8B", "fp8"), ("4B", "fp8")),
-    141: (("32B", "fp8"), ("8B", "none"), ("4B", "none")),
+    48: (("30B-A3B", "int4"), ("30B-A3B", "int4"), ("4B", "fp8")),
+    80: (("32B", "int4"), ("30B-A3B", "int4"), ("4B", "fp8")),
+    141: (("32B", "fp8"), ("30B-A3B", "fp8"), ("4B", "none")),
 }
 
 
