@@ -45,7 +45,7 @@ class Serve:
         return [child for child in psutil.Process(self.process.pid).children() if module in child.cmdline()]
 
     def get(self, path: str, key: str = "") -> int:
-        return httpx.get(self.url + path, headers={"X-API-Key": key}, timeout=30).status_code
+        return httpx.get(self.url + path, headers={"X-API-Key": key}, timeout=60).status_code
 
 
 @contextmanager
@@ -176,7 +176,7 @@ def test_parts_that_are_killed_come_back(tmp_path: Path) -> None:
 
         [engine] = edge.children("aiexport_edge.engine")
         engine.kill()
-        wait_until(lambda: edge.get("/readyz") == 503, "readiness drops", 20)
+        wait_until(lambda: edge.get("/readyz") == 503, "readiness drops", 60)
         wait_until(lambda: edge.get("/readyz") == 200, "readiness returns")
         assert "event: message_stop" in paste(edge.last_line)
 
@@ -232,7 +232,7 @@ def test_nothing_outlives_a_serve_that_is_killed(tmp_path: Path) -> None:
         family = psutil.Process(edge.process.pid).children(recursive=True)
         assert len(family) >= 3  # engine, its core, shim
         edge.process.kill()
-        gone, left = psutil.wait_procs(family, timeout=20)
+        gone, left = psutil.wait_procs(family, timeout=60)
         assert left == []
         assert len(gone) == len(family)
 

@@ -163,7 +163,7 @@ def test_children_die_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:
             assert alive(child)
         finally:
             process.kill()
-    wait_until(lambda: not alive(child), "the child has died with it", 10)
+    wait_until(lambda: not alive(child), "the child has died with it", 60)
 
 
 def test_a_child_does_not_inherit_what_is_hidden_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,7 @@ def test_the_certificates_fit_what_the_file_says(installed: Path) -> None:
     async def status(endpoint: Endpoint) -> grpc.StatusCode:
         async with access.channel(endpoint) as channel:
             request = health_pb2.HealthCheckRequest()
-            call = health_pb2_grpc.HealthStub(channel).Check(request, metadata=access.metadata(), timeout=20)
+            call = health_pb2_grpc.HealthStub(channel).Check(request, metadata=access.metadata(), timeout=60)
             code: grpc.StatusCode = await call.code()
             return code
 

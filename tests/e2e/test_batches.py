@@ -73,7 +73,7 @@ class Running:
                 kill(self.edge.stats().core_pid)
             case "supervisor":
                 self.edge.process.kill()
-                self.edge.process.wait(30)
+                self.edge.process.wait(60)
                 self.edge = restart(self.edge)
 
     def parts(self, word: str) -> list[psutil.Process]:

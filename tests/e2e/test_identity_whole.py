@@ -70,7 +70,7 @@ def test_the_operators_listener(edge: Edge) -> None:
     )
     try:
         assert httpx.get(f"{admin}/metrics").status_code == 401
-        assert httpx.get(f"{admin}/metrics", auth=("operator", "a long password"), timeout=30).status_code == 200
+        assert httpx.get(f"{admin}/metrics", auth=("operator", "a long password"), timeout=60).status_code == 200
         assert httpx.get(f"{admin}/healthz").status_code == 200
     finally:
         edge.cli("operator", "password", "--remove")

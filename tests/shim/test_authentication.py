@@ -65,7 +65,7 @@ def test_an_expired_key(shim: ShimServer) -> None:
     made = shim.store.create_key("acme", expires_in=timedelta(milliseconds=700))
     headers = {"X-API-Key": made.key}
     assert status(shim, headers) == 200
-    until(lambda: status(shim, headers) == 401, "the key expires", 5)
+    until(lambda: status(shim, headers) == 401, "the key expires", 60)
 
 
 def test_a_revoked_key(shim: ShimServer) -> None:
@@ -74,14 +74,14 @@ def test_a_revoked_key(shim: ShimServer) -> None:
     headers = {"X-API-Key": made.key}
     assert status(shim, headers) == 200
     shim.store.revoke_key(made.key_id)
-    until(lambda: status(shim, headers) == 401, "the key is revoked", 5)
+    until(lambda: status(shim, headers) == 401, "the key is revoked", 60)
 
 
 def test_rotation_fails_no_request(shim: ShimServer) -> None:
     old = shim.store.create_key("acme")
     new = shim.store.rotate_key(old.key_id, timedelta(seconds=2))
     assert status(shim, {"X-API-Key": old.key}) == status(shim, {"X-API-Key": new.key}) == 200
-    until(lambda: status(shim, {"X-API-Key": old.key}) == 401, "the old key ends", 10)
+    until(lambda: status(shim, {"X-API-Key": old.key}) == 401, "the old key ends", 60)
     assert status(shim, {"X-API-Key": new.key}) == 200
 
 
@@ -104,16 +104,16 @@ def test_free_plan_has_haiku_alone(shim: ShimServer) -> None:
         assert reply.json()["error"] | {"message": ""} == {"type": "permission_error", "message": "", "param": "model"}
         assert client.post("/v2/messages", json=MESSAGE).status_code == 200
         shim.store.update_workspace("frugal", plan="pro")
-        until(lambda: client.get(f"/v2/models/{SONNET}").status_code == 200, "the plan changes", 5)
+        until(lambda: client.get(f"/v2/models/{SONNET}").status_code == 200, "the plan changes", 60)
         shim.store.delete_workspace("frugal")
-        until(lambda: client.get("/v2/models").status_code == 401, "the workspace is gone", 5)
+        until(lambda: client.get("/v2/models").status_code == 401, "the workspace is gone", 60)
 
 
 def test_the_body_is_not_read_before_the_credentials_are_checked(shim: ShimServer) -> None:
     """A client that waits for "100 Continue" is told 401 without having sent a byte of its body."""
     head = "POST /v2/messages HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\nExpect: 100-continue\r\nX-API-Key: "
     for key, first_line in (("nope", b"HTTP/1.1 401 Unauthorized"), (shim.key.key, b"HTTP/1.1 100 Continue")):
-        with socket.create_connection(shim.address(), timeout=10) as connection:
+        with socket.create_connection(shim.address(), timeout=60) as connection:
             connection.sendall(f"{head}{key}\r\n\r\n".encode())
             assert connection.recv(4096).splitlines()[0] == first_line
 
@@ -142,6 +142,6 @@ def test_no_secret_in_any_log(shim: ShimServer, caplog: pytest.LogCaptureFixture
         lines = [repr(vars(record)) for record in caplog.records if not record.name.startswith("http")]
         return "\n".join(lines)
 
-    until(lambda: "POST /v2/messages 400" in logged(), "both are logged", 5)
+    until(lambda: "POST /v2/messages 400" in logged(), "both are logged", 60)
     assert shim.key.key not in logged()
     assert secret not in logged()

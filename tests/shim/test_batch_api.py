@@ -588,7 +588,7 @@ def test_a_shim_that_ends_gives_back_what_it_holds(make_shim: Shim, make_engine:
     second = make_shim(engine)
     for each in first.servers:
         each.should_exit = True
-    first._thread.join(30)
+    first._thread.join(60)
     engine.free_run()
     engine.permit(100)
     with second.client() as client:

@@ -28,7 +28,7 @@ ADDRESS = "127.0.0.1"
 
 
 def raw(shim: ShimServer) -> socket.socket:
-    return socket.create_connection(shim.address(), timeout=30)
+    return socket.create_connection(shim.address(), timeout=60)
 
 
 def until_closed(connection: socket.socket) -> bytes:

@@ -47,7 +47,7 @@ def test_what_the_console_shows(
             (found,) = (row for row in rows_of(admin.get("/console").text, "Workspaces") if row[0] == "acme")
             return found
 
-        until(lambda: acme()[4] != "0", "the usage is there", 10)
+        until(lambda: acme()[4] != "0", "the usage is there", 60)
         index = admin.get("/console")
         assert index.headers["content-type"].startswith("text/html")
         assert index.headers["cache-control"] == "no-store"
@@ -72,7 +72,7 @@ def test_what_the_console_shows(
         assert admin.get("/console/nobody").status_code == 404
         assert httpx.get(f"{shim.base_url}/console").status_code == 404
         engine.kill()
-        until(lambda: "not connected" in admin.get("/console").text, "the engine is gone", 20)
+        until(lambda: "not connected" in admin.get("/console").text, "the engine is gone", 60)
         assert rows_of(admin.get("/console").text, "Models")[0][2] == "unavailable"
 
 

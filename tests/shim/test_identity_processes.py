@@ -116,7 +116,7 @@ def test_rotation_under_requests_in_flight_fails_none(make_workers: Callable[...
 
     workers.engine.pause()
     assert asyncio.run(run()) == ["message_stop"] * (NUM_IN_FLIGHT + 50)
-    until(lambda: workers.statuses() == ["completed"] * (NUM_IN_FLIGHT + 50), "all are accounted", 30)
+    until(lambda: workers.statuses() == ["completed"] * (NUM_IN_FLIGHT + 50), "all are accounted", 60)
 
 
 def test_changes_count_within_a_second_in_every_process(make_workers: Callable[..., Workers]) -> None:

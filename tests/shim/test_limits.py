@@ -54,7 +54,7 @@ def set_limits(shim: ShimServer, **changes: Any) -> None:
     """And waits until they hold."""
     shim.store.update_workspace("acme", **changes)
     generation = shim.store.generation()
-    until(lambda: shim.services.authenticator._generation == generation, "the change has arrived", 5)
+    until(lambda: shim.services.authenticator._generation == generation, "the change has arrived", 60)
 
 
 # ---------------------------------------------------------------------------------------------- requests a minute
@@ -345,7 +345,7 @@ def test_a_killed_process_lets_go_of_what_it_reserved(engine: ScriptedEngine, tm
                     "UPDATE processes SET heartbeat_at = heartbeat_at - 60000 WHERE id = (SELECT process_id FROM usage)"
                 )
             )
-        until(lambda: standing() == (PROMPT + 3, 0), "it is settled and released", 40)
+        until(lambda: standing() == (PROMPT + 3, 0), "it is settled and released", 60)
     finally:
         first.close()
         second.close()

@@ -160,7 +160,7 @@ def test_readiness_lists_each_tier(
             (HAIKU, "ready"),
         ]
         engine.state = pb.MODEL_LOADING
-        until(lambda: client.get("/readyz").status_code == 503, "readiness drops", 15)
+        until(lambda: client.get("/readyz").status_code == 503, "readiness drops", 60)
         assert {tier["state"] for tier in client.get("/readyz").json()["tiers"]} == {"loading"}
         message = {"model": HAIKU, "messages": [{"role": "user", "content": "x"}]}
         refused = client.post("/v2/messages", json=message)
@@ -169,9 +169,9 @@ def test_readiness_lists_each_tier(
         assert "loading" in refused.json()["error"]["message"]
         assert refused.headers["retry-after"]
         engine.state = pb.MODEL_READY
-        until(lambda: client.get("/readyz").status_code == 200, "readiness returns", 15)
+        until(lambda: client.get("/readyz").status_code == 200, "readiness returns", 60)
         engine.kill()
-        until(lambda: client.get("/readyz").status_code == 503, "readiness drops with the engine", 15)
+        until(lambda: client.get("/readyz").status_code == 503, "readiness drops with the engine", 60)
         assert client.get("/healthz").status_code == 200
         assert client.get("/v2/models").json()["data"][0]["context_window"] == CONTEXT_WINDOW
         assert (
@@ -181,4 +181,4 @@ def test_readiness_lists_each_tier(
             == 503
         )
         engine.start()
-        until(lambda: client.get("/readyz").status_code == 200, "readiness returns with the engine", 15)
+        until(lambda: client.get("/readyz").status_code == 200, "readiness returns with the engine", 60)

@@ -193,11 +193,11 @@ def test_enterprise_alone(shim: ShimServer, clients: OAuthClients) -> None:
     bearer = token(shim, made)
     assert status(shim, bearer) == 200
     shim.store.update_workspace("planned", plan="pro")
-    until(lambda: status(shim, bearer) == 403, "the plan changes", 5)
+    until(lambda: status(shim, bearer) == 403, "the plan changes", 60)
     shim.store.update_workspace("planned", plan="enterprise")
-    until(lambda: status(shim, bearer, f"/v2/models/{SONNET}") == 200, "the plan changes back", 5)
+    until(lambda: status(shim, bearer, f"/v2/models/{SONNET}") == 200, "the plan changes back", 60)
     shim.store.delete_workspace("planned")
-    until(lambda: status(shim, bearer) == 401, "the workspace is gone", 5)
+    until(lambda: status(shim, bearer) == 401, "the workspace is gone", 60)
     assert ask(shim, made).json()["error"] == "invalid_client"
 
 
@@ -289,7 +289,7 @@ def test_no_bearer_text_breaks_the_parser(shim: ShimServer, text: str) -> None:
 def test_a_token_that_expires_in_the_cache(shim: ShimServer, forge: Any) -> None:
     short = forge(exp=int(time.time()) + 2)
     assert status(shim, short) == 200
-    until(lambda: status(shim, short) == 401, "it expires", 10)
+    until(lambda: status(shim, short) == 401, "it expires", 60)
 
 
 def test_with_both_headers_the_key_counts(shim: ShimServer, client: CreatedOAuthClient) -> None:
@@ -306,7 +306,7 @@ def test_a_revoked_client(shim: ShimServer, clients: OAuthClients) -> None:
     bearer = token(shim, made)
     assert status(shim, bearer) == 200
     clients.revoke(made.client_id)
-    until(lambda: status(shim, bearer) == 401, "the client is revoked", 5)
+    until(lambda: status(shim, bearer) == 401, "the client is revoked", 60)
     assert ask(shim, made).json()["error"] == "invalid_client"
 
 
@@ -323,7 +323,7 @@ def test_a_rotated_secret(shim: ShimServer, clients: OAuthClients) -> None:
     assert works(second.client_secret)
     third = clients.rotate_secret(made.client_id, timedelta(milliseconds=1500))
     assert not works(made.client_secret)
-    until(lambda: not works(second.client_secret), "the second ends", 10)
+    until(lambda: not works(second.client_secret), "the second ends", 60)
     assert works(third.client_secret)
     assert status(shim, bearer) == 200
 
@@ -336,7 +336,7 @@ def test_signing_keys_rotate_under_live_tokens(shim: ShimServer, client: Created
     assert jwt.get_unverified_header(new)["kid"] == made.key_id != jwt.get_unverified_header(old)["kid"]
     assert status(shim, old) == status(shim, new) == 200
     keys.drop_retired()
-    until(lambda: status(shim, old) == 401, "what the old key has signed ends", 5)
+    until(lambda: status(shim, old) == 401, "what the old key has signed ends", 60)
     assert status(shim, new) == 200
 
 

@@ -50,7 +50,7 @@ class Reader(threading.Thread):
 
     def wait_for_deltas(self, number: int) -> None:
         for _ in range(number):
-            assert self.deltas.acquire(timeout=20)
+            assert self.deltas.acquire(timeout=60)
 
     def result(self) -> tuple[str, dict[str, Any]]:
         """The text and the last event of a stream."""
@@ -267,7 +267,7 @@ def test_no_engine_for_too_long(make_engine: Engines, make_shim: Shims) -> None:
     engine.kill()
     _, last = stream.result()
     assert last["error"]["type"] == "overloaded_error"
-    whole.join(20)
+    whole.join(60)
     assert whole.status == 503
 
 

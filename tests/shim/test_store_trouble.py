@@ -89,7 +89,7 @@ def test_a_full_disk(make_engine: Engines, make_shim: Shims, caplog: pytest.LogC
                 assert "message_stop" in text
                 assert client.get("/v2/models").status_code == 200
             assert "free space on it" in caplog.text
-        until(lambda: all(row[0] != "running" for row in _settled(shim.store)), "all usage is written", 20)
+        until(lambda: all(row[0] != "running" for row in _settled(shim.store)), "all usage is written", 60)
         assert client.post("/v2/messages", json=message()).status_code == 200
     completed = [row for row in _settled(shim.store) if row[0] == "completed"]
     assert completed[0] == ("completed", 9)
@@ -137,7 +137,7 @@ def test_postgresql_restarts(
                 postgres.start()
         assert client.get("/v2/models").status_code == 200
         assert client.post("/v2/messages", json=message()).status_code == 200
-    until(lambda: sorted(_settled(shim.store)) == [("completed", 5)] * 2 + [("completed", 9)], "all is settled", 30)
+    until(lambda: sorted(_settled(shim.store)) == [("completed", 5)] * 2 + [("completed", 9)], "all is settled", 60)
     assert "check that the database server runs" in caplog.text
 
 

@@ -43,7 +43,7 @@ def text_of(found: list[dict[str, Any]]) -> str:
 def raw_post(shim: ShimServer, body: dict[str, Any], path: str = "/v2/messages/stream") -> socket.socket:
     """A connection on which a request has been sent and nothing been read."""
     content = json.dumps(body).encode()
-    connection = socket.create_connection(shim.address(), timeout=20)
+    connection = socket.create_connection(shim.address(), timeout=60)
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nX-API-Key: {shim.key.key}\r\nContent-Length: {len(content)}\r\n\r\n"
     connection.sendall(head.encode() + content)
     return connection
@@ -333,7 +333,7 @@ def test_two_requests_sent_together(shim: ShimServer) -> None:
     head = (
         f"POST /v2/messages HTTP/1.1\r\nHost: x\r\nX-API-Key: {shim.key.key}\r\nContent-Length: {len(content)}\r\n\r\n"
     )
-    with socket.create_connection(shim.address(), timeout=20) as connection:
+    with socket.create_connection(shim.address(), timeout=60) as connection:
         connection.sendall((head.encode() + content) * 2)
         received = b""
         while received.count(b'"usage"') < 2:

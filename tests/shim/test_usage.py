@@ -168,7 +168,7 @@ class SlowRows(UsageRows):
 
     def save(self, reserved: Any, changed: Any, *more: Any) -> Decision:
         if not self.go.is_set() and reserved:
-            assert self.go.wait(20)
+            assert self.go.wait(60)
         saved = super().save(reserved, changed, *more)
         if reserved:
             self.saves.append(len(reserved))

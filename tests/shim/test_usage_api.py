@@ -215,7 +215,7 @@ def _running_end(store: Store) -> None:
         with store.database.connect() as connection:
             return connection.execute(sql("SELECT count(*) FROM usage WHERE status = 'running'")).scalar() == 0
 
-    until(none_runs, "nothing runs any more", 40)
+    until(none_runs, "nothing runs any more", 60)
 
 
 def test_a_killed_shim_loses_and_doubles_nothing(make_engine: Engines, tmp_path: Path) -> None:

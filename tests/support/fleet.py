@@ -64,7 +64,7 @@ class EngineProcess:
 
     def _ask(self, method: str, request: Any) -> Any:
         with grpc.insecure_channel(self.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
-            return getattr(EngineStub(channel), method)(request, timeout=10)
+            return getattr(EngineStub(channel), method)(request, timeout=60)
 
     def drain(self) -> None:
         """It ends by itself once its requests have ended."""
@@ -116,7 +116,7 @@ class Fleet:
     def num_serving(self) -> int:
         """Engines that take requests, as the shim sees them."""
         try:
-            reply = httpx.get(f"{self.base_url}/status", headers={"Accept": "application/json"}, timeout=10)
+            reply = httpx.get(f"{self.base_url}/status", headers={"Accept": "application/json"}, timeout=60)
             return int(reply.json()["engines"]["serving"])
         except httpx.HTTPError:
             return 0

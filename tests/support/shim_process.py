@@ -33,7 +33,7 @@ class ShimProcess:
         def ready() -> bool:
             assert self.process.poll() is None, self.log
             try:
-                return httpx.get(f"{self.base_url}/readyz", timeout=20).status_code == 200
+                return httpx.get(f"{self.base_url}/readyz", timeout=60).status_code == 200
             except httpx.HTTPError:
                 return False
 

@@ -83,7 +83,7 @@ class Workers:
 
     def wait_ready(self, base_url: str | None = None) -> None:
         ready = f"{base_url or self.base_url}/readyz"
-        until(lambda: httpx.get(ready, timeout=20).status_code == 200, "a worker is ready")
+        until(lambda: httpx.get(ready, timeout=60).status_code == 200, "a worker is ready")
 
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.base_url, headers={"X-API-Key": self.key}, timeout=60)

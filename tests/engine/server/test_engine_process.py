@@ -37,7 +37,7 @@ class EngineProcess:
     log: list[str] = field(default_factory=list)
 
     def stats(self) -> pb.StatsResponse:
-        stats: pb.StatsResponse = self.stub.Stats(pb.StatsRequest(), timeout=10)
+        stats: pb.StatsResponse = self.stub.Stats(pb.StatsRequest(), timeout=60)
         return stats
 
     def wait_for_log(self, text: str) -> str:

@@ -188,7 +188,7 @@ def test_what_cannot_be_opened_is_said(files: dict[str, Path], tmp_path: Path) -
 def test_the_certificate_is_the_one_configured(files: dict[str, Path]) -> None:
     async def test() -> None:
         async with listening(ListenerConfig("127.0.0.1:0", **files)) as listener:
-            pem = await asyncio.to_thread(ssl.get_server_certificate, ("127.0.0.1", listener.port), timeout=10)
+            pem = await asyncio.to_thread(ssl.get_server_certificate, ("127.0.0.1", listener.port), timeout=60)
             assert pem.strip() == files["tls_cert"].read_text().strip()
 
     run(test())

@@ -40,7 +40,7 @@ async def connects(port: int, ca: Path, pair: tuple[Path, Path] | None = None) -
     """Whether a call comes through."""
     options = [("grpc.use_local_subchannel_pool", 1)]
     async with grpc.aio.secure_channel(f"127.0.0.1:{port}", credentials(ca, pair), options) as channel:
-        call = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
+        call = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=60)
         code = await call.code()
         assert code in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE)
         return code is grpc.StatusCode.OK
