@@ -23,7 +23,7 @@ from typing import Any
 
 from aiexport_edge.engine.core.pictures import Eyes
 from aiexport_edge.engine.core.plan import StepPlan, StepResult
-from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel, pack_ids
+from aiexport_edge.engine.core.protocol import AdapterRoom, CoreConfig, CoreModel, pack_ids
 from aiexport_edge.engine.models.vision_config import VisionConfig
 
 NUM_IDS = 90  # the ids drawn are below; with a byte-level tokenizer, printable ASCII
@@ -107,8 +107,10 @@ class ScriptedRunner:
         self.weight_bytes = [0] * num_models
         self.overlaps = False
         self.pace = None
+        self.draft_cost = None
         self.eyes = [EYES] * num_models
         self.picture_bytes = 1 << 20
+        self.adapter_room = AdapterRoom()
         self._step_s = step_s
         self._poison = poison
         self._broken = broken
