@@ -54,6 +54,7 @@ class CoreProcess:
         self._socket.setblocking(False)
         loop = asyncio.get_running_loop()
         transport, _ = await loop.create_connection(lambda: Frames(on_frame, on_end), sock=self._socket)
+        transport.set_write_buffer_limits(high=0)  # a frame goes out when it is written, not at the end of the turn
         self._transport = transport
 
     def write(self, frame: bytes) -> None:

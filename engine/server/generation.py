@@ -140,7 +140,6 @@ class Generation:
         constraint, is_whole = (None, False) if format_ is None else constraint_of(request, format_, max_tokens)
         sampling = request.sampling
         seed = sampling.seed if sampling.HasField("seed") else secrets.randbits(64)
-        self._num_prompt_tokens = len(prompt_ids)
         self._stop_ids = frozenset() if sampling.ignore_eos else text.stop_ids
         self._text = ReplyText(
             text.tokenizer.decode_bytes,
@@ -150,50 +149,48 @@ class Generation:
             sent_bytes=request.resume.emitted_bytes,
             ascii_texts=text.ascii_texts,
         )
-        self._outbox.accepted(
-            self._tag,
-            pb.Accepted(
-                prompt_tokens=len(prompt_ids),
-                max_tokens=max_tokens,
-                seed=seed,
-                model_revision=model.facts.revision,
-                adapter_digest=b"" if self._adapter is None else self._adapter.digest,
-            ),
+        accepted = pb.Accepted(
+            prompt_tokens=len(prompt_ids),
+            max_tokens=max_tokens,
+            seed=seed,
+            model_revision=model.facts.revision,
+            adapter_digest=b"" if self._adapter is None else self._adapter.digest,
         )
+        forced = list(request.resume.forced_ids)
+        asked = BackendRequest(
+            model=model.index,
+            prompt_ids=pack_ids(prompt_ids),
+            output_ids=pack_ids(forced),
+            max_tokens=max_tokens,
+            stop_ids=tuple(self._stop_ids),
+            sampling=Sampling(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
+                top_k=sampling.top_k if sampling.HasField("top_k") else 0,
+                seed=seed,
+            ),
+            tenant=self._tenant,
+            weight=request.tenant.weight or 1.0,
+            salt=request.tenant.cache_salt,
+            priority=priority_of(request),
+            constraint=constraint,
+            images=tuple(
+                msgspec.structs.replace(held.image, start=start)
+                for held, start in zip(self._held, prompt.starts, strict=True)
+            ),
+            adapter=None if self._adapter is None else AdapterRef(self._adapter.path, self._adapter.digest),
+        )
+        if not (forced or self._abort_asked):
+            # The core first: telling the client takes up to a millisecond, in which the core could have begun.
+            self._handle = self._owner.backend.submit(asked, self)
+        self._num_prompt_tokens = len(prompt_ids)
+        self._outbox.accepted(self._tag, accepted)
         if self._trace is not None:
             self._trace.accepted(len(prompt_ids), max_tokens)
         if self._abort_asked:
             self.abort()
-            return
-        forced = list(request.resume.forced_ids)
-        if forced and self._replay(forced, max_tokens, is_whole):
-            return
-        self._handle = self._owner.backend.submit(
-            BackendRequest(
-                model=model.index,
-                prompt_ids=pack_ids(prompt_ids),
-                output_ids=pack_ids(forced),
-                max_tokens=max_tokens,
-                stop_ids=tuple(self._stop_ids),
-                sampling=Sampling(
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
-                    top_k=sampling.top_k if sampling.HasField("top_k") else 0,
-                    seed=seed,
-                ),
-                tenant=self._tenant,
-                weight=request.tenant.weight or 1.0,
-                salt=request.tenant.cache_salt,
-                priority=priority_of(request),
-                constraint=constraint,
-                images=tuple(
-                    msgspec.structs.replace(held.image, start=start)
-                    for held, start in zip(self._held, prompt.starts, strict=True)
-                ),
-                adapter=None if self._adapter is None else AdapterRef(self._adapter.path, self._adapter.digest),
-            ),
-            self,
-        )
+        elif forced and not self._replay(forced, max_tokens, is_whole):
+            self._handle = self._owner.backend.submit(asked, self)
 
     def _pictures(self) -> list[Picture]:
         return [held.picture for held in self._held]
