@@ -58,7 +58,8 @@ class EngineConfig:
 
     `max_step_tokens` 0 ("auto"): 512 on a processor, 2048 on a card. `memory_share` is what the page pool takes of a
     card's memory beside weights, graphs and activations where `pool_bytes` does not say. `step_timeout`: a core that
-    is silent for so long while it has work is ended, and its requests are resumed in another.
+    is silent for so long while it has work is ended, and its requests are resumed in another. With `drafts`, tokens
+    that a text seems to repeat are guessed, and checked in one step: the text is the same, the time shorter.
     """
 
     listen: str
@@ -74,6 +75,7 @@ class EngineConfig:
     memory_share: float
     step_timeout: timedelta
     deterministic: bool | None  # None: as each model's source has it
+    drafts: bool
     tls_cert: Path | None
     tls_key: Path | None
     client_ca: Path | None  # clients must show a certificate of it
@@ -368,6 +370,7 @@ def _engine(table: _Table, base: Path) -> EngineConfig:
         memory_share=table.take("memory_share", values.share, 0.9),
         step_timeout=table.take("step_timeout", parse_duration, timedelta(minutes=5)),
         deterministic=table.take("deterministic", values.auto_boolean, None),
+        drafts=table.take("drafts", values.boolean, True),
         tls_cert=table.take("tls_cert", values.path(base), None),
         tls_key=table.take("tls_key", values.path(base), None),
         client_ca=table.take("client_ca", values.path(base), None),

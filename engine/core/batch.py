@@ -23,12 +23,13 @@ from aiexport_edge.engine.models.adapted import BatchAdapters
 from aiexport_edge.engine.models.adapter_tables import ModelAdapters
 from aiexport_edge.engine.models.decoder import Batch, ImageTokens
 from aiexport_edge.engine.models.vision import Features
-from aiexport_edge.kernels.lora import NO_ADAPTER
+from aiexport_edge.kernels.lora import NO_ADAPTER, order_of
 
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """The rows that a new id is drawn from, in the order of `Batch.rows`: arguments of `sample`, all [S]."""
+    """The rows that a new id is drawn from, in the order of `Batch.rows`: arguments of `sample`, all [S]. A request
+    with a draft has several, one after the other."""
 
     requests: list[Request]
     temperature: Tensor  # float32
@@ -99,7 +100,7 @@ class BatchBuilder:
                 self._admit(chunk.request, chunks)
 
     def build(self, chunks: Sequence[Chunk]) -> tuple[Batch, Draws]:
-        """The batch of `chunks`, one sequence each, in their order."""
+        """The batch of `chunks`, one sequence each, in their order; those with drafts are several."""
         ids: list[int] = []
         rows: list[int] = []
         starts: list[int] = []
@@ -108,9 +109,21 @@ class BatchBuilder:
         requests: list[Request] = []
         output_index: list[int] = []
         pictured: list[tuple[int, Chunk]] = []  # chunks of prompts with pictures, after the place of their first token
-        for sequence, chunk in enumerate(chunks):
+        for chunk in chunks:
             request, start, count = chunk.request, chunk.start, chunk.num_tokens
-            rows.append(self._row(request, chunks))
+            row = self._row(request, chunks)
+            if chunk.draft:
+                # Each guess is a sequence of its own, one token longer than the one before, in the same pages.
+                num_rows = 1 + len(chunk.draft)
+                ids += (request.token_ids[start], *chunk.draft)
+                rows += [row] * num_rows
+                starts += range(start, start + num_rows)
+                counts += [1] * num_rows
+                sampled += range(len(rows) - num_rows, len(rows))
+                requests += [request] * num_rows
+                output_index += range(chunk.output_index, chunk.output_index + num_rows)
+                continue
+            rows.append(row)
             starts.append(start)
             counts.append(count)
             if request.positions is not None and start < request.num_prompt_tokens:
@@ -120,7 +133,7 @@ class BatchBuilder:
             else:
                 ids += request.token_ids[start : start + count]
             if chunk.samples:
-                sampled.append(sequence)
+                sampled.append(len(rows) - 1)
                 requests.append(request)
                 output_index.append(chunk.output_index)
         batch, draws = self._batch(
@@ -134,26 +147,30 @@ class BatchBuilder:
             pictured,
         )
         if self._adapters is not None and any(chunk.request.adapter_slot >= 0 for chunk in chunks):
-            of_sequences = np.array([chunk.request.adapter_slot for chunk in chunks], dtype=np.int32)
-            (slots,) = self._upload(np.repeat(of_sequences, counts))
-            batch = replace(batch, adapters=BatchAdapters(slots, self._adapters.layers, self._batch_invariant))
+            of_chunks = np.array([chunk.request.adapter_slot for chunk in chunks], dtype=np.int32)
+            (slots,) = self._upload(np.repeat(of_chunks, [chunk.num_tokens for chunk in chunks]))
+            order = order_of(slots) if slots.device.type == "cpu" else None
+            batch = replace(batch, adapters=BatchAdapters(slots, self._adapters.layers, self._batch_invariant, order))
         return batch, draws
 
     def stage_decodes(self, chunks: Sequence[Chunk], bucket: int, inputs: DecodeInputs, staging: Tensor) -> Draws:
-        """Write `chunks`, one sampled token each, into `staging` for the first `bucket` rows of `inputs`.
+        """Write `chunks`, decodes with their drafts, into `staging` for the first `bucket` rows of `inputs`: a row for
+        each token.
 
         The other rows are padding: sequences of one token in page 0, for which nothing is drawn. An id that
         is still on its way (PENDING_ID) is taken from its slot on the device. The draws are views of `inputs`.
         """
-        ids = np.array([chunk.request.token_ids[chunk.start] for chunk in chunks])
-        rows = np.array([self._row(chunk.request, chunks) for chunk in chunks])
-        starts = np.array([chunk.start for chunk in chunks])
-        count = len(chunks)
+        singles = _single_tokens(chunks)
+        requests = [request for request, _, _ in singles]
+        ids = np.array([id_ for _, _, id_ in singles])
+        rows = np.array([self._row(request, chunks) for request in requests])
+        starts = np.array([start for _, start, _ in singles])
+        count = len(singles)
         host = inputs.host_rows(staging, bucket)
         for padded in (host.source, host.positions, host.slots, host.block_tables[:, 0]):
             padded[count:] = 0
         host.seq_lens[count:] = 1
-        host.adapter_slots[:count] = [chunk.request.adapter_slot for chunk in chunks]
+        host.adapter_slots[:count] = [request.adapter_slot for request in requests]
         host.adapter_slots[count:] = NO_ADAPTER
         host.host_ids[:count] = ids
         host.source[:count] = np.where(ids == PENDING_ID, rows, inputs.first_host_id + np.arange(count))
@@ -168,9 +185,9 @@ class BatchBuilder:
         host.top_k[:count] = self._top_k[rows]
         host.top_p[:count] = self._top_p[rows]
         host.seeds[:count] = self._seeds[rows].view(np.int64)
-        host.output_index[:count] = [chunk.output_index for chunk in chunks]
+        host.output_index[:count] = [start + 1 - request.num_prompt_tokens for request, start, _ in singles]
         return Draws(
-            requests=[chunk.request for chunk in chunks],
+            requests=requests,
             temperature=inputs.temperature[:count],
             top_k=inputs.top_k[:count],
             top_p=inputs.top_p[:count],
@@ -310,6 +327,17 @@ class BatchBuilder:
             memory[offset : offset + array.nbytes].view(TORCH_DTYPES[array.dtype]).view(array.shape)
             for offset, array in zip(offsets, arrays, strict=True)
         ]
+
+
+def _single_tokens(chunks: Sequence[Chunk]) -> list[tuple[Request, int, int]]:
+    """Request, position and id of every token of decodes and their drafts."""
+    singles = []
+    for chunk in chunks:
+        request, start = chunk.request, chunk.start
+        singles.append((request, start, request.token_ids[start]))
+        for index, guess in enumerate(chunk.draft, 1):
+            singles.append((request, start + index, guess))
+    return singles
 
 
 def _image_tokens(rows: Tensor, pieces: list[Features]) -> ImageTokens:

@@ -37,7 +37,8 @@ def commit(scheduler: Scheduler, plan: StepPlan, result: StepResult) -> StepRepo
         model = model_plan.model
         tokens_per_page = scheduler.tokens_per_page[model]
         for chunk in model_plan.chunks:
-            request, end = chunk.request, chunk.start + chunk.num_tokens
+            request, draft = chunk.request, chunk.draft
+            end = chunk.start + chunk.num_tokens - len(draft)
             request.num_in_flight -= 1
             if request.status is finished_status:
                 scheduler.release_late(request)
@@ -62,6 +63,8 @@ def commit(scheduler: Scheduler, plan: StepPlan, result: StepResult) -> StepRepo
                     request.token_ids[end] = ids[0]  # in the place of PENDING_ID
                 else:
                     request.token_ids[end : end + 1] = ids
+                if draft:
+                    _settle_draft(scheduler, request, end, draft, ids)
                 request.probation = False
                 scheduler.num_output_tokens[model] += len(ids)
                 scheduler.charge(request, OUTPUT_COST * len(ids))
@@ -72,10 +75,23 @@ def commit(scheduler: Scheduler, plan: StepPlan, result: StepResult) -> StepRepo
     return report
 
 
+def _settle_draft(scheduler: Scheduler, request: Request, end: int, draft: tuple[int, ...], ids: list[int]) -> None:
+    """Count the guesses that came true, from position `end` on, as computed: they are what the pages hold."""
+    num_true = 0
+    while num_true < len(draft) and num_true < len(ids) and draft[num_true] == ids[num_true]:
+        num_true += 1
+    request.is_drafted = False
+    request.num_computed_tokens = end + num_true
+    scheduler.num_guessed_tokens[request.model] += len(draft)
+    scheduler.num_accepted_tokens[request.model] += num_true
+    if request.num_computed_tokens // scheduler.tokens_per_page[request.model] > request.num_published_pages:
+        scheduler.prefix.publish(request, request.num_computed_tokens)
+
+
 def _own_ids(request: Request, end: int, ids: list[int]) -> tuple[list[int], FinishReason | None]:
     """The ids, drawn for position `end` on, that belong to the output, and why it ends with them if it does."""
     assert ids, "a chunk that samples brings an id"
-    assert len(ids) == 1 or not request.num_in_flight, "the next step was planned for one"
+    assert len(ids) == 1 or not request.num_in_flight, "nothing is planned while it is not known how many come"
     left = request.num_prompt_tokens + request.max_tokens - end
     if not request.stop_ids.isdisjoint(ids):
         for index, id_ in enumerate(ids[:left]):

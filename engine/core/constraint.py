@@ -40,6 +40,17 @@ class Constraint(Protocol):
         """Write into `row` which ids may come next; at least one may. It holds rubbish before."""
         ...
 
+    def fill_ahead(self, rows: Bitmask, draft: Sequence[int]) -> int:
+        """As `fill`, into each of `rows` [1 + len(draft), words]: what may come next, and what after each guess of
+        `draft` if those before it come. Returns how many rows, at least one, hold what `fill` would say then; nothing
+        counts that is drawn under the others, which allow everything. Takes nothing in.
+        """
+        ...
+
+    def forced_ids(self) -> list[int]:
+        """What comes next where there is but one way on, as it is usually spelled; empty where it is open."""
+        ...
+
     def advance(self, drawn: Sequence[int]) -> Taken:
         """Take in drawn ids. It may answer with others where it ends the output, and then only."""
         ...

@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
+from aiexport_edge.engine.core.drafts import DraftCost
 from aiexport_edge.engine.core.pictures import Eyes, Key
 from aiexport_edge.engine.core.prefill_pace import PrefillPace
 from aiexport_edge.engine.core.protocol import AdapterRoom
@@ -32,6 +33,9 @@ class Chunk(msgspec.Struct, frozen=True):
     token, so that a new id is drawn from its logits, for position `end`. The id at `end - 1` may be PENDING_ID where
     the runner overlaps steps, and then only: it is the one that the step before draws.
 
+    With a `draft`, the last of its tokens are not the request's but guesses, for the positions after its own last one.
+    An id is drawn for each of their places and for the one after: as many ids count as guesses come true, and one more.
+
     A struct because a step makes hundreds: 0.1 µs each, a frozen dataclass takes 1.0.
     """
 
@@ -39,16 +43,22 @@ class Chunk(msgspec.Struct, frozen=True):
     start: int
     num_tokens: int
     samples: bool
+    draft: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
-        """The position after the last that is computed; that of the id that is drawn, if one is."""
+        """The position after the last that is computed; that of the last id that is drawn, if one is."""
         return self.start + self.num_tokens
 
     @property
+    def own_end(self) -> int:
+        """The position after the request's own last token in it; that of the first id that is drawn, if one is."""
+        return self.start + self.num_tokens - len(self.draft)
+
+    @property
     def output_index(self) -> int:
-        """The index, in the request's output, of the id that is drawn."""
-        return self.start + self.num_tokens - self.request.num_prompt_tokens
+        """The index, in the request's output, of the first id that is drawn."""
+        return self.start + self.num_tokens - len(self.draft) - self.request.num_prompt_tokens
 
 
 class Encode(msgspec.Struct, frozen=True):
@@ -88,10 +98,9 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """New ids by request handle, for every chunk that samples: one id today, several with speculation.
-
-    A runner that overlaps steps brings one. A request that had ended before `draw` may be missing. `faulty` are those
-    whose logits had a NaN or nothing finite: their ids mean nothing.
+    """New ids by request handle, for every chunk that samples: one, and one more for each guess of a draft that came
+    true. A request that had ended before `draw` may be missing. `faulty` are those whose logits had a NaN or nothing
+    finite: their ids mean nothing.
     """
 
     ids: dict[int, list[int]]
@@ -129,6 +138,11 @@ class StepRunner(Protocol[Launched]):
     @property
     def pace(self) -> PrefillPace | None:
         """How much prefill is good for a step; None: whatever `max_step_tokens` leaves."""
+        ...
+
+    @property
+    def draft_cost(self) -> DraftCost | None:
+        """What guesses cost; None: there are to be none."""
         ...
 
     @property

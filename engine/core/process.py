@@ -131,6 +131,7 @@ def _serve(config: CoreConfig, runner: StepRunner[Any], channel: Channel, suspec
         batch_floor_share=config.batch_floor_share,
         pictures=Pictures(runner.eyes, capacity_bytes=runner.picture_bytes),
         pace=runner.pace,
+        draft_cost=runner.draft_cost,
         num_adapter_slots=runner.adapter_room.slots,
     )
     loop = StepLoop(channel=channel, scheduler=scheduler, runner=runner, suspects=suspects)

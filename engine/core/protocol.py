@@ -58,7 +58,8 @@ class CoreConfig(msgspec.Struct, frozen=True, array_like=True):
     kernels are kept in `kernel_cache`; "": where Triton does it by itself. Each model has `adapter_slots` places for
     adapters of at most `max_adapter_rank` on the device; others wait in `adapter_host_bytes` of memory, or on disk. 0:
     none on a card, some on a CPU, where they take no memory before there are adapters; what the device has room for.
-    Pictures of more than `max_image_tokens` are not sent; 0: of more than their model's own bound.
+    Pictures of more than `max_image_tokens` are not sent; 0: of more than their model's own bound. With `drafts`, ids
+    are guessed and checked in one step (`drafts.py`).
     """
 
     models: list[CoreModel]
@@ -75,6 +76,7 @@ class CoreConfig(msgspec.Struct, frozen=True, array_like=True):
     max_adapter_rank: int = 0
     adapter_host_bytes: int = 0
     max_image_tokens: int = 0
+    drafts: bool = False
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):

@@ -23,6 +23,7 @@ from aiexport_edge.engine.core.protocol import AdapterRef, AddRequest, ImageInpu
 from aiexport_edge.engine.images.positions import ImageSpan, Positions, prompt_positions
 
 if TYPE_CHECKING:
+    from aiexport_edge.engine.core.drafts import Drafter
     from aiexport_edge.engine.core.pictures import Picture
 
 
@@ -63,6 +64,8 @@ class Request:
 
     status: Status = Status.WAITING
     num_computed_tokens: int = 0
+    drafter: Drafter | None = None  # where its ids may be guessed
+    is_drafted: bool = False  # a step in flight has guesses of it: how many ids that brings is not known
     num_in_flight: int = 0  # steps that it is in, planned and not yet committed: its pages are not given away meanwhile
     num_cached_tokens: int = 0  # prompt tokens that the prefix cache gave at first scheduling
     started: bool = False

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from aiexport_edge.engine.core.accelerator import Accelerator
 from aiexport_edge.engine.core.batch import BatchBuilder, Draws
 from aiexport_edge.engine.core.decode_graphs import DecodeGraphs
 from aiexport_edge.engine.core.decode_inputs import DecodeInputs
+from aiexport_edge.engine.core.drafts import MOST_GUESSES, DraftCost
 from aiexport_edge.engine.core.encoder import Encoder, eyes_of, picture_bytes
 from aiexport_edge.engine.core.kv_memory import KVMemory
 from aiexport_edge.engine.core.plan import Chunk, ModelPlan, StepPlan, StepResult
@@ -35,7 +37,7 @@ from aiexport_edge.engine.models.loader import LoadedModel
 from aiexport_edge.kernels.sampler import sample
 
 if TYPE_CHECKING:
-    from aiexport_edge.engine.models.decode_programs import DecodePrograms
+    from aiexport_edge.engine.models.step_programs import StepPrograms
 
 
 _NO_IDS = torch.empty(0, dtype=torch.int64)
@@ -62,7 +64,8 @@ class _Undrawn:
 @dataclass(slots=True)
 class PendingStep:
     """A step that has been launched: whose ids will be in `host_ids` (int64), and the log-probabilities with which they
-    were drawn in `host_logprobs` (float32), once `wait` has returned.
+    were drawn in `host_logprobs` (float32), once `wait` has returned. A handle with a draft comes once for each id that
+    was drawn for it, at most `most_ids` of which count where the mask behind them could not be told.
     """
 
     handles: list[int]
@@ -72,6 +75,8 @@ class PendingStep:
     host_ids: Tensor
     host_logprobs: Tensor
     wait: Callable[[], None]
+    drafts: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by handle
+    most_ids: dict[int, int] = field(default_factory=dict)  # by handle
 
 
 class Runner:
@@ -105,6 +110,9 @@ class Runner:
         self.max_step_tokens = config.max_step_tokens
         self.max_num_running = config.max_num_running
         self.pace = _pace(config, models, memory.bytes.device)
+        # Decodes of one step; one that runs alone has rows for a draft.
+        self._most_rows = max(config.max_num_running, 1 + MOST_GUESSES) if config.drafts else config.max_num_running
+        self.draft_cost = _draft_cost(models, memory.bytes.device, self._most_rows) if config.drafts else None
         self.keep_logits = keep_logits
         self.last_logits: dict[int, Tensor] = {}
         self._models = list(models)
@@ -165,6 +173,8 @@ class Runner:
         self.last_logits = {}
         self._place_adapters(plan)
         pending = PendingStep([], [], [], [], _NO_IDS, _NO_LOGPROBS, _nothing)
+        for model_plan in plan.models:
+            pending.drafts |= {chunk.request.handle: chunk.draft for chunk in model_plan.chunks if chunk.draft}
         self._encoder.drop(plan.dropped)
         if self._accelerator is None:
             for model_plan in plan.models:
@@ -229,7 +239,7 @@ class Runner:
             self._draw_free(pending, model, *self._run(model, chunks))
             return
         except torch.OutOfMemoryError:
-            if len(chunks) == 1 and chunks[0].num_tokens == 1:
+            if len(chunks) == 1 and _is_decode(chunks[0]):
                 raise
         # Not in the handler: as long as that runs, its traceback holds what the attempt has allocated.
         num_handles = sum([len(ids) for ids in pending.ids[:num_drawn]])
@@ -245,7 +255,7 @@ class Runner:
         if not pending.undrawn:
             return
         for undrawn in pending.undrawn:
-            self._draw(pending, undrawn.model, undrawn.logits, undrawn.draws, self._bitmask(undrawn))
+            self._draw(pending, undrawn.model, undrawn.logits, undrawn.draws, self._bitmask(pending, undrawn))
         pending.undrawn = []
         self._send(pending)
 
@@ -253,23 +263,27 @@ class Runner:
         """Wait for a step's ids. Steps are collected in the order of their launches."""
         assert not pending.undrawn, "draw comes before collect"
         pending.wait()
-        ids = {handle: [id_] for handle, id_ in zip(pending.handles, pending.host_ids.tolist(), strict=True)}
+        drawn = pending.host_ids.tolist()
         broken = np.isnan(pending.host_logprobs.numpy())  # the sampler's word for a row without a distribution
+        if pending.drafts:
+            return _matched(pending, drawn, broken)
+        ids = {handle: [id_] for handle, id_ in zip(pending.handles, drawn, strict=True)}
         if not broken.any():
             return StepResult(ids)
         return StepResult(ids, frozenset(pending.handles[row] for row in np.flatnonzero(broken)))
 
     def _launch_decodes(self, model: int, chunks: list[Chunk]) -> tuple[Tensor, Draws]:
-        """The logits [rows, vocabulary] of one token each, by a graph."""
+        """The logits [rows, vocabulary] of decodes, a row for each token, by a graph."""
         assert self._accelerator is not None
         graphs = self._graphs[model]
         adapted = any(chunk.request.adapter_slot >= 0 for chunk in chunks)
-        bucket = graphs.bucket(len(chunks), adapted)
+        num_rows = sum([chunk.num_tokens for chunk in chunks])
+        bucket = graphs.bucket(num_rows, adapted)
         staging = self._accelerator.staging(graphs.inputs.staged_bytes(bucket))
         draws = self._builders[model].stage_decodes(chunks, bucket, graphs.inputs, staging)
         graphs.inputs.refresh(staging)
         graphs.launch(bucket, adapted)
-        return graphs.logits[: len(chunks)], draws
+        return graphs.logits[:num_rows], draws
 
     def _run(self, model: int, chunks: Sequence[Chunk]) -> tuple[Tensor | None, Draws]:
         """The logits of the chunks that sample, None where none does."""
@@ -295,18 +309,26 @@ class Runner:
         # A copy: another model's graph leaves its logits in the same memory, and kernels expect a row to begin aligned.
         pending.undrawn.append(_Undrawn(model, logits[num_free:].clone(), draws[num_free:]))
 
-    def _bitmask(self, undrawn: _Undrawn) -> Tensor:
+    def _bitmask(self, pending: PendingStep, undrawn: _Undrawn) -> Tensor:
         """What the constraints allow, int32 [rows, words]; a request that has ended meanwhile is not asked."""
         num_rows, vocabulary = undrawn.logits.shape
         size = 4 * num_rows * -(-vocabulary // 32)
         host = torch.empty(size, dtype=torch.uint8) if self._accelerator is None else self._accelerator.staging(size)
         masks = host.numpy().view(np.int32).reshape(num_rows, -1)
-        for mask, request in zip(masks, undrawn.draws.requests, strict=True):
+        row = 0
+        while row < num_rows:
+            request = undrawn.draws.requests[row]
+            draft = pending.drafts.get(request.handle, ())
+            end = row + 1 + len(draft)
             if request.status is Status.FINISHED:
-                mask[:] = -1
+                masks[row:end] = -1
             else:
                 assert request.constraint is not None
-                request.constraint.fill(mask)
+                if draft:
+                    pending.most_ids[request.handle] = request.constraint.fill_ahead(masks[row:end], draft)
+                else:
+                    request.constraint.fill(masks[row])
+            row = end
         return host.to(undrawn.logits.device, non_blocking=True).view(torch.int32).view(num_rows, -1)
 
     def _draw(
@@ -349,7 +371,7 @@ class Runner:
 
     @torch.inference_mode()
     def _make_graphs(self, accelerator: Accelerator) -> list[DecodeGraphs]:
-        num_rows, device = self.max_num_running, accelerator.device
+        num_rows, device = self._most_rows, accelerator.device
         largest = max(model.config.vocab_size for model in self._models)
         logits = torch.empty(num_rows * largest, dtype=torch.float32, device=device)  # one for all: used up at once
         graphs = []
@@ -358,7 +380,7 @@ class Runner:
         ):
             inputs = DecodeInputs(
                 num_rows=num_rows,
-                num_slots=num_rows,
+                num_slots=self.max_num_running,
                 pages_per_row=-(-model.context_window // tokens_per_page),
                 device=device,
             )
@@ -367,20 +389,22 @@ class Runner:
             graphs.append(DecodeGraphs(accelerator, model.decoder, kv_caches, inputs, rows, adapters))
         return graphs
 
-    def _make_programs(self) -> list[DecodePrograms | None]:
+    def _make_programs(self) -> list[StepPrograms | None]:
         """What graphs are on a card, for the models whose operations can be recorded."""
         if self.memory.bytes.device.type != "cpu":
             return []
-        from aiexport_edge.engine.models.decode_programs import DecodePrograms, can_record
+        from aiexport_edge.engine.models.decode_programs import can_record
+        from aiexport_edge.engine.models.step_programs import StepPrograms
 
-        programs: list[DecodePrograms | None] = []
+        programs: list[StepPrograms | None] = []
         for model, kv_caches, tokens_per_page in zip(self._models, self._kv_caches, self.tokens_per_page, strict=True):
             pages_per_row = -(-model.context_window // tokens_per_page)
             programs.append(
-                DecodePrograms(
+                StepPrograms(
                     model.decoder,
                     kv_caches,
-                    num_rows=self.max_num_running,
+                    num_tokens=self.max_step_tokens,
+                    num_rows=self._most_rows,
                     pages_per_row=pages_per_row,
                     dtype=model.dtype,
                 )
@@ -423,12 +447,37 @@ def _pace(config: CoreConfig, models: Sequence[LoadedModel], device: torch.devic
     )
 
 
+def _draft_cost(models: Sequence[LoadedModel], device: torch.device, most_rows: int) -> DraftCost:
+    """A decode reads every weight once, and computes with each once a row: on a processor reading takes as long as a
+    dozen rows or so, on a card as a hundred."""
+    base = 12.0 if device.type == "cpu" else 100.0
+    return DraftCost(base, tuple(attention_span(model.config) for model in models), most_rows)
+
+
+def _matched(pending: PendingStep, drawn: list[int], broken: npt.NDArray[np.bool_]) -> StepResult:
+    """Sample and match: of the ids that were drawn for a draft, those up to the first that is not its guess."""
+    ids: dict[int, list[int]] = {}
+    faulty = set()
+    row = 0
+    while row < len(drawn):
+        handle = pending.handles[row]
+        draft = pending.drafts.get(handle, ())
+        count, most = 1, min(pending.most_ids.get(handle, len(draft) + 1), len(draft) + 1)
+        while count < most and drawn[row + count - 1] == draft[count - 1]:
+            count += 1
+        ids[handle] = drawn[row : row + count]
+        if broken[row : row + count].any():
+            faulty.add(handle)
+        row += 1 + len(draft)
+    return StepResult(ids, frozenset(faulty))
+
+
 def _joined(pieces: list[Tensor]) -> Tensor:
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
 def _is_decode(chunk: Chunk) -> bool:
-    if not chunk.samples or chunk.num_tokens != 1:
+    if not chunk.samples or chunk.num_tokens != 1 + len(chunk.draft):
         return False
     return chunk.request.positions is None or chunk.start >= chunk.request.num_prompt_tokens  # a picture's, or may be
 
@@ -444,6 +493,7 @@ def _halves(chunks: Sequence[Chunk]) -> tuple[list[Chunk], list[Chunk]]:
         middle = len(chunks) // 2
         return list(chunks[:middle]), list(chunks[middle:])
     (chunk,) = chunks
+    assert not chunk.draft, "a few rows"
     middle = chunk.num_tokens // 2
     return (
         [Chunk(chunk.request, chunk.start, middle, samples=False)],

@@ -27,9 +27,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from aiexport_edge.engine.core.adapter_slots import AdapterSlots
+from aiexport_edge.engine.core.drafts import MOST_GUESSES, DraftCost, Drafter, StepLoad, draft_of, row_cost
 from aiexport_edge.engine.core.fairness import INPUT_COST, OUTPUT_COST, FloorShare
 from aiexport_edge.engine.core.pages import PagePool
 from aiexport_edge.engine.core.pictures import Pictures
@@ -47,9 +48,10 @@ class Scheduler:
     """Each plan is committed, in order, at the latest after one more has been made; `add` and `finish` come in between.
 
     `revisions` and `tokens_per_page` are by model. A step has at most `max_step_tokens` tokens and `max_num_running`
-    requests. `batch_floor_share`, in [0, 1), is what the batch class keeps of the service while interactive requests
-    would take everything. `pace` None: prefills take what tokens decodes leave of a step. Each model has
-    `num_adapter_slots` adapters on the device at most: a request whose adapter finds no place waits for one.
+    requests. `draft_cost` None: nobody drafts. `batch_floor_share`, in [0, 1), is what the batch class keeps of the
+    service while interactive requests would take everything. `pace` None: prefills take what tokens decodes leave of a
+    step. Each model has `num_adapter_slots` adapters on the device at most: a request whose adapter finds no place
+    waits for one.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Scheduler:
         batch_floor_share: float,
         pictures: Pictures | None = None,
         pace: PrefillPace | None = None,
+        draft_cost: DraftCost | None = None,
         num_adapter_slots: int = 0,
     ) -> None:
         assert min(tokens_per_page) >= 1
@@ -77,10 +80,13 @@ class Scheduler:
         self.num_prompt_tokens = [0] * len(revisions)  # by model, of requests that have started; counted by commit
         self.num_cached_tokens = [0] * len(revisions)
         self.num_output_tokens = [0] * len(revisions)
+        self.num_guessed_tokens = [0] * len(revisions)  # of drafts
+        self.num_accepted_tokens = [0] * len(revisions)  # of these, those that came true
         self.tokens_per_page = list(tokens_per_page)
         self._max_num_running = max_num_running
         self._max_step_tokens = max_step_tokens
         self._pace = pace
+        self._draft_cost = draft_cost
         self._queues = {priority: TenantQueues() for priority in Priority}
         self._running: dict[int, Request] = {}  # what holds pages: prefilling and decoding
         self._decoding: dict[int, Request] = {}
@@ -127,6 +133,8 @@ class Scheduler:
         assert request.token_ids, "nothing to compute"
         assert self.fits(request.num_prompt_tokens + request.max_tokens, request.model), "can never run"
         self.requests[request.handle] = request
+        if self._draft_cost is not None:
+            request.drafter = Drafter(request.token_ids)
         self._num_batch += request.priority is Priority.BATCH
         if request.probation:
             self._probation[request.handle] = request
@@ -201,7 +209,8 @@ class Scheduler:
             for chunk in model_plan.chunks:
                 request = chunk.request
                 request.num_in_flight += 1
-                request.num_computed_tokens = chunk.start + chunk.num_tokens
+                request.num_computed_tokens = chunk.start + chunk.num_tokens - len(chunk.draft)
+                request.is_drafted = bool(chunk.draft)
                 if request.pictures:
                     self.pictures.release(request, request.num_computed_tokens)
                 if chunk.samples:
@@ -256,6 +265,8 @@ class Scheduler:
                 admissions = False  # what has just been preempted does not come back in the same step
         if self.num_preemptions != num_preemptions:
             decodes = [chunk for chunk in decodes if chunk.request.status is Status.RUNNING]
+        elif self._draft_cost is not None and decodes:
+            self._add_drafts(self._draft_cost, decodes, prefills)
         encodes = self._plan_encodes(left, prefills, beside_decodes=bool(decodes)) if self._looking else []
         chunks: list[list[Chunk]] = [[] for _ in self.tokens_per_page]
         for chunk in decodes:
@@ -272,9 +283,14 @@ class Scheduler:
 
     def _plan_decodes(self) -> tuple[list[Chunk], list[Request], int]:
         """The decodes of this step, those of them that lack pages, and the tokens left for prefills."""
-        chunks, growing, budget = self._decode_chunks(self._decoding.values())
-        if len(chunks) < len(self._decoding):  # the budget does not do for all
-            chunks, growing, budget = self._decode_chunks(sorted(self._decoding.values(), key=self._rank))
+        requests: Collection[Request] = self._decoding.values()
+        if self._num_in_flight and self._draft_cost is not None:
+            load = StepLoad(self._draft_cost.base)
+            load.add(len(requests), len(requests))
+            requests = [request for request in requests if not self._sits_out(request, load.is_light)]
+        chunks, growing, budget = self._decode_chunks(requests)
+        if len(chunks) < len(requests):  # the budget does not do for all
+            chunks, growing, budget = self._decode_chunks(sorted(requests, key=self._rank))
         return chunks, growing, budget
 
     def _decode_chunks(self, requests: Iterable[Request]) -> tuple[list[Chunk], list[Request], int]:
@@ -283,16 +299,62 @@ class Scheduler:
         chunks: list[Chunk] = []
         growing: list[Request] = []
         for request in requests:
-            start = request.num_computed_tokens
-            num_left = len(request.token_ids) - start  # 1, or more after a step that brought several ids
-            num_tokens = num_left if num_left <= budget else budget
-            if not num_tokens:
+            if not budget:
                 break
-            budget -= num_tokens
-            if start + num_left > len(request.pages) * tokens_per_page[request.model]:
+            budget -= 1
+            start = request.num_computed_tokens
+            if start + 1 > len(request.pages) * tokens_per_page[request.model]:
                 growing.append(request)
-            chunks.append(Chunk(request, start, num_tokens, num_tokens == num_left))
+            chunks.append(Chunk(request, start, 1, samples=True))
         return chunks, growing, budget
+
+    def _sits_out(self, request: Request, is_light: bool) -> bool:
+        """Whether a request that is in flight is left out of this step: how many ids it is getting is not known, or it
+        does better with a draft in the next, for which all must be."""
+        if request.is_drafted or not is_light or not request.num_in_flight:
+            return request.is_drafted
+        assert request.drafter is not None
+        request.drafter.look(len(request.token_ids) - 1)
+        return request.drafter.is_worth_sitting_out
+
+    def _add_drafts(self, costs: DraftCost, decodes: list[Chunk], prefills: list[Chunk]) -> None:
+        """Lengthen `decodes` by drafts as far as they pay, beside `prefills`. Nobody is preempted or kept waiting for
+        the room of guesses."""
+        num_left = self._max_step_tokens - sum([chunk.num_tokens for chunk in decodes + prefills])
+        loads = [StepLoad(costs.base) for _ in self.tokens_per_page]
+        num_rows = [0] * len(loads)
+        for chunk in decodes + prefills:
+            model = chunk.request.model
+            middle = chunk.start + chunk.num_tokens // 2
+            loads[model].add(chunk.num_tokens, chunk.num_tokens * row_cost(middle, costs.spans[model]))
+        for chunk in decodes:
+            num_rows[chunk.request.model] += 1
+        for index, chunk in enumerate(decodes):
+            request, start, model = chunk.request, chunk.start, chunk.request.model
+            most = min(
+                MOST_GUESSES,
+                num_left,
+                costs.most_rows - num_rows[model],
+                request.num_prompt_tokens + request.max_tokens - len(request.token_ids) - 1,
+            )
+            if most <= 0 or request.num_in_flight or request.drafter is None or not loads[model].is_light:
+                continue
+            draft = draft_of(request, loads[model], row_cost(start, costs.spans[model]), most)
+            if draft and not self._has_room_for_guesses(request, start + 1 + len(draft)):
+                draft = draft[: len(request.pages) * self.tokens_per_page[model] - start - 1]
+            if draft:
+                decodes[index] = Chunk(request, start, 1 + len(draft), samples=True, draft=draft)
+                num_left -= len(draft)
+                num_rows[model] += len(draft)
+
+    def _has_room_for_guesses(self, request: Request, end: int) -> bool:
+        """Whether the request's pages reach up to `end`, or may be made to: out of what nobody will miss."""
+        missing = -(-end // self.tokens_per_page[request.model]) - len(request.pages)
+        if missing > 0:
+            if self._shortfalls or missing + len(self._running) > self.pool.num_available:
+                return False
+            request.pages.extend(self.pool.take(missing))
+        return True
 
     def _grow(self, growing: list[Request], chunks: list[Chunk]) -> int:
         """Give each request pages for all its tokens, preempting the lowest in rank when they do not suffice.

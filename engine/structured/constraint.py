@@ -118,6 +118,27 @@ class Constraint:
             self._matcher = None
         row[:] = -1
 
+    def fill_ahead(self, rows: npt.NDArray[np.int32], draft: Sequence[int]) -> int:
+        """`rows` [1 + len(draft), words]: the tokens that may come next, and after each guess of `draft` where those
+        before it come. Returns how many rows say what `fill` would; the others allow everything. Takes nothing in."""
+        self.fill(rows[0])
+        rows[1:] = -1
+        if self._matcher is None:
+            return len(rows)
+        ahead = self._matcher.copy()
+        for number, id_ in enumerate(draft, 1):
+            if not rows[number - 1, id_ >> 5] >> (id_ & 31) & 1 or not ahead.consume([id_]):
+                return number
+            ahead.fill(rows[number])
+            if ahead.spent or not rows[number].any():
+                rows[number] = -1
+                return number
+        return len(rows)
+
+    def forced_ids(self) -> list[int]:
+        """The tokens that must come next, spelled as the vocabulary's own text would be; empty where it is open."""
+        return [] if self._matcher is None else self._matcher.forced()
+
     def advance(self, drawn: Sequence[int]) -> Step:
         """Takes drawn ids in. Of those past the document's end none is the reply's."""
         taken: list[int] = []

@@ -43,6 +43,14 @@ class Matcher:
         """Goes on by these tokens; whether they fit."""
         return bool(self._matcher.consume_tokens(ids))
 
+    def copy(self) -> Matcher:
+        """Another that is where this one is. It costs a microsecond."""
+        return Matcher(self._matcher.deep_copy())
+
+    def forced(self) -> list[int]:
+        """The tokens that must come next; empty where there is a choice."""
+        return [] if self.spent else list(self._matcher.compute_ff_tokens())
+
 
 class TokenMasks:
     """A model's vocabulary as the library wants it. Making one takes a moment: off the step loop."""

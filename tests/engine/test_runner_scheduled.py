@@ -30,19 +30,21 @@ NUM_TOKENS = 48
 POOL_BYTES = 38 * 16 * 3 * 2 * 2 * 24 * 4
 
 
-def runner_of(directories: Sequence[Path], *, overlaps: bool) -> Runner:
+def runner_of(directories: Sequence[Path], *, overlaps: bool, drafts: bool = False) -> Runner:
     if not overlaps:
-        return load_runner(*directories, max_num_running=8, pool_bytes=POOL_BYTES)
+        return load_runner(*directories, max_num_running=8, pool_bytes=POOL_BYTES, drafts=drafts)
     models = [load_model(path, dtype="float32") for path in directories]
-    config = CoreConfig([], "cuda:0", 0, POOL_BYTES, 8, 40, 1, 0.0)
+    config = CoreConfig([], "cuda:0", 0, POOL_BYTES, 8, 40, 1, 0.0, drafts=drafts)
     return make_runner(config, models, torch.device("cpu"), FakeAccelerator(free=4 << 30))
 
 
+@pytest.mark.parametrize("drafts", [False, True])
 @pytest.mark.parametrize("overlaps", [False, True])
-def test_page_famine_and_prefix_hits_change_no_token(overlaps: bool, tmp_path: Path) -> None:
+def test_page_famine_and_prefix_hits_change_no_token(overlaps: bool, drafts: bool, tmp_path: Path) -> None:
+    """Nor do drafts, which untrained models give occasion for: they soon repeat themselves."""
     names = ["qwen3", "mistral_window"]
     directories = [save(name, tmp_path / name) for name in names]
-    runner = runner_of(directories, overlaps=overlaps)
+    runner = runner_of(directories, overlaps=overlaps, drafts=drafts)
     assert runner.num_pages == 38
     assert runner.overlaps == overlaps
     scheduler = Scheduler(
@@ -52,6 +54,7 @@ def test_page_famine_and_prefix_hits_change_no_token(overlaps: bool, tmp_path: P
         max_num_running=8,
         max_step_tokens=40,
         batch_floor_share=0.05,
+        draft_cost=runner.draft_cost,
     )
     beginnings = prompts([40, 33, 70, 52])
     requests = []
@@ -76,6 +79,7 @@ def test_page_famine_and_prefix_hits_change_no_token(overlaps: bool, tmp_path: P
     while pipeline.busy:
         pipeline.advance()
     assert scheduler.num_preemptions > 0
+    assert (sum(scheduler.num_accepted_tokens) > 0) == drafts
     assert sum(request.num_cached_tokens for request in requests) > 0
     models = [make(name) for name in names]
     for request in requests:
@@ -95,14 +99,26 @@ class Multiples:
         row[:] = np.packbits(bits, bitorder="little").view(np.int32)
 
     def advance(self, drawn: Sequence[int]) -> FakeTaken:
-        assert all(i % self.length == 0 for i in drawn)
+        assert all(i % (self.length + n) == 0 for n, i in enumerate(drawn))
         self.length += len(drawn)
         return FakeTaken(list(drawn))
 
+    def fill_ahead(self, rows: npt.NDArray[np.int32], draft: Sequence[int]) -> int:
+        length = self.length
+        for row in rows:
+            self.fill(row)
+            self.length += 1
+        self.length = length
+        return next((n for n, i in enumerate(draft, 1) if i % (length + n - 1)), len(rows))
 
-def constrained_outputs(directories: Sequence[Path], *, overlaps: bool) -> list[list[int]]:
+    def forced_ids(self) -> list[int]:
+        """Not forced, but for greedy requests no bad guesses."""
+        return [6 * self.length, self.length + 1, 0]
+
+
+def constrained_outputs(directories: Sequence[Path], *, overlaps: bool, drafts: bool = False) -> list[list[int]]:
     """Of six requests of two models, every other one with a constraint, sampled and greedy."""
-    runner = runner_of(directories, overlaps=overlaps)
+    runner = runner_of(directories, overlaps=overlaps, drafts=drafts)
     scheduler = Scheduler(
         PagePool(runner.num_pages),
         revisions=["a", "b"],
@@ -110,6 +126,7 @@ def constrained_outputs(directories: Sequence[Path], *, overlaps: bool) -> list[
         max_num_running=8,
         max_step_tokens=20,
         batch_floor_share=0.0,
+        draft_cost=runner.draft_cost,
     )
     requests: list[Request] = []
     for handle, prompt in enumerate(prompts([9, 30, 4, 12, 5, 21])):
@@ -140,6 +157,8 @@ def test_constrained_requests_draw_under_their_masks(tmp_path: Path) -> None:
     directories = [save(name, tmp_path / name) for name in ("qwen3", "llama2")]
     expected = constrained_outputs(directories, overlaps=False)
     assert constrained_outputs(directories, overlaps=True) == expected
+    for overlaps in (False, True):
+        assert constrained_outputs(directories, overlaps=overlaps, drafts=True) == expected
     for handle, ids in enumerate(expected):
         assert len(ids) == 12
         assert all(i % (2 + n) == 0 for n, i in enumerate(ids)) == bool(handle % 3)
@@ -148,7 +167,7 @@ def test_constrained_requests_draw_under_their_masks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_logits_that_are_not_numbers_fail_their_request_alone(overlaps: bool, tmp_path: Path) -> None:
     """A damaged row of the embedding: whoever has that token fails, soon or when it comes."""
-    runner = runner_of([save("qwen3", tmp_path)], overlaps=overlaps)
+    runner = runner_of([save("qwen3", tmp_path)], overlaps=overlaps, drafts=True)
     embedding = runner._models[0].decoder.embedding
     assert embedding is not None
     embedding[7] = float("nan")
@@ -159,6 +178,7 @@ def test_logits_that_are_not_numbers_fail_their_request_alone(overlaps: bool, tm
         max_num_running=8,
         max_step_tokens=40,
         batch_floor_share=0.0,
+        draft_cost=runner.draft_cost,
     )
     for handle, prompt in enumerate([[5, 6, 8], [5, 7, 8], [9, 9, 7], [9, 4]]):
         scheduler.add(make_request(add_request(handle, prompt, max_tokens=3), arrival=handle))

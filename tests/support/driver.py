@@ -25,10 +25,11 @@ def load_runner(
     page_bytes: int = 0,
     pool_bytes: int = 256 << 20,
     max_num_running: int = 64,
+    drafts: bool = False,
 ) -> Runner:
     """A runner over `directories` on one CPU thread, which keeps its logits."""
     models = [CoreModel(f"model-{i}", str(path), dtype, 0, deterministic, "") for i, path in enumerate(directories)]
-    config = CoreConfig(models, "cpu", page_bytes, pool_bytes, max_num_running, 512, 1, 0.0)
+    config = CoreConfig(models, "cpu", page_bytes, pool_bytes, max_num_running, 512, 1, 0.0, drafts=drafts)
     return load(config, lambda model, done, total: None, keep_logits=True)
 
 

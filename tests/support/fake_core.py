@@ -10,9 +10,10 @@ can: when it is collected.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -21,12 +22,14 @@ import numpy as np
 import numpy.typing as npt
 
 from aiexport_edge.engine.core.commit import end_of
+from aiexport_edge.engine.core.drafts import DraftCost
 from aiexport_edge.engine.core.pages import PagePool
 from aiexport_edge.engine.core.pictures import Eyes, Key, Pictures, key_of
 from aiexport_edge.engine.core.pipeline import Pipeline
 from aiexport_edge.engine.core.plan import PENDING_ID, Chunk, Encode, StepPlan, StepResult
 from aiexport_edge.engine.core.prefill_pace import PrefillPace
 from aiexport_edge.engine.core.protocol import (
+    AdapterRoom,
     AddRequest,
     FinishReason,
     ImageInput,
@@ -74,6 +77,18 @@ class FakeConstraint:
         bits = np.zeros(32 * len(row), dtype=np.uint8)
         bits[allowed_ids(self.output)] = 1
         row[:] = np.packbits(bits, bitorder="little").view(np.int32)
+
+    def fill_ahead(self, rows: npt.NDArray[np.int32], draft: Sequence[int]) -> int:
+        self.fill(rows[0])
+        for number, id_ in enumerate(draft, 1):
+            if id_ not in allowed_ids([*self.output, *draft[: number - 1]]):
+                rows[number:] = -1
+                return number
+            FakeConstraint([*self.output, *draft[:number]]).fill(rows[number])
+        return len(rows)
+
+    def forced_ids(self) -> list[int]:
+        return []
 
     def advance(self, drawn: Sequence[int]) -> FakeTaken:
         assert all(i in allowed_ids(self.output + list(drawn[:n])) for n, i in enumerate(drawn))
@@ -136,9 +151,9 @@ class Piece:
     """A chunk as the device got it: what later becomes of the request does not reach it."""
 
     chunk: Chunk
-    ids: list[int]  # up to the chunk's end; the last may be on its way
+    ids: list[int]  # up to the chunk's end, guesses included; the last may be on its way
     pages: list[int]
-    allowed: list[int] | None = None
+    allowed: list[list[int]] | None = None  # for the own token and after each guess, as far as is known
 
     @property
     def request(self) -> Request:
@@ -163,10 +178,7 @@ class FakeStep:
 
 
 class FakeRunner:
-    """`ids_per_step` is how many ids a draw brings, a function of (handle, output index); overshoot included.
-
-    `num_drawn` counts ids by handle, those drawn in vain too.
-    """
+    """`num_drawn` counts ids by handle, those drawn in vain too, but for those behind a wrong guess."""
 
     def __init__(
         self,
@@ -174,7 +186,6 @@ class FakeRunner:
         num_pages: int,
         tokens_per_page: list[int],
         pool: PagePool | None = None,
-        ids_per_step: Callable[[int, int], int] = lambda handle, index: 1,
         overlaps: bool = False,
         eyes: Sequence[Eyes | None] | None = None,
     ) -> None:
@@ -188,12 +199,13 @@ class FakeRunner:
         self.tokens_per_page = tokens_per_page
         self.weight_bytes = [0] * len(tokens_per_page)
         self.pace = None
+        self.draft_cost = None
+        self.adapter_room = AdapterRoom()
         self.overlaps = overlaps
         self.in_flight: list[FakeStep] = []
         self.num_drawn: Counter[int] = Counter()
         self.memory: dict[tuple[int, int], tuple[int, bytes, bytes]] = {}
         self._pool = pool
-        self._ids_per_step = ids_per_step
         self._slots: dict[int, int] = {}  # the last id drawn, by handle
         self._prefixes: dict[int, tuple[list[int], list[bytes]]] = {}  # by handle: ids, and a hash of each prefix
 
@@ -228,13 +240,15 @@ class FakeRunner:
         assert launched is self.in_flight[-1]
         for piece in filter(_is_constrained, launched.pieces):
             if piece.request.status is Status.FINISHED:
-                piece.allowed = list(range(NUM_IDS))
+                piece.allowed = [list(range(NUM_IDS))]
                 continue
-            assert PENDING_ID not in piece.request.token_ids[: piece.chunk.end], "drawn before its prefix is known"
-            mask = np.zeros(-(-NUM_IDS // 32), dtype=np.int32)
+            draft, end = piece.chunk.draft, piece.chunk.own_end
+            assert PENDING_ID not in piece.request.token_ids[:end], "drawn before its prefix is known"
+            masks = np.zeros((1 + len(draft), -(-NUM_IDS // 32)), dtype=np.int32)
             assert piece.request.constraint is not None
-            piece.request.constraint.fill(mask)
-            piece.allowed = list(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")))
+            count = piece.request.constraint.fill_ahead(masks, draft)
+            bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")
+            piece.allowed = [list(np.flatnonzero(row)) for row in bits[:count]]
 
     def collect(self, launched: FakeStep) -> StepResult:
         assert launched is self.in_flight.pop(0), "collected in the order of launches"
@@ -246,7 +260,12 @@ class FakeRunner:
         for piece in launched.pieces:
             self._read(piece)
             if piece.chunk.samples:
-                ids[piece.request.handle] = self._draw(piece)
+                ids[piece.request.handle] = drawn = self._draw(piece)
+                known, prefixes = self._prefixes[piece.request.handle]
+                for id_ in drawn[: len(piece.chunk.draft)]:
+                    if id_ == piece.ids[len(known)]:  # a guess that came true
+                        prefixes.append(_chained(prefixes[-1], id_))
+                        known.append(id_)
         for handle, drawn in ids.items():
             self._slots[handle] = drawn[-1]
             self.num_drawn[handle] += len(drawn)
@@ -276,15 +295,23 @@ class FakeRunner:
         request, size = chunk.request, self.tokens_per_page[chunk.request.model]
         assert request.status is Status.RUNNING
         assert chunk.num_tokens >= 1
-        assert chunk.end == request.num_computed_tokens
-        assert chunk.samples == (chunk.end == len(request.token_ids) - 1 and request.token_ids[-1] == PENDING_ID)
-        assert chunk.samples or chunk.end < len(request.token_ids)
+        end = chunk.own_end
+        assert end == request.num_computed_tokens
+        assert chunk.samples == (end == len(request.token_ids) - 1 and request.token_ids[-1] == PENDING_ID)
+        assert chunk.samples or end < len(request.token_ids)
         assert len(request.pages) * size >= chunk.end, "pages cover every position"
-        ids = request.token_ids[: chunk.end]
+        ids = request.token_ids[:end]
         if PENDING_ID in ids:
-            assert ids.index(PENDING_ID) == chunk.end - 1 == chunk.start, "only a decode's input may be on its way"
+            assert ids.index(PENDING_ID) == end - 1 == chunk.start, "only a decode's input may be on its way"
             assert any(request is p.request and p.chunk.samples for p in self.in_flight[-1].pieces)
-        return Piece(chunk, ids, list(request.pages))
+        if chunk.draft:
+            assert chunk.samples
+            assert chunk.start == end - 1
+            assert PENDING_ID not in ids, "guesses come after ids that are known"
+            assert not any(request is p.request for step in self.in_flight for p in step.pieces)
+            assert chunk.output_index + len(chunk.draft) < request.max_tokens, "guesses for what is past the budget"
+        assert not any(request is p.request and p.chunk.draft for step in self.in_flight for p in step.pieces)
+        return Piece(chunk, ids + list(chunk.draft), list(request.pages))
 
     def _write(self, piece: Piece) -> None:
         request, size = piece.request, self.tokens_per_page[piece.request.model]
@@ -308,27 +335,66 @@ class FakeRunner:
 
     def _draw(self, piece: Piece) -> list[int]:
         drawn: list[int] = []
-        for _ in range(self._ids_per_step(piece.request.handle, piece.chunk.output_index)):
-            drawn.append(draw_id(piece.request.model, piece.ids + drawn, piece.allowed))
+        for number, guess in enumerate([*piece.chunk.draft, None]):
+            allowed = None if piece.allowed is None else piece.allowed[number]
+            drawn.append(draw_id(piece.request.model, piece.ids[: piece.chunk.own_end] + drawn, allowed))
+            if drawn[-1] != guess or (piece.allowed is not None and number + 1 == len(piece.allowed)):
+                break
         return drawn
 
     def _prefixes_of(self, piece: Piece) -> list[bytes]:
         ids, prefixes = self._prefixes.setdefault(piece.request.handle, ([], []))
-        assert piece.ids[: len(ids)] == ids[: len(piece.ids)], "what was computed stays"
+        own = piece.ids[: piece.chunk.own_end]
+        assert own[: len(ids)] == ids[: len(own)], "what was computed stays"
         of_picture = {
             position: image.digest
             for image, span in zip(piece.request.images, piece.request.spans, strict=True)
             for position in range(span.start, span.end)
         }
-        for id_ in piece.ids[len(ids) :]:
+        for id_ in own[len(ids) :]:
             parent = (prefixes[-1] if prefixes else b"") + of_picture.get(len(prefixes), b"")
-            prefixes.append(blake2b(parent + pack_ids([id_]), digest_size=16).digest())
+            prefixes.append(_chained(parent, id_))
             ids.append(id_)
-        return prefixes
+        if not piece.chunk.draft:
+            return prefixes
+        guessed = prefixes[: len(own)]
+        for id_ in piece.chunk.draft:
+            guessed.append(_chained(guessed[-1], id_))
+        return guessed
+
+
+def _chained(parent: bytes, id_: int) -> bytes:
+    return blake2b(parent + pack_ids([id_]), digest_size=16).digest()
 
 
 def _is_constrained(piece: Piece) -> bool:
     return piece.chunk.samples and piece.request.constraint is not None
+
+
+class FakeDrafter:
+    """Knows what comes next, and says it at the given rate."""
+
+    def __init__(self, request: Request, rate: float) -> None:
+        self._request = request
+        self._rate = rate
+        self._rng = random.Random(request.handle)
+        self.chance = 1.0
+
+    @property
+    def is_worth_sitting_out(self) -> bool:
+        return self._rng.random() < 0.7
+
+    def look(self, num_ids: int) -> None:
+        assert PENDING_ID not in self._request.token_ids[:num_ids]
+
+    def guesses(self, most: int) -> tuple[int, ...]:
+        ids, model = list(self._request.token_ids), self._request.model
+        num_prompt, first = self._request.num_prompt_tokens, len(ids)
+        for _ in range(most):
+            allowed = None if self._request.constraint is None else allowed_ids(ids[num_prompt:])
+            right = self._rng.random() < self._rate
+            ids.append(draw_id(model, ids, allowed) if right else self._rng.randrange(NUM_IDS))
+        return tuple(ids[first:])
 
 
 class FakeSuspects(Suspects):
@@ -363,7 +429,8 @@ class Reply:
 class FakeCore:
     """Steps a scheduler with a `FakeRunner`, checks the books after each step, and listens like a parent.
 
-    `plan` is the plan that was launched last.
+    With a `guess_rate`, requests are drafted for wherever there is room, and this share of guesses is right. `plan` is
+    the plan that was launched last.
     """
 
     def __init__(
@@ -375,7 +442,7 @@ class FakeCore:
         max_num_running: int = 8,
         max_step_tokens: int = 16,
         batch_floor_share: float = 0.1,
-        ids_per_step: Callable[[int, int], int] = lambda handle, index: 1,
+        guess_rate: float | None = None,
         overlaps: bool = False,
         pace: PrefillPace | None = None,
         eyes: Sequence[Eyes | None] | None = None,
@@ -393,13 +460,14 @@ class FakeCore:
             batch_floor_share=batch_floor_share,
             pace=pace,
             pictures=self.pictures,
+            draft_cost=None if guess_rate is None else DraftCost(math.inf, (math.inf,) * len(tokens_per_page), 64),
         )
+        self._guess_rate = guess_rate
         self.runner = _CheckedRunner(
             self,
             num_pages=num_pages,
             tokens_per_page=tokens_per_page,
             pool=self.pool,
-            ids_per_step=ids_per_step,
             overlaps=overlaps,
             eyes=eyes,
         )
@@ -421,6 +489,8 @@ class FakeCore:
         reason = end_of(request)
         if reason is None:
             self.scheduler.add(request)
+            if self._guess_rate is not None:
+                request.drafter = FakeDrafter(request, self._guess_rate)  # type: ignore[assignment]
         else:
             reply.reason = reason
         return request

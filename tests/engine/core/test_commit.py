@@ -137,15 +137,13 @@ def test_forced_ids_are_not_reported_again() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    ids_per_step=st.lists(st.integers(1, 6), min_size=1, max_size=5),
+    guess_rate=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
     num_prompt=st.integers(1, 12),
     max_tokens=st.integers(1, 30),
     stops=st.sets(st.integers(0, NUM_IDS - 1), max_size=4),
 )
-def test_several_ids_a_step_equal_one(
-    ids_per_step: list[int], num_prompt: int, max_tokens: int, stops: set[int]
-) -> None:
-    core = FakeCore(ids_per_step=lambda handle, index: ids_per_step[index % len(ids_per_step)])
+def test_several_ids_a_step_equal_one(guess_rate: float, num_prompt: int, max_tokens: int, stops: set[int]) -> None:
+    core = FakeCore(guess_rate=guess_rate, max_step_tokens=24)
     prompt = prompt_of(random.Random(num_prompt), num_prompt)
     for handle in range(3):
         core.add(add_request(handle, prompt[handle:] or [STOP_ID], max_tokens=max_tokens, stop_ids=sorted(stops)))

@@ -7,10 +7,11 @@ import random
 
 import msgspec
 import pytest
-from support.fake_core import NUM_IDS, STOP_ID, FakeCore, add_request, prompt_of
+from support.fake_core import NUM_IDS, STOP_ID, FakeCore, FakeDrafter, add_request, prompt_of
 
 from aiexport_edge.engine.core.grammars import Grammars, Prepared
 from aiexport_edge.engine.core.protocol import AddRequest, AddVocabulary, FinishReason, pack_ids
+from aiexport_edge.engine.core.request import Request
 from aiexport_edge.engine.structured.compile import ANY_OBJECT, compile_grammar
 from aiexport_edge.engine.structured.packed import pack
 
@@ -76,15 +77,36 @@ def grammars() -> Grammars:
     return made
 
 
-def outputs(messages: list[AddRequest], grammars: Grammars, **core: int | bool) -> tuple[FakeCore, list[list[int]]]:
-    """What a core answers to them."""
-    fake = FakeCore(**core)  # type: ignore[arg-type]
+def outputs(
+    messages: list[AddRequest],
+    grammars: Grammars,
+    *,
+    guesses: list[list[int]] | None = None,
+    **core: int | bool,
+) -> tuple[FakeCore, list[list[int]]]:
+    """What a core answers to them. `guesses` by message: drafts are of these, every fifth a wrong one."""
+    fake = FakeCore(guess_rate=None if guesses is None else 0.0, **core)  # type: ignore[arg-type]
     for message in messages:
         grammars.submit(message)
     for made in prepared(grammars):
-        fake.add(made.message).constraint = made.constraint
+        added = fake.add(made.message)
+        added.constraint = made.constraint
+        if guesses is not None:
+            added.drafter = Recalling(added, guesses[messages.index(made.message)])  # type: ignore[assignment]
     fake.run()
     return fake, [fake.replies[message.handle].ids for message in messages]
+
+
+class Recalling(FakeDrafter):
+    """Knows an earlier answer to the same."""
+
+    def __init__(self, request: Request, answer: list[int]) -> None:
+        super().__init__(request, 1.0)
+        self._answer = answer
+
+    def guesses(self, most: int) -> tuple[int, ...]:
+        first = self._request.num_output_tokens
+        return tuple(id_ if n % 5 else 3 for n, id_ in enumerate(self._answer[first : first + most], first + 1))
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
@@ -102,21 +124,19 @@ def test_documents_are_the_same_whole_ones_where_memory_is_short(grammars: Gramm
         assert reply.reason in (FinishReason.END_TURN, FinishReason.MAX_TOKENS)
 
 
-def test_documents_where_a_step_brings_several_ids(grammars: Grammars) -> None:
-    """Masked for the first of them only, so most are cut: whole they are all the same."""
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_documents_are_the_same_with_drafts(grammars: Grammars, overlaps: bool) -> None:
+    """Some guesses do not fit the grammar, some are not what is drawn, some are right."""
     rng = random.Random(12)
     messages = [request(n, rng, rng.randint(14, 40), (ANY_OBJECT, SCHEMA)[n % 2]) for n in range(8)]
-    fake = FakeCore(num_pages=200, ids_per_step=lambda handle, index: 1 + (handle + index) % 3)
-    for message in messages:
-        grammars.submit(message)
-    for made in prepared(grammars):
-        fake.add(made.message).constraint = made.constraint
-    fake.run()
-    for message in messages:
-        ids = fake.replies[message.handle].ids
+    _, expected = outputs(messages, grammars, num_pages=200, overlaps=overlaps)
+    drafted, found = outputs(messages, grammars, num_pages=200, overlaps=overlaps, guesses=expected)
+    assert found == expected
+    assert drafted.scheduler.num_accepted_tokens[0] > len(messages)
+    assert drafted.scheduler.num_guessed_tokens[0] > drafted.scheduler.num_accepted_tokens[0]
+    for message, ids in zip(messages, found, strict=True):
         assert len(ids) <= message.max_tokens
         assert isinstance(json.loads(text_of(ids)), dict)
-    assert {fake.replies[message.handle].reason for message in messages} >= {FinishReason.MAX_TOKENS}
 
 
 def test_a_request_goes_on_from_the_ids_of_an_earlier_attempt(grammars: Grammars) -> None:
