@@ -6,10 +6,14 @@ An operation of its own because on a GPU it is bound by memory, not by products,
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 
 from aiexport_edge.kernels.paged_attention import paged_attention, paged_attention_reference
+
+if TYPE_CHECKING:
+    from aiexport_edge.kernels.cpu.attention import AttentionPlan
 
 
 @functools.lru_cache(maxsize=512)  # the tensor lives on, since recorded launches hold its address
@@ -54,7 +58,7 @@ def plan_decode(
     *,
     sliding_window: int = 0,
     batch_invariant: bool = False,
-) -> torch.Tensor | None:
+) -> torch.Tensor | AttentionPlan | None:
     """What the layers of a step that have the same shapes, lengths and window share of their work; for `plan`.
 
     None where they share nothing.
@@ -82,7 +86,7 @@ def decode_attention(
     sliding_window: int = 0,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
-    plan: torch.Tensor | None = None,
+    plan: torch.Tensor | AttentionPlan | None = None,
     batch_invariant: bool = False,
 ) -> torch.Tensor:
     """See `decode_attention_reference`. `plan`: what `plan_decode` said, or None to have it found again.
@@ -93,6 +97,7 @@ def decode_attention(
     if q.is_cuda and not batch_invariant:
         from aiexport_edge.kernels.gpu import decode_attention as gpu
 
+        assert plan is None or isinstance(plan, torch.Tensor)
         return gpu.decode_attention(
             q,
             k_cache,
@@ -109,6 +114,7 @@ def decode_attention(
     if plan is not None and q.device.type == "cpu":
         from aiexport_edge.kernels.cpu import attention as cpu
 
+        assert isinstance(plan, cpu.AttentionPlan)
         return cpu.paged_attention(
             q,
             k_cache,

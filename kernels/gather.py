@@ -16,4 +16,6 @@ def gather_rows(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         from aiexport_edge.kernels.gpu import gather as gpu
 
         return gpu.gather_rows(hidden, rows)
-    return torch.index_select(hidden, 0, rows)
+    from aiexport_edge.kernels.cpu import gather as cpu
+
+    return cpu.gather_rows(hidden, rows) if cpu.fits(hidden) else torch.index_select(hidden, 0, rows)

@@ -7,9 +7,14 @@ requests: block tables and lengths say it all.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from aiexport_edge.kernels import kv_codes
+
+if TYPE_CHECKING:
+    from aiexport_edge.kernels.cpu.attention import AttentionPlan
 
 
 def paged_attention_reference(
@@ -64,6 +69,26 @@ def paged_attention_reference(
     return out
 
 
+def plan_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    sliding_window: int = 0,
+) -> AttentionPlan | None:
+    """What the layers of a step that have the same shapes, lengths and window share of their work; for `plan`.
+
+    None where they share nothing. Of `q` the shape is wanted alone.
+    """
+    if q.device.type != "cpu":
+        return None
+    from aiexport_edge.kernels.cpu import attention as cpu
+
+    return cpu.plan_attention(q, k_cache, block_tables, query_start_loc, seq_lens, sliding_window=sliding_window)
+
+
 def paged_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -76,9 +101,10 @@ def paged_attention(
     sliding_window: int = 0,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    plan: AttentionPlan | None = None,
     batch_invariant: bool = False,
 ) -> torch.Tensor:
-    """See `paged_attention_reference`.
+    """See `paged_attention_reference`. `plan`: what `plan_attention` said, or None to have it found again.
 
     `batch_invariant`: a token's bits do not depend on what is computed with it. On the CPU they never do.
     """
@@ -96,6 +122,7 @@ def paged_attention(
             sliding_window=sliding_window,
             k_scale=k_scale,
             v_scale=v_scale,
+            plan=plan,
         )
     if q.is_cuda:
         from aiexport_edge.kernels.gpu import paged_attention as gpu

@@ -9,7 +9,7 @@ import importlib
 import time
 from pathlib import Path
 
-OPERATIONS = ("norm", "swiglu", "rope", "attention", "sampler", "lora", "program")
+OPERATIONS = ("norm", "swiglu", "rope", "attention", "sampler", "gather", "lora", "program")
 
 
 def warm() -> Path:

@@ -18,16 +18,17 @@ from aiexport_edge.kernels.decode_attention import decode_attention, plan_decode
 from aiexport_edge.kernels.gather import gather_rows
 from aiexport_edge.kernels.linear import PackedLinear
 from aiexport_edge.kernels.moe import Experts, route
-from aiexport_edge.kernels.paged_attention import paged_attention
+from aiexport_edge.kernels.paged_attention import paged_attention, plan_attention
 from aiexport_edge.kernels.qk_norm_rope import qk_norm_rope
 from aiexport_edge.kernels.rms_norm import add_rms_norm, rms_norm
 from aiexport_edge.kernels.swiglu import swiglu
 
 if TYPE_CHECKING:
     from aiexport_edge.engine.models.adapted import AdaptedLinear, BatchAdapters
+    from aiexport_edge.kernels.cpu.attention import AttentionPlan
 
 KVCache = tuple[Tensor, Tensor]
-DecodePlans = dict[int, Tensor | None]  # `plan_decode` of this step, by sliding window
+Plans = dict[int, "Tensor | AttentionPlan | None"]  # `plan_decode` or `plan_attention` of this step, by sliding window
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,15 +139,43 @@ class Decoder:
         self.cos_sin = cos_sin
         self.deterministic = deterministic
         self.scale = config.head_dim**-0.5
+        self._windows = frozenset(layer.sliding_window for layer in layers)
 
-    def forward(self, batch: Batch, kv_caches: Sequence[KVCache]) -> Tensor:
+    def plan(self, batch: Batch, kv_caches: Sequence[KVCache]) -> Plans:
+        """How `forward` of `batch` cuts up its attention, where the layers share that."""
+        num_tokens = batch.slots.shape[0]
+        k_cache = kv_caches[0][0]
+        q = torch.empty(  # for its shape alone
+            (num_tokens, self.config.num_q_heads, self.config.head_dim), dtype=self.norm.dtype, device=k_cache.device
+        )
+        if batch.is_decode:
+            return {
+                window: plan_decode(
+                    q,
+                    k_cache,
+                    batch.block_tables,
+                    batch.seq_lens,
+                    sliding_window=window,
+                    batch_invariant=self.deterministic,
+                )
+                for window in self._windows
+            }
+        return {
+            window: plan_attention(
+                q, k_cache, batch.block_tables, batch.query_start_loc, batch.seq_lens, sliding_window=window
+            )
+            for window in self._windows
+        }
+
+    def forward(self, batch: Batch, kv_caches: Sequence[KVCache], plans: Plans | None = None) -> Tensor:
         """Run `batch`, writing keys and values into `kv_caches` (one pair per layer, see `paged_attention`).
 
         Returns the hidden states [S, hidden] of `batch.rows` in the model's dtype, ready for `logits`. In the last
-        layer all that comes after the keys and values is computed for those rows only.
+        layer all that comes after the keys and values is computed for those rows only. `plans`: what `plan` said, or
+        None to have it found again.
         """
         hidden, residual = self.embed(batch), None
-        plans: DecodePlans = {}
+        plans = self.plan(batch, kv_caches) if plans is None else plans
         images, adapters = batch.image_tokens, batch.adapters
         for index, (layer, kv_cache) in enumerate(zip(self.layers[:-1], kv_caches, strict=False)):
             if adapters is not None:
@@ -216,19 +245,10 @@ class Decoder:
             batch_invariant=self.deterministic,
         )
 
-    def _attend(self, layer: Layer, q: Tensor, batch: Batch, kv_cache: KVCache, plans: DecodePlans) -> Tensor:
+    def _attend(self, layer: Layer, q: Tensor, batch: Batch, kv_cache: KVCache, plans: Plans) -> Tensor:
         """Attention before its output product: [T, num_q_heads * head_dim]."""
         window = layer.sliding_window
         if batch.is_decode:
-            if window not in plans:
-                plans[window] = plan_decode(
-                    q,
-                    kv_cache[0],
-                    batch.block_tables,
-                    batch.seq_lens,
-                    sliding_window=window,
-                    batch_invariant=self.deterministic,
-                )
             attended = decode_attention(
                 q,
                 *kv_cache,
@@ -242,6 +262,8 @@ class Decoder:
                 batch_invariant=self.deterministic,
             )
         else:
+            plan = plans[window]
+            assert not isinstance(plan, Tensor)
             attended = paged_attention(
                 q,
                 *kv_cache,
@@ -252,6 +274,7 @@ class Decoder:
                 sliding_window=window,
                 k_scale=layer.k_scale,
                 v_scale=layer.v_scale,
+                plan=plan,
                 batch_invariant=self.deterministic,
             )
         return attended.view(attended.shape[0], -1)

@@ -10,6 +10,8 @@ the tile. Blocks and splits are places in the sequence, so neither chunking nor 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -339,6 +341,16 @@ def merge_tiles(
     end(control)
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """How the attention of a batch is cut up (`attention_plan`): `records`, and its `header`, which is empty where the
+    plan is made by a launch that was recorded and has not run.
+    """
+
+    records: torch.Tensor
+    header: Sequence[int]
+
+
 def plan_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -347,8 +359,10 @@ def plan_attention(
     seq_lens: torch.Tensor,
     *,
     sliding_window: int,
-) -> torch.Tensor:
-    """How the attention of such a batch is cut up: the same for all its layers with this window."""
+) -> AttentionPlan:
+    """How the attention of such a batch is cut up: the same for all its layers with this window. Of `q` [rows, query
+    heads, head_dim] the shape is wanted alone.
+    """
     num_rows, num_q_heads, head_dim = q.shape
     _, num_kv_heads, tokens_per_page, _ = k_cache.shape
     assert block_tables.dtype == query_start_loc.dtype == seq_lens.dtype == torch.int32
@@ -373,7 +387,7 @@ def plan_attention(
         head_dim,
         _min_units(),
     )
-    return plan
+    return AttentionPlan(plan, [] if is_recording() else plan[:HEADER_SIZE].tolist())
 
 
 def _way(q: torch.Tensor, k_cache: torch.Tensor, most_rows: int) -> int:
@@ -404,7 +418,7 @@ def paged_attention(
     sliding_window: int,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
-    plan: torch.Tensor | None = None,
+    plan: AttentionPlan | None = None,
     batch_invariant: bool = True,
 ) -> torch.Tensor:
     """See `aiexport_edge.kernels.paged_attention.paged_attention_reference`. `plan` is `plan_attention`'s, if known.
@@ -419,14 +433,16 @@ def paged_attention(
     out = empty(q.shape, q.dtype)
     if plan is None:
         plan = plan_attention(q, k_cache, block_tables, query_start_loc, seq_lens, sliding_window=sliding_window)
-    most_records = (plan.shape[0] - HEADER_SIZE) // RECORD_SIZE
-    if is_recording():  # what the plan will say is not known yet
+    records = plan.records
+    most_records = (records.shape[0] - HEADER_SIZE) // RECORD_SIZE
+    if not plan.header:  # what it will say is not known yet
         most_queries = min(_tile_queries(group), num_rows - seq_lens.shape[0] + 1)
         by_split = int(seq_lens.shape[0] * num_kv_heads < _min_units() and most_records > seq_lens.shape[0])
         num_records, nanoseconds = most_records, ASSUMED_NANOSECONDS * num_rows
     else:
-        num_records, most_queries, zero_from, by_split, nanoseconds = plan[: NANOSECONDS + 1].tolist()
+        num_records, most_queries, zero_from, by_split, nanoseconds = plan.header[: NANOSECONDS + 1]
         if zero_from < num_rows:
+            assert not is_recording()
             out[zero_from:].zero_()
         if num_records == 0:
             return out
@@ -447,7 +463,7 @@ def paged_attention(
         0,
         nanoseconds,
         4 * most_rows * (width + BLOCK) + 2 * state_bytes + 32 * BLOCK + 8 * BLOCK * width,
-        plan.data_ptr(),
+        records.data_ptr(),
         q.data_ptr(),
         out.data_ptr(),
         q_dtype,
@@ -474,7 +490,7 @@ def paged_attention(
         row_bytes,
         _way(q, k_cache, most_rows if num_rows == seq_lens.shape[0] and not batch_invariant else TILE_ROWS),
         float_bits(scale * LOG2_E),
-        units_at=plan.data_ptr() + 8 * NUM_UNITS,
+        units_at=records.data_ptr() + 8 * NUM_UNITS,
     )
     if by_split:
         launch(
@@ -482,7 +498,7 @@ def paged_attention(
             0,
             0.0,
             4 * width,
-            plan.data_ptr(),
+            records.data_ptr(),
             out.data_ptr(),
             q_dtype,
             num_q_heads,
@@ -492,6 +508,6 @@ def paged_attention(
             state_bytes,
             row_bytes,
             v_scales,
-            units_at=plan.data_ptr() + 8 * NUM_MERGES,
+            units_at=records.data_ptr() + 8 * NUM_MERGES,
         )
     return out

@@ -6,8 +6,9 @@ keeps their kernels and arguments in one block of memory; `run_records` goes thr
     launching thread  | record 0 | record 1, shared | record 2 | …     publishes each shared record as it begins it
     helper threads    |   spin   |  its units too   |   spin   | …     come along, late or not at all: never waited for
 
-A helper that comes late finds no units left and touches nothing but the record's counters. What operations allocate
-while they are recorded lies in an `Arena`, which all programs of a model share, since they never run at the same time.
+A helper that comes late finds that the record is over and touches nothing but its counters: it first says that it is a
+guest of the record, then looks whether that is still open. What operations allocate while they are recorded lies in an
+`Arena`, which all programs of a model share, since they never run at the same time.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from aiexport_edge.kernels.cpu.memory import fetch_add, get_int64, set_int64
 from aiexport_edge.kernels.cpu.simd import I32, I64, int64, none, operation
 
 # A record: kernel, number of its arguments, units or the address of their number, whether it is an address, whether
-# helpers take part, two counters, arguments.
-KERNEL, NUM_ARGUMENTS, UNITS, IS_ADDRESS, IS_SHARED, CONTROL, ARGUMENTS = 0, 1, 2, 3, 4, 5, 7
+# helpers take part, the helpers that are there, the kernel's two counters, arguments.
+KERNEL, NUM_ARGUMENTS, UNITS, IS_ADDRESS, IS_SHARED, GUESTS, CONTROL, ARGUMENTS = 0, 1, 2, 3, 4, 5, 6, 8
 MOST_ARGUMENTS = 48
 RECORD_SIZE = ARGUMENTS + MOST_ARGUMENTS
 # The head of a program: the shared record that is begun (from 1), the helpers that are in it, the end for helpers.
@@ -116,9 +117,9 @@ def _run_record(record: int, scratch: int) -> None:
 
 @operation(none, int64, int64)
 def _publish(builder: Any, head: Any, number: Any) -> None:
-    """Say which record has begun."""
+    """Say which record has begun, before anything that comes after is read or written."""
     place = memory.pointer(builder, head, I64, ir.Constant(I64, CURRENT))
-    builder.store_atomic(number, place, "release", 8)
+    builder.atomic_rmw("xchg", place, number, "seq_cst")
 
 
 @kernel
@@ -129,6 +130,7 @@ def open_records(head: int, records: int, num_records: int) -> None:
         spins = _rest(spins)
     for number in range(num_records):
         record = records + 8 * number * RECORD_SIZE
+        set_int64(record, GUESTS, 0)
         set_int64(record, CONTROL, 0)
         set_int64(record, CONTROL + 1, 0)
     _publish(head, NOTHING)
@@ -144,8 +146,9 @@ def run_records(head: int, records: int, num_records: int, scratch: int) -> None
             _publish(head, number + 1)
         _run_record(record, scratch)
         if shared != 0:
+            _publish(head, NOTHING)  # from now on nobody comes in: what the record reads may change
             spins = 0
-            while _peek(record, CONTROL + 1) != 0:
+            while _peek(record, GUESTS) != 0:
                 spins = _rest(spins)
     _publish(head, OVER)
 
@@ -163,8 +166,13 @@ def follow_records(head: int, records: int, scratch: int) -> None:
             spins = _rest(spins)
             continue
         last, spins = current, 0
-        if current != NOTHING:
-            _run_record(records + 8 * (current - 1) * RECORD_SIZE, scratch)
+        if current == NOTHING:
+            continue
+        record = records + 8 * (current - 1) * RECORD_SIZE
+        fetch_add(record, GUESTS, 1)
+        if _peek(head, CURRENT) == current:
+            _run_record(record, scratch)
+        fetch_add(record, GUESTS, -1)
     fetch_add(head, INSIDE, -1)
 
 
@@ -252,7 +260,7 @@ class Program:
         shared = several and nanoseconds >= MIN_SHARED_NANOSECONDS
         self._shared_nanoseconds += nanoseconds if shared else 0.0
         units = [units_at, 1] if units_at else [num_units, 0]
-        row = [address_of(kernel), len(arguments), *units, int(shared), 0, 0, *map(int, arguments)]
+        row = [address_of(kernel), len(arguments), *units, int(shared), 0, 0, 0, *map(int, arguments)]
         self._rows.append(row + [0] * (RECORD_SIZE - len(row)))
         self._scratch_bytes = max(self._scratch_bytes, scratch_bytes)
 
