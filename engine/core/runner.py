@@ -239,7 +239,7 @@ class Runner:
             self._draw_free(pending, model, *self._run(model, chunks))
             return
         except torch.OutOfMemoryError:
-            if len(chunks) == 1 and _is_decode(chunks[0]):
+            if len(chunks) == 1 and (chunks[0].num_tokens == 1 or _is_decode(chunks[0])):
                 raise
         # Not in the handler: as long as that runs, its traceback holds what the attempt has allocated.
         num_handles = sum([len(ids) for ids in pending.ids[:num_drawn]])
