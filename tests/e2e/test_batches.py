@@ -69,17 +69,23 @@ class Running:
             case "engine":
                 kill(self.parts("aiexport_edge.engine")[0].pid)
             case "core":
-                wait_until(lambda: self.edge.stats().core_pid != 0, "there is a core")
-                kill(self.edge.stats().core_pid)
+                kill(self.core())
             case "supervisor":
                 self.edge.process.kill()
                 self.edge.process.wait(60)
                 self.edge = restart(self.edge)
 
+    def core(self) -> int:
+        """Its process. Looked at once: 0, which stands for none, would kill this process and all of its own."""
+        while not (pid := self.edge.stats().core_pid):
+            time.sleep(0.02)
+        return pid
+
     def parts(self, word: str) -> list[psutil.Process]:
         """At least one: what has been killed before is started again soon."""
-        wait_until(lambda: part(self.edge, word) != [], f"{word} runs")
-        return part(self.edge, word)
+        while not (found := part(self.edge, word)):
+            time.sleep(0.02)
+        return found
 
     def wait(self, batch_id: str, what: str, number: int) -> None:
         """Until that count of the batch is as high."""

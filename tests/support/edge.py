@@ -93,14 +93,14 @@ class Edge:
         command = [sys.executable, "-m", "aiexport_edge.shim.cli.main", *args, "--state", str(self.state), "--json"]
         if self.config:
             command += ["--config", str(self.config)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
     def stats(self) -> engine_pb2.StatsResponse:
         with grpc.insecure_channel(f"unix:{self.state / 'engine.sock'}") as channel:
             reply: engine_pb2.StatsResponse = engine_pb2_grpc.EngineStub(channel).Stats(
-                engine_pb2.StatsRequest(), timeout=30, wait_for_ready=True
+                engine_pb2.StatsRequest(), timeout=120, wait_for_ready=True
             )
             return reply
 
@@ -178,7 +178,19 @@ def restart(edge: Edge) -> Edge:
     return again
 
 
-def _run(state: Path, config: Path | None, args: tuple[str, ...], ca: Path | None, *, ready_s: float = 90.0) -> Edge:
+class _PortTaken(Exception):
+    """Somebody was faster."""
+
+
+def _run(state: Path, config: Path | None, args: tuple[str, ...], ca: Path | None, *, ready_s: float = 180.0) -> Edge:
+    while True:
+        try:
+            return _run_once(state, config, args, ca, ready_s)
+        except _PortTaken:
+            continue
+
+
+def _run_once(state: Path, config: Path | None, args: tuple[str, ...], ca: Path | None, ready_s: float) -> Edge:
     port, admin_port = free_port(), free_port()
     command = [sys.executable, "-m", "aiexport_edge.shim.cli.main", "serve", "--state", str(state)]
     command += ["--port", str(port), "--admin-port", str(admin_port), *args]
@@ -194,11 +206,19 @@ def _run(state: Path, config: Path | None, args: tuple[str, ...], ca: Path | Non
             for line in stream:
                 lines.append(line)
 
-    for stream, lines in ((process.stdout, edge.stdout), (process.stderr, edge.stderr)):
-        threading.Thread(target=collect, args=(stream, lines), daemon=True).start()
+    readers = [
+        threading.Thread(target=collect, args=streamed, daemon=True)
+        for streamed in ((process.stdout, edge.stdout), (process.stderr, edge.stderr))
+    ]
+    for reader in readers:
+        reader.start()
 
     def up() -> bool:
         if process.poll() is not None:
+            for reader in readers:
+                reader.join()
+            if any("is taken by another program" in line for line in edge.stderr):
+                raise _PortTaken
             pytest.fail(f"serve ended with {process.returncode}: {''.join(edge.stderr[-30:])}")
         return edge.ready()
 
