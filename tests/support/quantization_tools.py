@@ -278,6 +278,7 @@ def gptqmodel(options: dict[str, Any], source: Path, directory: Path) -> None:
     weights = {}
     for name, module in loaded.model.named_modules():
         if is_packed(module):
+            module.scales = module.scales.float()
             weights[f"{name}.weight"] = module.dequantize_weight().t().float()
     save_expected(source, directory, weights)
 
@@ -336,7 +337,8 @@ def _cases() -> dict[str, tuple[str, str, Make]]:
         "w8a8": ("llama", partial(weights_only, "W8A8")),
         "fp8-dynamic": ("qwen3", partial(weights_only, "FP8_DYNAMIC")),
         "fp8-tensor": ("llama", partial(weights_only, "FP8")),
-        "fp8-block": ("qwen3_moe", partial(weights_only, "FP8_BLOCK")),
+        "fp8-block": ("qwen3", partial(weights_only, "FP8_BLOCK")),
+        "fp8-block-experts": ("qwen3_moe", partial(weights_only, "FP8_BLOCK")),
         "fp8-kv-cache": ("llama", partial(weights_only, "FP8_DYNAMIC", kv_cache_scheme=KV_CACHE)),
         "several-forms": ("llama", several_forms),
     }
