@@ -20,6 +20,7 @@ import torch
 NO_ADAPTER = -1
 RANK_MULTIPLE = 16  # tables are padded to it, with zeros
 _NO_RESERVE = mmap.MAP_ANONYMOUS | (0x4000 if sys.platform == "linux" else 0)  # mmap(2) calls it MAP_NORESERVE
+_SLACK = 64  # bytes: whole vectors are read where a row ends
 _NO_LARGE_PAGES = getattr(mmap, "MADV_NOHUGEPAGE", 0)
 
 
@@ -30,7 +31,7 @@ class LoraTable:
     a [S, P, R, K]: the first factors of the P parts of a fused product. b [S, R, N]: the second factors, transposed and
     side by side, with alpha / r in them; columns from `ends[p-1]` to `ends[p]` belong to part p. ranks int32 [S]: rows
     of `a` and `b` from there on are zero up to a multiple of RANK_MULTIPLE and are not read beyond, where anything may
-    lie. R is a multiple of RANK_MULTIPLE. On a CPU in float32, on a GPU in the model's dtype.
+    lie. R is a multiple of RANK_MULTIPLE. In the model's dtype; on a CPU in float32 where that is not bfloat16.
     """
 
     a: torch.Tensor
@@ -89,16 +90,21 @@ class LoraTable:
         self.ranks[slot] = 0
 
 
+def order_of(slots: torch.Tensor) -> torch.Tensor:
+    """Tokens by their slots, int32 [T]: those with the same adapter follow each other."""
+    return torch.argsort(slots, stable=True).to(torch.int32)
+
+
 def table_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What the factors of a model of `dtype` are kept in."""
-    return torch.float32 if device.type == "cpu" else dtype
+    return torch.float32 if device.type == "cpu" and dtype != torch.bfloat16 else dtype
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """On a CPU, pages of the system's that are there once they are written to; small ones: a slot is rarely filled."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, max(1, math.prod(shape)) * dtype.itemsize, flags=mmap.MAP_PRIVATE | _NO_RESERVE)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize + _SLACK, flags=mmap.MAP_PRIVATE | _NO_RESERVE)
     with contextlib.suppress(OSError):  # a system without large pages
         memory.madvise(_NO_LARGE_PAGES)
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
@@ -122,13 +128,21 @@ def add_lora_reference(out: torch.Tensor, x: torch.Tensor, slots: torch.Tensor, 
 
 
 def add_lora(
-    out: torch.Tensor, x: torch.Tensor, slots: torch.Tensor, table: LoraTable, *, batch_invariant: bool = False
+    out: torch.Tensor,
+    x: torch.Tensor,
+    slots: torch.Tensor,
+    table: LoraTable,
+    *,
+    order: torch.Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> None:
-    """See `add_lora_reference`. `batch_invariant`: a token's bits depend on that token alone, as on a CPU always."""
+    """See `add_lora_reference`. `batch_invariant`: a token's bits depend on that token alone, as on a CPU always.
+    `order`, for a CPU: the tokens by their slots (`order_of`), where that is known already.
+    """
     if out.device.type == "cpu":
         from aiexport_edge.kernels.cpu import lora as cpu
 
-        cpu.add_lora(out, x, slots, table)
+        cpu.add_lora(out, x, slots, order_of(slots) if order is None else order, table)
     elif out.is_cuda:
         from aiexport_edge.kernels.gpu import lora as gpu
 

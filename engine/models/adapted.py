@@ -10,7 +10,7 @@ from torch import Tensor
 from aiexport_edge.engine.models.adapter_tables import LayerAdapters
 from aiexport_edge.engine.models.decoder import Layer, Mlp
 from aiexport_edge.kernels.linear import PackedLinear
-from aiexport_edge.kernels.lora import LoraTable, add_lora
+from aiexport_edge.kernels.lora import LoraTable, add_lora, order_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,26 +20,31 @@ class AdaptedLinear:
     linear: PackedLinear
     table: LoraTable
     slots: Tensor
+    order: Tensor | None
     batch_invariant: bool
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, K] -> [T, N], of as many tokens as `slots` has."""
         out = self.linear(x).contiguous()
-        add_lora(out, x, self.slots, self.table, batch_invariant=self.batch_invariant)
+        add_lora(out, x, self.slots, self.table, order=self.order, batch_invariant=self.batch_invariant)
         return out
 
 
 @dataclass(frozen=True, slots=True)
 class BatchAdapters:
-    """The adapters of T tokens: `slots` int32 [T], NO_ADAPTER where a token has none, in the tables of `layers`."""
+    """The adapters of T tokens: `slots` int32 [T], NO_ADAPTER where a token has none, in the tables of `layers`.
+    `order`, on a CPU: the tokens by their slots (`kernels.lora.order_of`).
+    """
 
     slots: Tensor
     layers: Sequence[LayerAdapters]
     batch_invariant: bool = False
+    order: Tensor | None = None
 
     def at(self, rows: Tensor) -> BatchAdapters:
         """Of the tokens `rows` (int64 [S]) alone."""
-        return replace(self, slots=self.slots[rows])
+        slots = self.slots[rows]
+        return replace(self, slots=slots, order=None if self.order is None else order_of(slots))
 
     def apply(self, layer: Layer, index: int) -> Layer:
         """The layer, which is number `index`, with adapters on its products."""
@@ -51,4 +56,4 @@ class BatchAdapters:
     def _adapt(self, linear: PackedLinear | AdaptedLinear, table: LoraTable | None) -> AdaptedLinear:
         assert table is not None
         assert isinstance(linear, PackedLinear)
-        return AdaptedLinear(linear, table, self.slots, self.batch_invariant)
+        return AdaptedLinear(linear, table, self.slots, self.order, self.batch_invariant)

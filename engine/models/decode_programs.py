@@ -44,6 +44,7 @@ class DecodePrograms:
         self._slots = torch.zeros(self._num_rows, dtype=torch.int64)
         self._seq_lens = torch.ones(self._num_rows, dtype=torch.int32)
         self._adapter_slots = torch.zeros(self._num_rows, dtype=torch.int32)
+        self._adapter_order = torch.zeros(self._num_rows, dtype=torch.int32)
         self._block_tables = torch.zeros((self._num_rows, pages_per_row), dtype=torch.int32)
         heads = (config.num_q_heads + 2 * config.num_kv_heads) * config.head_dim
         widths = 4 * config.vocab_size + 64 * (heads + 3 * config.intermediate_size + 4 * config.hidden_size)
@@ -66,6 +67,8 @@ class DecodePrograms:
         adapters = batch.adapters
         if adapters is not None:
             self._adapter_slots[:num_rows] = adapters.slots
+            assert adapters.order is not None
+            self._adapter_order[:num_rows] = adapters.order
         key = num_rows, adapters is not None
         if key not in self._recorded:
             self._recorded[key] = self._record(num_rows, adapters)
@@ -85,12 +88,16 @@ class DecodePrograms:
             seq_lens=self._seq_lens[:num_rows],
             rows=None,
             is_decode=True,
-            adapters=None if adapters is None else replace(adapters, slots=self._adapter_slots[:num_rows]),
+            adapters=None if adapters is None else self._at_home(adapters, num_rows),
         )
         with program.recording():
             logits = self._decoder.logits(self._decoder.forward(batch, self._kv_caches))
         # A view that does not keep the memory from the next program: it is read before another one runs.
         return _Recorded(program, self._arena.view(logits.data_ptr(), logits.shape, logits.dtype))
+
+    def _at_home(self, adapters: BatchAdapters, num_rows: int) -> BatchAdapters:
+        """Whose tokens are read from this memory."""
+        return replace(adapters, slots=self._adapter_slots[:num_rows], order=self._adapter_order[:num_rows])
 
 
 def can_record(decoder: Decoder) -> bool:

@@ -248,6 +248,42 @@ _load_e4m3, _load_first_e4m3 = _loader(_AS_E4M3), _first_loader(_AS_E4M3)
 _store_e4m3, _store_first_e4m3 = _storer(_AS_E4M3), _first_storer(_AS_E4M3)
 
 
+def _either(builder: Any, is_bfloat16: Any, single: Callable[[], Any], half: Callable[[], Any]) -> Any:
+    """`single()`, or `half()` where `is_bfloat16` is not 0: a loop in which that does not change is made twice."""
+    with builder.if_else(builder.icmp_signed("==", is_bfloat16, ir.Constant(I64, 0))) as (then, otherwise):
+        with then:
+            found, from_single = single(), builder.block
+        with otherwise:
+            widened, from_half = half(), builder.block
+    value = builder.phi(FLOATS)
+    value.add_incoming(found, from_single)
+    value.add_incoming(widened, from_half)
+    return value
+
+
+@operation(vector, int64, int64)
+def load_either(builder: Any, is_bfloat16: Any, address: Any) -> Any:
+    """Sixteen numbers from memory, float32 or bfloat16."""
+    return _either(
+        builder,
+        is_bfloat16,
+        lambda: read(builder, address, FLOATS),
+        lambda: _from_bfloat16(builder, read(builder, address, HALVES)),
+    )
+
+
+@operation(vector, int64, int64, int64)
+def load_first_either(builder: Any, is_bfloat16: Any, address: Any, count: Any) -> Any:
+    """`count` numbers from memory, float32 or bfloat16; zero in the other lanes."""
+    single, half = _AS_FLOAT32, _AS_BFLOAT16
+    return _either(
+        builder,
+        is_bfloat16,
+        lambda: _read_first(builder, address, count, FLOATS, single.suffix, single.item_bytes),
+        lambda: _from_bfloat16(builder, _read_first(builder, address, count, HALVES, half.suffix, half.item_bytes)),
+    )
+
+
 def transpose(builder: Any, rows: list[Any]) -> list[Any]:
     """Sixteen rows of sixteen lanes to sixteen columns: exchange the off-diagonal quarters of ever smaller squares."""
     rows = list(rows)
