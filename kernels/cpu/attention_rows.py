@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba.core import cgutils
 
-from aiexport_edge.kernels.cpu import memory, simd
+from aiexport_edge.kernels.cpu import building, memory, simd
 from aiexport_edge.kernels.cpu.jit import inner
 from aiexport_edge.kernels.cpu.memory import get_float32, load, set_float32, store
 from aiexport_edge.kernels.cpu.simd import (
@@ -63,8 +62,8 @@ def _product(num_rows: int, *, from_zero: bool) -> Callable[..., None]:
         sums = {}
         for cell in cells:
             start = simd.constant(form, 0.0) if from_zero else memory.read(builder, at(out, out_stride, *cell))
-            sums[cell] = cgutils.alloca_once_value(builder, start)  # type: ignore[no-untyped-call]
-        with cgutils.for_range(builder, depth) as loop:
+            sums[cell] = building.alloca_once_value(builder, start)
+        with building.for_range(builder, depth) as loop:
             row_of_right = builder.add(right, builder.mul(right_stride, loop.index))
             rights = {
                 column: memory.read(builder, builder.add(row_of_right, ir.Constant(right.type, 4 * column)))

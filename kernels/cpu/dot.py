@@ -11,9 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba.core import cgutils
 
-from aiexport_edge.kernels.cpu import memory, simd
+from aiexport_edge.kernels.cpu import building, memory, simd
 from aiexport_edge.kernels.cpu.simd import FEATURES, FLOATS, I32, I64, LANES, WORDS
 
 HAS_BFLOAT16 = {"avx512f", "avx512bf16"} <= FEATURES
@@ -82,8 +81,8 @@ def _chains(
 
     Memory from `ahead` on is asked for meanwhile, `step` bytes further at each turn.
     """
-    sums = {cell: cgutils.alloca_once_value(builder, start) for cell, start in starts.items()}  # type: ignore[no-untyped-call]
-    with cgutils.for_range(builder, depth) as loop:
+    sums = {cell: building.alloca_once_value(builder, start) for cell, start in starts.items()}
+    with building.for_range(builder, depth) as loop:
         columns = builder.add(right, builder.mul(ir.Constant(I64, 4 * COLUMNS), loop.index))
         rows = builder.add(left, builder.mul(ir.Constant(I64, 4 * num_rows), loop.index))
         _ask_ahead(builder, builder.add(ahead, builder.mul(step, loop.index)))
@@ -177,10 +176,10 @@ def int4_tile(num_rows: int) -> Tile:
 
         for cell in cells:
             builder.store(simd.constant(FLOATS, 0.0), output(*cell), align=4)
-        sums = {cell: cgutils.alloca_once(builder, WORDS) for cell in cells}  # type: ignore[no-untyped-call]
+        sums = {cell: building.alloca_once(builder, WORDS) for cell in cells}
         right_bytes = builder.mul(words, ir.Constant(I64, 4 * COLUMNS))
         left_bytes = builder.mul(words, ir.Constant(I64, 8 * num_rows))
-        with cgutils.for_range(builder, groups) as outer:
+        with building.for_range(builder, groups) as outer:
             facts = past(factors, ir.Constant(I64, 8 * num_rows), outer.index)
             group_right = past(right, right_bytes, outer.index)
             group_left = past(left, left_bytes, outer.index)
@@ -197,7 +196,7 @@ def int4_tile(num_rows: int) -> Tile:
                 own = builder.zext(builder.load(place, align=1, typ=octets), WORDS)
                 for row in range(num_rows):
                     builder.store(builder.mul(own, offsets[row]), sums[row, column])
-            with cgutils.for_range(builder, words) as inner:
+            with building.for_range(builder, words) as inner:
                 columns = past(group_right, ir.Constant(I64, 4 * COLUMNS), inner.index)
                 rows = past(group_left, ir.Constant(I64, 8 * num_rows), inner.index)
                 _ask_ahead(builder, _at(builder, columns, PREFETCH_BYTES))
@@ -255,11 +254,11 @@ def pair_tile(num_rows: int) -> Tile:
         adds = builder.icmp_signed("!=", start, ir.Constant(I64, 0))
         sums = {}
         for cell in _cells(num_rows):
-            sums[cell] = cgutils.alloca_once_value(builder, simd.constant(FLOATS, 0.0))  # type: ignore[no-untyped-call]
+            sums[cell] = building.alloca_once_value(builder, simd.constant(FLOATS, 0.0))
         with builder.if_then(adds):
             for cell, place in sums.items():
                 builder.store(builder.load(output(*cell), align=4, typ=FLOATS), place)
-        with cgutils.for_range(builder, depth) as loop:
+        with building.for_range(builder, depth) as loop:
             columns = builder.add(right, builder.mul(right_stride, loop.index))
             rows = builder.add(left, builder.mul(depth_stride, loop.index))
             rights = {
@@ -291,8 +290,8 @@ def dot_rows(builder: Any, addresses: Any, offset: Any, left: Any, vectors: Any,
     for row in range(LANES):
         place = memory.pointer(builder, addresses, I64, ir.Constant(I32, row))
         rows.append(builder.add(builder.load(place, align=8, typ=I64), offset))
-    sums = [cgutils.alloca_once_value(builder, simd.constant(FLOATS, 0.0)) for _ in rows]  # type: ignore[no-untyped-call]
-    with cgutils.for_range(builder, vectors) as loop:
+    sums = [building.alloca_once_value(builder, simd.constant(FLOATS, 0.0)) for _ in rows]
+    with building.for_range(builder, vectors) as loop:
         step = builder.mul(loop.index, ir.Constant(I64, 4 * LANES))
         factor = memory.read(builder, builder.add(left, step), WORDS)
         for row, place in zip(rows, sums, strict=True):
@@ -340,8 +339,8 @@ def add_pairs(num_rows: int) -> Tile:
         sums = {}
         for cell in _cells(num_rows):
             before = builder.load(output(*cell), align=4, typ=FLOATS)
-            sums[cell] = cgutils.alloca_once_value(builder, before)  # type: ignore[no-untyped-call]
-        with cgutils.for_range(builder, depth) as loop:
+            sums[cell] = building.alloca_once_value(builder, before)
+        with building.for_range(builder, depth) as loop:
             pair = builder.add(addresses, builder.mul(loop.index, ir.Constant(I64, 16)))
             rows = []
             for second in range(2):

@@ -24,10 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir  # type: ignore[import-untyped]
-from numba.core import cgutils
 
 from aiexport_edge.kernels import threads
-from aiexport_edge.kernels.cpu import memory, simd
+from aiexport_edge.kernels.cpu import building, memory, simd
 from aiexport_edge.kernels.cpu.jit import address_of, inner, kernel
 from aiexport_edge.kernels.cpu.memory import fetch_add, get_int64, set_int64
 from aiexport_edge.kernels.cpu.simd import I32, I64, int64, none, operation
@@ -55,8 +54,8 @@ def _call(
     builder: Any, kernel: Any, num_arguments: Any, control: Any, scratch: Any, num_units: Any, arguments: Any
 ) -> None:
     """Call a compiled kernel by its address. numba's convention: places for result and exception, then parameters."""
-    result = cgutils.alloca_once(builder, _POINTER)  # type: ignore[no-untyped-call]
-    exception = cgutils.alloca_once(builder, _POINTER)  # type: ignore[no-untyped-call]
+    result = building.alloca_once(builder, _POINTER)
+    exception = building.alloca_once(builder, _POINTER)
     done = builder.append_basic_block("called")
     unknown = builder.append_basic_block("unknown")
     switch = builder.switch(num_arguments, unknown)

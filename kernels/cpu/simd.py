@@ -6,48 +6,55 @@ fixed order, so a result has the same bits whichever loop or thread computes it.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding  # type: ignore[import-untyped]
-import numba
 from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic, models, register_model
+
+from aiexport_edge.kernels.cpu.jit import Inline, host_features
 
 LANES = 16
 
 I16, I32, I64, F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 FLOATS, WORDS, HALVES, LONGS = (ir.VectorType(item, LANES) for item in (F32, I32, I16, I64))
 
-# What numba compiles for: this processor, unless NUMBA_CPU_FEATURES says otherwise.
-_settings: Any = numba.config
-FEATURES = frozenset(
-    (_settings.CPU_FEATURES or llvmlite.binding.get_host_cpu_features().flatten()).replace("+", "").split(",")
-)
+FEATURES = frozenset(host_features().replace("+", "").split(","))
 IS_X86 = llvmlite.binding.get_process_triple().startswith("x86_64")
 HAS_FMA = not IS_X86 or "fma" in FEATURES
 
 
-class Float32x16(types.Type):
+# What values are, by the names of numba's types: those themselves exist only while something is compiled.
+vector, int64, float32, float64, none = "Float32x16", "int64", "float32", "float64", "none"
+
+
+def _type_named(name: str) -> Any:
+    from numba.core import types
+
+    return _vector_type() if name == vector else getattr(types, name)
+
+
+@functools.cache
+def _vector_type() -> Any:
     """numba's type of a vector. It lives inside kernels only."""
+    from numba.core import types
+    from numba.extending import models, register_model
 
-    def __init__(self) -> None:
-        super().__init__(name="Float32x16")
+    class Float32x16(types.Type):
+        def __init__(self) -> None:
+            super().__init__(name=vector)
+
+    @register_model(Float32x16)
+    class _Model(models.PrimitiveModel):
+        def __init__(self, manager: Any, numba_type: Any) -> None:
+            super().__init__(manager, numba_type, FLOATS)  # type: ignore[no-untyped-call]
+
+    return Float32x16()
 
 
-@register_model(Float32x16)
-class _Float32x16Model(models.PrimitiveModel):
-    def __init__(self, manager: Any, numba_type: Any) -> None:
-        super().__init__(manager, numba_type, FLOATS)  # type: ignore[no-untyped-call]
-
-
-vector: Any = Float32x16()
-int64, float32, float64, none = types.int64, types.float32, types.float64, types.none
-
-
-def operation(result: Any, *parameters: Any) -> Callable[[Callable[..., Any]], Any]:
+def operation(result: str, *parameters: str) -> Callable[[Callable[..., Any]], Any]:
     """Make `emit(builder, *values) -> value or None`, which writes LLVM code, a function that kernels can call."""
 
     def decorate(emit: Callable[..., Any]) -> Any:
@@ -56,12 +63,12 @@ def operation(result: Any, *parameters: Any) -> Callable[[Callable[..., Any]], A
                 value = emit(builder, *values)
                 return context.get_dummy_value() if value is None else value
 
-            return result(*parameters), generate
+            return _type_named(result)(*map(_type_named, parameters)), generate
 
         typer.__name__, typer.__doc__ = emit.__name__, emit.__doc__
         # Named parameters, since numba would see *arguments as one tuple.
         typer.__signature__ = inspect.signature(emit)  # type: ignore[attr-defined]
-        return intrinsic(typer)
+        return Inline(typer)
 
     return decorate
 

@@ -13,6 +13,7 @@ import torch
 
 from aiexport_edge.kernels import threads
 from aiexport_edge.kernels.cpu import jit
+from aiexport_edge.kernels.cpu.memory import set_int64
 from aiexport_edge.kernels.rms_norm import rms_norm, rms_norm_reference
 from aiexport_edge.kernels.warm import warm
 
@@ -91,7 +92,27 @@ def test_any_thread_may_launch() -> None:
 def test_warm_leaves_machine_code() -> None:
     directory = warm()
     assert directory == jit.CACHE_DIRECTORY
-    assert any(directory.rglob("*.nbc"))
+    kernels = [file for file in directory.iterdir() if file.suffix == jit.SUFFIX]
+    assert len(kernels) > 10
+    code = (
+        "import sys; from aiexport_edge.kernels.cpu import attention, norm, program, rope, sampler, swiglu\n"
+        "assert 'numba' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_machine_code_that_is_not_whole_is_compiled_again() -> None:
+    code = jit._code_of(_kernel_to_spoil)
+    (file,) = jit.CACHE_DIRECTORY.glob(f"*_kernel_to_spoil*{jit.SUFFIX}")
+    whole = file.read_bytes()
+    for spoiled in (whole[:-10], whole[:-1] + bytes([whole[-1] ^ 1]), b"", b"no\nsuch thing"):
+        file.write_bytes(spoiled)
+        assert jit._code_of(_kernel_to_spoil).address != code.address
+        assert file.read_bytes() != spoiled
+
+
+def _kernel_to_spoil(address: int) -> None:
+    set_int64(address, 0, 7)
 
 
 def writable(monkeypatch: pytest.MonkeyPatch, *places: Path) -> None:
