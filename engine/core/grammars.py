@@ -12,14 +12,15 @@ import traceback
 from collections import OrderedDict
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from aiexport_edge.engine.core.protocol import AddRequest, AddVocabulary, unpack_ids
-from aiexport_edge.engine.structured.compile import MAX_KEPT, MAX_KEPT_STATES
-from aiexport_edge.engine.structured.constraint import Constraint
-from aiexport_edge.engine.structured.endings import Endings
-from aiexport_edge.engine.structured.grammar import CompiledMasks, TokenMasks
-from aiexport_edge.engine.structured.packed import unpack
-from aiexport_edge.engine.structured.vocabulary import Vocabulary
+
+if TYPE_CHECKING:  # imported by the thread that makes the first constraint: most starts see none
+    from aiexport_edge.engine.structured.constraint import Constraint
+    from aiexport_edge.engine.structured.endings import Endings
+    from aiexport_edge.engine.structured.grammar import CompiledMasks, TokenMasks
+    from aiexport_edge.engine.structured.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,9 @@ class Grammars:
         return prepared
 
     def _make(self, message: AddRequest) -> tuple[Constraint, bool]:
+        from aiexport_edge.engine.structured.compile import MAX_KEPT, MAX_KEPT_STATES
+        from aiexport_edge.engine.structured.constraint import Constraint
+
         assert message.grammar is not None
         name = (message.model, message.salt if message.grammar else b"", message.grammar)
         kit = self._kits.get(name)
@@ -107,6 +111,11 @@ class Grammars:
         return constraint, constraint.replay(unpack_ids(message.output_ids))
 
     def _make_kit(self, message: AddRequest, grammar: bytes) -> _Kit:
+        from aiexport_edge.engine.structured.endings import Endings
+        from aiexport_edge.engine.structured.grammar import TokenMasks
+        from aiexport_edge.engine.structured.packed import unpack
+        from aiexport_edge.engine.structured.vocabulary import Vocabulary
+
         known = self._vocabularies.get(message.model)
         if known is None:
             words = self._words[message.model]
