@@ -106,6 +106,7 @@ def measure_loading(directory: Path) -> list[dict[str, Any]]:
     import json
 
     rows = []
+    largest = max(file.stat().st_size for file in directory.glob("*.safetensors"))
     for name, options in FORMS.items():
         done = subprocess.run(
             [sys.executable, "-c", _LOAD, str(directory), json.dumps(options)],
@@ -113,5 +114,5 @@ def measure_loading(directory: Path) -> list[dict[str, Any]]:
             text=True,
             check=True,
         )
-        rows.append({"form": name} | json.loads(done.stdout))
+        rows.append({"form": name} | json.loads(done.stdout) | {"largest_shard_mb": round(largest / 1e6)})
     return rows

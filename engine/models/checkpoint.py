@@ -1,14 +1,18 @@
 """Safetensors files of a Hugging Face directory: which tensors there are, and reading them one at a time.
 
-Owns finding the files (one, or shards by an index) and their memory maps. A file is let go of when its last tensor has
-been read, and the system is asked for the files ahead of that, so that what loading waits for is one shard at most in
-memory, and the disk's full speed. Never unpickles. Knows no architecture.
+Owns finding the files (one, or shards by an index) and their memory maps. Pages that tensors were read from leave this
+process' memory soon after, whatever order tensors lie in and whichever files they are in; a file is let go of when its
+last tensor has been read. The system is asked for the files ahead of that, so that loading has the disk's full speed.
+Never unpickles. Knows no architecture.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,6 +27,7 @@ from torch import Tensor
 from aiexport_edge.engine.models.config import ModelError
 
 AHEAD_BYTES = 32 << 20  # that the system is asked for at once
+READ_BYTES = 64 << 20  # that were handed out before their pages leave memory
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Those of quantized weights and what belongs to them.
@@ -56,6 +61,8 @@ class Checkpoint:
         self.directory = directory
         self._handles = handles
         self._unread: dict[Path, set[str]] = {}
+        self._read: list[tuple[Path, Tensor]] = []
+        self._read_bytes = 0
         self.entries: dict[str, Entry] = {}
         for file, handle in handles.items():
             self._unread[file] = set(handle.keys())
@@ -65,6 +72,9 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """A view of the mapped file: copy what is to outlive this checkpoint."""
+        if self._read_bytes > READ_BYTES:
+            _let_go(self._read)
+            self._read, self._read_bytes = [], 0
         file = self.entries[name].file
         try:
             if file not in self._handles:  # read before, and let go of
@@ -75,13 +85,38 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{file}: {name} cannot be read: {error}") from error
         self._unread[file].discard(name)
-        if not self._unread[file]:
+        if self._unread[file]:
+            self._read.append((file, tensor))
+            self._read_bytes += tensor.nbytes
+        else:
             del self._handles[file]  # its pages leave memory with the last view of them
+            self._read = [(other, view) for other, view in self._read if other != file]
         return tensor
 
     def close(self) -> None:
         """Let go of all files."""
+        self._read.clear()
         self._handles.clear()
+
+
+def _let_go(read: list[tuple[Path, Tensor]]) -> None:
+    """Have the pages beneath views of mapped files leave memory. Who still looks at one has its pages read again."""
+    if sys.platform != "linux":
+        return
+    mapped: dict[str, list[tuple[int, int]]] = {}
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+        first, _, rest = line.partition("-")
+        fields = rest.split(maxsplit=5)
+        if len(fields) == 6:
+            mapped.setdefault(fields[5], []).append((int(first, 16), int(fields[0], 16)))
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for file, tensor in read:
+        first_page = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        # What the library had to copy lies elsewhere, and would be lost.
+        if any(low <= first_page < end <= high for low, high in mapped.get(str(file.resolve()), ())):
+            advise(first_page, end - first_page, mmap.MADV_DONTNEED)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.driver import Driver, load_runner
 from support.tiny_models import greedy, make, prompts, save
 
+from aiexport_edge.engine.models import checkpoint as checkpoint_module
 from aiexport_edge.engine.models.checkpoint import open_checkpoint
 from aiexport_edge.engine.models.config import ModelError
 from aiexport_edge.engine.models.loader import load_model, serving_dtype
@@ -174,6 +176,34 @@ def test_a_file_is_let_go_of_when_all_of_it_has_been_read(tmp_path: Path) -> Non
         assert files[1].name in Path("/proc/self/maps").read_text()
         assert all(torch.equal(checkpoint.tensor(name), wanted[name]) for name in first)
     assert files[1].name not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what of a file is in memory")
+def test_pages_that_were_read_leave_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever order shards are read in; who still looks at a tensor sees the same numbers."""
+    monkeypatch.setattr(checkpoint_module, "READ_BYTES", 1 << 20)
+    tensors = {f"t{number}": torch.randn(256, 1024) for number in range(16)}  # 1 MiB each
+    for half in range(2):
+        save_file({name: tensors[name] for name in list(tensors)[half::2]}, tmp_path / f"{half}.safetensors")
+    weight_map = {name: f"{number % 2}.safetensors" for number, name in enumerate(tensors)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    def resident() -> int:
+        found, is_own = 0, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if "-" in line.split(maxsplit=1)[0]:
+                is_own = str(tmp_path) in line
+            elif is_own and line.startswith("Rss:"):
+                found += 1024 * int(line.split()[1])
+        return found
+
+    with open_checkpoint(tmp_path) as checkpoint:
+        views = []
+        for name, expected in tensors.items():
+            views.append(checkpoint.tensor(name))
+            assert torch.equal(views[-1], expected)
+            assert resident() <= 4 << 20
+        assert all(torch.equal(view, expected) for view, expected in zip(views, tensors.values(), strict=True))
 
 
 class Fires:

@@ -24,8 +24,8 @@ FIXTURES = Path(__file__).parent / "weights_by_tools"
 CASES = sorted(directory.name for directory in FIXTURES.iterdir() if directory.is_dir())
 LARGEST_BYTES = 150_000
 DATA = Path(os.environ.get("AIEXPORT_TEST_DATA", Path(__file__).parents[4] / "shared" / "data"))
-# |logits - expected| / |expected|. Decoded into float32 nothing but the order of sums differs; AutoRound's own product in
-# eight bits rounds more. Served, rows are rounded to int8, which in a mixture may choose another expert.
+# |logits - expected| / |expected|. Decoded into float32 nothing but the order of sums differs; AutoRound's own product
+# in eight bits rounds more. Served, rows are rounded to int8, which in a mixture may choose another expert.
 EXACT, ROUNDED_ROWS, OTHER_EXPERTS = 1e-5, 0.04, 0.15
 INEXACT = {"auto-round-8-bits-in-some": 3e-4}
 
