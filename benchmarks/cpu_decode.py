@@ -40,9 +40,11 @@ PAGE_SLACK = 64  # tokens: a page that is not full, and the one that nobody has
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
 
 
-def make_requests(runner: Runner, streams: int, context: int) -> list[Request]:
-    """Requests that have computed `context` tokens each, in pages of their own, whose next step is a decode."""
+def make_requests(runner: Runner, streams: int, context: int, shared: int = 0) -> list[Request]:
+    """Requests that have computed `context` tokens each, whose next step is a decode; in pages of their own but for
+    those that the first `shared` tokens fill."""
     per_request = -(-(context + 1) // runner.tokens_per_page[0])
+    common = list(range(1, 1 + shared // runner.tokens_per_page[0]))
     return [
         Request(
             handle=number,
@@ -57,7 +59,7 @@ def make_requests(runner: Runner, streams: int, context: int) -> list[Request]:
             salt=b"",
             priority=Priority.INTERACTIVE,
             arrival=number,
-            pages=list(range(1 + number * per_request, 1 + (number + 1) * per_request)),
+            pages=[*common, *range(1 + number * per_request + len(common), 1 + (number + 1) * per_request)],
         )
         for number in range(streams)
     ]
@@ -100,8 +102,8 @@ def milliseconds(run: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - started)
 
 
-def measure(runner: Runner, decoder: Decoder, streams: int, context: int, repeats: int) -> dict[str, Any]:
-    requests = make_requests(runner, streams, context)
+def measure(runner: Runner, decoder: Decoder, streams: int, context: int, shared: int, repeats: int) -> dict[str, Any]:
+    requests = make_requests(runner, streams, context, shared)
     plan = StepPlan([ModelPlan(0, [Chunk(request, context, 1, True) for request in requests])])
     with torch.inference_mode():
         products = products_alone(decoder, streams)
@@ -113,6 +115,7 @@ def measure(runner: Runner, decoder: Decoder, streams: int, context: int, repeat
     return {
         "streams": streams,
         "context": context,
+        "shared": shared,
         "step_ms": round(step, 2),
         "products_ms": round(alone, 2),
         "step_per_products": round(statistics.median(whole / part for whole, part in pairs), 3),
@@ -126,6 +129,7 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--context", type=int, nargs="+", default=[128])
+    parser.add_argument("--shared", type=int, nargs="+", default=[0], help="tokens of the context that all share")
     parser.add_argument("--quantize", nargs="+", default=["none", "int8"])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=30)
@@ -145,9 +149,12 @@ def main() -> int:
         document[f"load_s_{quantize}"] = round(time.perf_counter() - started, 2)
         for streams in options.streams:
             for context in options.context:
-                row = {"quantize": quantize} | measure(runner, model.decoder, streams, context, options.repeats)
-                document["rows"].append(row)
-                print(json.dumps(row), flush=True)
+                for shared in options.shared:
+                    if shared and (shared >= context or streams == 1):
+                        continue
+                    row = measure(runner, model.decoder, streams, context, shared, options.repeats)
+                    document["rows"].append({"quantize": quantize} | row)
+                    print(json.dumps(document["rows"][-1]), flush=True)
         del runner, model
     if options.output:
         options.output.write_text(json.dumps(document, indent=1) + "\n")

@@ -52,7 +52,7 @@ def shared_prefix_attention(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `shared_prefix_attention_reference`."""
+    """See `shared_prefix_attention_reference`. On a CPU `decode_attention` finds by itself what is shared."""
     if q.is_cuda:
         from aiexport_edge.kernels.gpu import shared_prefix_attention as gpu
 
