@@ -28,10 +28,12 @@ if TYPE_CHECKING:
 MOST_GUESSES = 8  # in a draft
 _CONTEXT = 3  # ids that must have come before, for what followed them to be a guess
 _ID_BITS = 21  # of an id in a key; _CONTEXT of them in an int64
+_SHORT = 8192  # ids that are indexed one by one; more are sorted, which takes less memory and is slower to look up
+_NO_KEYS = np.empty(0, dtype=np.int64)
 _MEMORY = 0.9  # what an outcome weighs after the next one
 _FIRST_HITS, _FIRST_TRIALS = 1.0, 3.0  # a third of guesses come true, until more is known
 _FORCED = 0.95  # how likely an id is that a grammar forces: the same bytes may be spelled otherwise
-_HIGHEST_CHANCE = 0.9  # that guesses may have for long
+_LIGHT_CHANCE = 0.6  # where a row needs a better one to pay, drafts gain little, and nobody looks for them
 _WORTH_SITTING_OUT = 2.5  # ids that a draft must promise where a request with one misses the step in between
 
 
@@ -67,7 +69,7 @@ class StepLoad:
     @property
     def is_light(self) -> bool:
         """Whether guesses are worth a thought."""
-        return self.pays(_HIGHEST_CHANCE, 1.0)
+        return self.pays(_LIGHT_CHANCE, 1.0)
 
     def pays(self, chance: float, cost: float) -> bool:
         """Whether a row that costs `cost` and brings an id with this chance raises the rate of ids."""
@@ -136,43 +138,57 @@ class Drafter:
         place = self._found.get(key, -1)
         if place >= 0:
             return place
+        if self._places is None:
+            return -1
         assert self._keys is not None
-        assert self._places is not None
         index = int(self._keys.searchsorted(key, side="right")) - 1
         return int(self._places[index]) if index >= 0 and self._keys[index] == key else -1
 
     def _learn(self, num_ids: int) -> None:
         """Index the ids that are there at first, the prompt's above all: a tenth of a microsecond each."""
+        self._num_ids = num_ids
         array = np.array(self._ids[:num_ids], dtype=np.int64)
         keys = (array[:-2] << (2 * _ID_BITS)) | (array[1:-1] << _ID_BITS) | array[2:]
-        order = np.argsort(keys, kind="stable")
-        self._keys = keys[order]
-        self._places = (order + _CONTEXT).astype(np.int32)
-        self._num_ids = num_ids
-        if num_ids > _CONTEXT:  # the last key's own place is not one where it came before
+        if num_ids <= _SHORT:
+            found = self._found
+            for place, key in enumerate(keys.tolist()[:-1], _CONTEXT):
+                found[key] = place
+            self._keys = _NO_KEYS
+        else:
+            order = np.argsort(keys[:-1], kind="stable")
+            self._keys, self._places = keys[order], (order + _CONTEXT).astype(np.int32)
+        if len(keys):  # the last ids themselves: where have they come before?
             last = int(keys[-1])
-            index = int(self._keys.searchsorted(last, side="right")) - 2
-            self._at = int(self._places[index]) if index >= 0 and self._keys[index] == last else -1
+            self._at = self._find(last)
+            self._found[last] = num_ids
 
 
 def _key(first: int, second: int, third: int) -> int:
     return (first << (2 * _ID_BITS)) | (second << _ID_BITS) | third
 
 
-def draft_of(request: Request, load: StepLoad, cost: float, most: int) -> tuple[int, ...]:
-    """The draft that pays for a request in a step of this load, to which it is added: at most `most` ids, each a row of
-    this cost. Empty where none does."""
-    assert request.drafter is not None
-    request.drafter.look(len(request.token_ids))
-    forced = request.constraint.forced_ids() if request.constraint is not None else []
-    chance = _FORCED if forced else request.drafter.chance
-    guesses = tuple(forced[:most]) if forced else request.drafter.guesses(most)
+def foretold(request: Request) -> tuple[float, tuple[int, ...]]:
+    """What is foretold of a request, all whose ids are known: how likely each guess is to come true after the one
+    before it, and MOST_GUESSES of them at most."""
+    drafter = request.drafter
+    assert drafter is not None
+    drafter.look(len(request.token_ids))
+    if request.constraint is not None:
+        forced = request.constraint.forced_ids()
+        if forced:
+            return _FORCED, tuple(forced[:MOST_GUESSES])
+    return drafter.chance, drafter.guesses(MOST_GUESSES)
+
+
+def num_worth(chance: float, most: int, load: StepLoad, cost: float) -> int:
+    """How many guesses, of at most `most`, pay in a step of this load, to which they are added: each a row of this
+    cost."""
     count, reached = 0, chance
-    while count < len(guesses) and load.pays(reached, cost):
+    while count < most and load.pays(reached, cost):
         load.add(reached, cost)
         reached *= chance
         count += 1
-    return guesses[:count]
+    return count
 
 
 def row_cost(position: int, span: float) -> float:

@@ -30,7 +30,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 
 from aiexport_edge.engine.core.adapter_slots import AdapterSlots
-from aiexport_edge.engine.core.drafts import MOST_GUESSES, DraftCost, Drafter, StepLoad, draft_of, row_cost
+from aiexport_edge.engine.core.drafts import DraftCost, Drafter, StepLoad, foretold, num_worth, row_cost
 from aiexport_edge.engine.core.fairness import INPUT_COST, OUTPUT_COST, FloorShare
 from aiexport_edge.engine.core.pages import PagePool
 from aiexport_edge.engine.core.pictures import Pictures
@@ -320,6 +320,18 @@ class Scheduler:
     def _add_drafts(self, costs: DraftCost, decodes: list[Chunk], prefills: list[Chunk]) -> None:
         """Lengthen `decodes` by drafts as far as they pay, beside `prefills`. Nobody is preempted or kept waiting for
         the room of guesses."""
+        light = StepLoad(costs.base)
+        light.add(len(decodes), len(decodes))
+        if not light.is_light:
+            return
+        candidates = []
+        for index, chunk in enumerate(decodes):
+            if not chunk.request.num_in_flight:
+                chance, guesses = foretold(chunk.request)
+                if guesses:
+                    candidates.append((index, chance, guesses))
+        if not candidates:
+            return
         num_left = self._max_step_tokens - sum([chunk.num_tokens for chunk in decodes + prefills])
         loads = [StepLoad(costs.base) for _ in self.tokens_per_page]
         num_rows = [0] * len(loads)
@@ -329,23 +341,18 @@ class Scheduler:
             loads[model].add(chunk.num_tokens, chunk.num_tokens * row_cost(middle, costs.spans[model]))
         for chunk in decodes:
             num_rows[chunk.request.model] += 1
-        for index, chunk in enumerate(decodes):
-            request, start, model = chunk.request, chunk.start, chunk.request.model
-            most = min(
-                MOST_GUESSES,
-                num_left,
-                costs.most_rows - num_rows[model],
-                request.num_prompt_tokens + request.max_tokens - len(request.token_ids) - 1,
-            )
-            if most <= 0 or request.num_in_flight or request.drafter is None or not loads[model].is_light:
-                continue
-            draft = draft_of(request, loads[model], row_cost(start, costs.spans[model]), most)
-            if draft and not self._has_room_for_guesses(request, start + 1 + len(draft)):
-                draft = draft[: len(request.pages) * self.tokens_per_page[model] - start - 1]
-            if draft:
-                decodes[index] = Chunk(request, start, 1 + len(draft), samples=True, draft=draft)
-                num_left -= len(draft)
-                num_rows[model] += len(draft)
+        for index, chance, guesses in candidates:
+            request, start = decodes[index].request, decodes[index].start
+            model = request.model
+            budget_left = request.num_prompt_tokens + request.max_tokens - len(request.token_ids)
+            most = min(len(guesses), num_left, costs.most_rows - num_rows[model], budget_left - 1)
+            count = num_worth(chance, most, loads[model], row_cost(start, costs.spans[model]))
+            if count and not self._has_room_for_guesses(request, start + 1 + count):
+                count = len(request.pages) * self.tokens_per_page[model] - start - 1
+            if count > 0:
+                decodes[index] = Chunk(request, start, 1 + count, samples=True, draft=guesses[:count])
+                num_left -= count
+                num_rows[model] += count
 
     def _has_room_for_guesses(self, request: Request, end: int) -> bool:
         """Whether the request's pages reach up to `end`, or may be made to: out of what nobody will miss."""

@@ -7,11 +7,12 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.fake_core import FakeCore, add_request, prompt_of, undisturbed
 
-from aiexport_edge.engine.core.drafts import MOST_GUESSES, Drafter, StepLoad, draft_of, row_cost
+from aiexport_edge.engine.core import drafts
+from aiexport_edge.engine.core.drafts import MOST_GUESSES, Drafter, StepLoad, foretold, num_worth, row_cost
 from aiexport_edge.engine.core.protocol import FinishReason
 from aiexport_edge.engine.core.request import Request, make_request
 
@@ -46,7 +47,7 @@ def test_short_texts_foretell_nothing(ids: list[int]) -> None:
     assert not drafter.is_worth_sitting_out
 
 
-def foretold(ids: list[int]) -> int | None:
+def last_time(ids: list[int]) -> int | None:
     """By definition: what came after the last time that the last three ids came."""
     for end in range(len(ids) - 1, 2, -1):
         if ids[end - 3 : end] == ids[-3:]:
@@ -54,16 +55,21 @@ def foretold(ids: list[int]) -> int | None:
     return None
 
 
-@settings(max_examples=300, deadline=None)
-@given(ids=st.lists(st.integers(0, 2), min_size=1, max_size=60), first=st.integers(0, 60), pieces=st.randoms())
-def test_whatever_it_sees_when_it_says_what_it_should(ids: list[int], first: int, pieces: random.Random) -> None:
+@pytest.mark.parametrize("sorted_index", [False, True])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ids=st.lists(st.integers(0, 2), min_size=1, max_size=60), first=st.integers(0, 60))
+def test_whatever_it_sees_when_it_says_what_it_should(
+    sorted_index: bool, monkeypatch: pytest.MonkeyPatch, ids: list[int], first: int
+) -> None:
     """A guess that came true is followed further, so the text that it began in need not be the last such."""
+    if sorted_index:
+        monkeypatch.setattr(drafts, "_SHORT", 0)
     drafter, seen = Drafter(ids), min(first, len(ids))
     drafter.look(seen)
-    assert drafter.guesses(1) == (() if foretold(ids[:seen]) is None else (foretold(ids[:seen]),))
+    assert drafter.guesses(1) == (() if last_time(ids[:seen]) is None else (last_time(ids[:seen]),))
     before = drafter.guesses(1)
     while seen < len(ids):
-        expected = foretold(ids[: seen + 1])
+        expected = last_time(ids[: seen + 1])
         was_hit = before == (ids[seen],)
         seen += 1
         drafter.look(seen)
@@ -81,7 +87,8 @@ def test_hits_make_drafts_longer_and_misses_end_them() -> None:
         assert request.drafter is not None
         request.drafter.look(10)
         load.add(1, 1)
-        return len(draft_of(request, load, 1.0, MOST_GUESSES))
+        chance, guesses = foretold(request)
+        return num_worth(chance, len(guesses), load, 1.0)
 
     copies = [*range(10, 40)] * 3
     assert length(copies[:33]) < length(copies[:45]) <= MOST_GUESSES
