@@ -46,6 +46,10 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if transport.get_extra_info("sslcontext") is None:
+            # What is written goes out at once, not at the end of the event loop's turn; a client that leaves anything
+            # to be kept here has enough.
+            transport.set_write_buffer_limits(high=0)
         self._start_timer()
         if len(self.connections) > self.max_connections:
             self._one_too_many = True

@@ -54,17 +54,21 @@ class TurnWriter:
         return writer
 
     def __init__(self) -> None:
-        self._pending: list[tuple[Callable[[bytes], None], bytes]] = []
+        self._pending: dict[Callable[[bytes], None], bytes] = {}
 
     def write(self, write: Callable[[bytes], None], data: bytes) -> None:
-        """`write(data)`, before any callback of the loop that is called for from now on."""
-        if not self._pending:
+        """`write(data)`, before any callback of the loop that is called for from now on; in one piece with what else
+        the turn has for it: a reply's start and its first token come together."""
+        pending = self._pending
+        if not pending:
             asyncio.get_running_loop().call_soon(self._flush)
-        self._pending.append((write, data))
+        elif write in pending:
+            data = pending[write] + data
+        pending[write] = data
 
     def _flush(self) -> None:
-        pending, self._pending = self._pending, []
-        for write, data in pending:
+        pending, self._pending = self._pending, {}
+        for write, data in pending.items():
             write(data)
 
 

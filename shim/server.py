@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -142,6 +143,7 @@ async def serve(config: configuration.Config, fd: int, admin_fd: int | None, add
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, drain)
     renewing = None if certificate is None else asyncio.create_task(certificate.run())
+    gc.freeze()  # what is there now stays: collections walk over requests alone
     try:
         await asyncio.gather(*(each.serve(sockets=[listener]) for each, listener in servers))
     finally:
