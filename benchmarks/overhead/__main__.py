@@ -30,6 +30,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 ENDLESS = 1 << 20  # tokens: more than any window sees
 FULL = 60_000.0  # tokens/s over 256 streams that a shim process must carry
 WARM_S = 1.0
+STEP_US = 5000  # between a reply's first token and its second: no core has the end of a reply with its first token
 PAUSE_S = 0.02  # between two requests, so that what the first leaves to be done is done
 
 
@@ -141,7 +142,7 @@ def detokenizer_us(num_tokens: int = 200_000) -> float:
 
 def first_tokens_ms(running: Stack, samples: int, prompt_ms: int) -> list[float]:
     """Beyond the core's own `prompt_ms`; on an idle stack, one request after the other on one connection."""
-    sent = client.request(running.key, max_tokens=2, prompt_ms=prompt_ms)
+    sent = client.request(running.key, max_tokens=2, prompt_ms=prompt_ms, pace_us=STEP_US)
     times = []
     with client.connect(running.address) as connection:
         for _ in range(samples + 10):
