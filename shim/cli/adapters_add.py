@@ -188,13 +188,13 @@ async def _try(config: Config, base: ModelSpec, path: str) -> int:
         except grpc.aio.AioRpcError as error:
             why = (error.details() or error.code().name).rstrip(".")
             if error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND):
-                raise CommandError(_refused(config, endpoint, path, why)) from None
+                raise CommandError(refused(config, endpoint, path, why)) from None
             if len(endpoints) > 1 or error.code() is not grpc.StatusCode.UNAVAILABLE:
                 print(f"the engine {endpoint.address} was not asked: {why}", file=sys.stderr)
     return num_engines
 
 
-def _refused(config: Config, endpoint: Endpoint, path: str, why: str) -> str:
+def refused(config: Config, endpoint: Endpoint, path: str, why: str) -> str:
     """The engine's sentence; of one that can't see this machine's copies, with what to do."""
     if endpoint.is_unix or is_loopback(split_address(endpoint.address)[0]):
         return why
