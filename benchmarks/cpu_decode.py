@@ -32,6 +32,7 @@ from aiexport_edge.engine.core.request import Request
 from aiexport_edge.engine.core.runner import Runner
 from aiexport_edge.engine.models.decoder import Decoder, Mlp
 from aiexport_edge.engine.models.loader import load_model
+from aiexport_edge.kernels.large_pages import collapse
 from aiexport_edge.kernels.linear import PackedLinear
 from benchmarks.peers.machine import commit, describe
 
@@ -146,6 +147,7 @@ def main() -> int:
         pool_bytes = tokens * model.config.kv_bytes_per_token(model.dtype.itemsize)
         config = CoreConfig([entry], "cpu", 0, pool_bytes, max(options.streams), 512, options.threads, 0.0)
         runner = make_runner(config, [model], torch.device("cpu"), None)
+        collapse()  # as a core does once it serves
         document[f"load_s_{quantize}"] = round(time.perf_counter() - started, 2)
         for streams in options.streams:
             for context in options.context:
