@@ -1,4 +1,4 @@
-"""For all tests: where their temporary directories are, and how long a client waits."""
+"""For all tests: where their temporary directories are, how long a client waits, what no clock may decide."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ import tempfile
 from pathlib import Path
 
 from httpx._config import DEFAULT_TIMEOUT_CONFIG
+from hypothesis import HealthCheck, settings
 
 SHORT = Path("/tmp")
 MAX_CHARS = 16  # a test's directory and a socket's name in it take some 90 of the 107 of unix(7)
+
+
+# Of what the environment has chosen (in CI the same examples each time), without its looks at the clock.
+settings.register_profile("edge", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("edge")
 
 
 def pytest_configure() -> None:

@@ -35,7 +35,7 @@ def read_frames(sock: socket.socket, count: int) -> list[bytes]:
     return [stream.read(HEADER.unpack(stream.read(HEADER.size))[0]) for _ in range(count)]
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[*HealthCheck])
 @given(bodies=st.lists(st.binary(max_size=50), min_size=1, max_size=8), cuts=st.lists(st.integers(1, 40), min_size=1))
 def test_frames_survive_any_cutting(pair: tuple[socket.socket, Channel], bodies: list[bytes], cuts: list[int]) -> None:
     ours, channel = pair
