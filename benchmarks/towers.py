@@ -98,7 +98,7 @@ def random_tower(config: VisionConfig, *, dtype: torch.dtype, device: torch.devi
 def products_alone(made: MadeTower, grid: Grid) -> Callable[[], None]:
     """Every product of a picture of this grid on inputs of the same shapes, one after the other, nothing between."""
     tower = made.tower
-    config, block = tower.config, tower.block_patches
+    config, block = tower.config, encoding_work(tower.config, grid, tower.block_patches).block_patches
     num_patches, merge = grid[0] * grid[1], config.merge_size**2
     sizes = [min(block, num_patches - start) for start in range(0, num_patches, block)]
 

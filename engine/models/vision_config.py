@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from aiexport_edge.engine.models.config_values import Values
 
+LARGE_BLOCKS = 32  # a picture of more blocks than that is cut into smaller ones
+FEWEST_PATCHES = 16  # of a block, where it is not meant to be smaller
+
 Grid = tuple[int, int]  # patches of an image: rows, columns; both multiples of the merge size
 
 
@@ -50,19 +53,35 @@ class VisionConfig:
 
 @dataclass(frozen=True, slots=True)
 class EncodingWork:
-    """What encoding a picture takes: `num_units` of work, all of about `unit_operations` (products and sums)."""
+    """What encoding a picture takes: `num_units` of work, each of `block_patches` through one layer, all of about
+    `unit_operations` (products and sums).
+    """
 
+    block_patches: int
     num_units: int
     unit_operations: float
 
 
 def encoding_work(config: VisionConfig, grid: Grid, block_patches: int) -> EncodingWork:
-    """A unit is one block of patches through one layer; making a block's patches and embedding them is one more."""
-    num_patches = grid[0] * grid[1]
-    num_blocks = -(-num_patches // block_patches)
+    """A unit is one block of patches through one layer; making a block's patches and embedding them is one more.
+
+    A patch costs the more, the more there are, since it attends to all. So blocks of pictures of more than
+    `LARGE_BLOCKS` of them are smaller than `block_patches`: no unit costs more than one of a picture of that size.
+    """
+    num_patches, square = grid[0] * grid[1], config.merge_size**2
     products = 2 * (4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size)
-    attention = 4 * config.hidden_size * num_patches
-    return EncodingWork((config.num_layers + 1) * num_blocks, (products + attention) * num_patches / num_blocks)
+
+    def patch_operations(num_keys: int) -> int:
+        return products + 4 * config.hidden_size * num_keys
+
+    if num_patches > LARGE_BLOCKS * block_patches:
+        share = patch_operations(LARGE_BLOCKS * block_patches) / patch_operations(num_patches)
+        fewest = max(min(FEWEST_PATCHES, block_patches), square)
+        block_patches = max(int(share * block_patches), fewest) // square * square
+    num_blocks = -(-num_patches // block_patches)
+    return EncodingWork(
+        block_patches, (config.num_layers + 1) * num_blocks, patch_operations(num_patches) * num_patches / num_blocks
+    )
 
 
 def read_vision_config(values: Values, *, hidden_size: int, num_layers: int, vocab_size: int) -> VisionConfig:

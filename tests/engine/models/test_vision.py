@@ -10,7 +10,7 @@ import torch
 
 from aiexport_edge.engine.images.patches import PatchConfig, patches
 from aiexport_edge.engine.models.vision import Merger, VisionLayer, VisionTower
-from aiexport_edge.engine.models.vision_config import Grid, VisionConfig
+from aiexport_edge.engine.models.vision_config import FEWEST_PATCHES, Grid, VisionConfig, encoding_work
 from aiexport_edge.kernels.linear import PackedLinear
 
 CONFIG = VisionConfig(
@@ -119,6 +119,22 @@ def test_features_match_transformers(grid: Grid, block_patches: int) -> None:
     assert features.tokens.shape[0] == CONFIG.num_tokens(grid)
     for ours, theirs in zip(features.deepstack, expected.deepstack_features, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_large_pictures_go_in_smaller_blocks() -> None:
+    """No unit is longer than one of a picture of 32 blocks; what comes out is what transformers has."""
+    model, grid = transformers_model(), (32, 44)
+    tower, pixels = tower_of(model, 32), picture(grid)
+    work, of_many = (encoding_work(CONFIG, each, 32) for each in (grid, (32, 32)))
+    assert of_many.block_patches == 32 > work.block_patches >= FEWEST_PATCHES
+    assert work.unit_operations <= of_many.unit_operations
+    inputs, _ = patches(pixels, PATCHES)
+    expected = model(torch.from_numpy(inputs), grid_thw=torch.tensor([(1, *grid)]))
+    encoding = tower.begin(torch.from_numpy(pixels))
+    assert encoding.num_units == -(-32 * 44 // work.block_patches) * (CONFIG.num_layers + 1)
+    encoding.advance(encoding.num_units)
+    torch.testing.assert_close(encoding.features.tokens, expected.pooler_output, rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()
