@@ -1,6 +1,6 @@
 """Where a decode step goes on a CPU: the whole step beside its packed products alone, in one run, paired.
 
-    python -m benchmarks.cpu_decode MODEL_DIRECTORY [--streams 1 4 16] [--context 128] [--quantize none int8]
+    python -m benchmarks.cpu_decode MODEL_DIRECTORY [--streams 1 4 16] [--context 128] [--quantize none int8 int4]
 
 A step is the runner's, from plan to drawn ids. The products are the same calls on inputs of the same shapes, recorded
 and run in the same way, one after the other with nothing between. Steps and products take turns, so that what else the
@@ -131,7 +131,7 @@ def main() -> int:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--context", type=int, nargs="+", default=[128])
     parser.add_argument("--shared", type=int, nargs="+", default=[0], help="tokens of the context that all share")
-    parser.add_argument("--quantize", nargs="+", default=["none", "int8"])
+    parser.add_argument("--quantize", nargs="+", default=["none", "int8", "int4"])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--output", type=Path)

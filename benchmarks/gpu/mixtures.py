@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from aiexport_edge.engine.models.memory import PRODUCT_BYTES
+from aiexport_edge.kernels.linear import round_for_card
 from aiexport_edge.kernels.moe import Experts, moe_mlp_reference, route
 from benchmarks.gpu.report import Bench
 from benchmarks.gpu.timing import copy_bandwidth, matmul_rate, seconds_of
@@ -53,6 +55,36 @@ def run(bench: Bench) -> None:
             if num_tokens <= 64:
                 row["deviation"] = _deviation(layer, x, weights, experts, gate_up, down)
             bench.add(PART, f"{name} {num_tokens} tokens", row | {"ok": row.get("deviation", 0.0) < 0.05})
+        for quantize in ("int4", "fp8"):
+            _quantized(bench, f"{name} {quantize}", quantize, gate_up, down, top_k, bandwidth, layer)
+
+
+def _quantized(
+    bench: Bench, name: str, quantize: str, gate_up: Tensor, down: Tensor, top_k: int, bandwidth: float, wide: Experts
+) -> None:
+    """The same experts rounded: beside reading their own bits once, and beside the layer `wide` in bfloat16."""
+    num_experts, hidden, _ = down.shape
+    parts = [[round_for_card(weight, quantize) for weight in of] for of in (gate_up, down)]
+    pairs = [([up], out) for up, out in zip(*parts, strict=True)]
+    layer = Experts(pairs, dtype=DTYPE, deterministic=False)
+    rounded = [torch.stack([weight.dequantize(DTYPE) for weight in of]) for of in parts]
+    del parts, pairs
+    expert_bytes = PRODUCT_BYTES[quantize] * (gate_up[0].numel() + down[0].numel())
+    for num_tokens in TOKENS[:5] if bench.dry_run else TOKENS:
+        x = torch.randn(num_tokens, hidden, device=bench.device).to(DTYPE)
+        weights, experts = route(torch.randn(num_tokens, num_experts, device=bench.device), top_k, normalize=True)
+        touched = len(torch.unique(experts))
+        seconds = seconds_of(bench, partial(layer, x, weights, experts))
+        in_bfloat16 = seconds_of(bench, partial(wide, x, weights, experts))
+        row = {
+            "experts": touched,
+            "us": seconds * 1e6,
+            "share": (touched * expert_bytes + 2 * x.nbytes) / bandwidth / seconds,
+            "times_bfloat16": in_bfloat16 / seconds,
+        }
+        if num_tokens <= 64:
+            row["deviation"] = _deviation(layer, x, weights, experts, *rounded)
+        bench.add(PART, f"{name} {num_tokens} tokens", row | {"ok": row.get("deviation", 0.0) < 0.05})
 
 
 def _weights(bench: Bench, *shape: int) -> Tensor:
