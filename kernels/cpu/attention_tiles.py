@@ -61,6 +61,7 @@ from aiexport_edge.kernels.cpu.memory import (
 )
 from aiexport_edge.kernels.cpu.simd import LANES, multiply, splat
 from aiexport_edge.kernels.cpu.units import begin, end, next_unit
+from aiexport_edge.kernels.cpu.words import gather_columns
 
 WIDE, PAIRS, IN_PLACE = range(3)  # how to multiply: `attention.paged_attention` chooses
 
@@ -222,7 +223,16 @@ def _load_queries(
     """The rows of a tile, from the first query's first head on, as `pairs` wants them; float32 times `factor`."""
     width = (head_dim + COLUMNS - 1) // COLUMNS * COLUMNS
     scale = splat(np.float32(factor))
-    for row in range(rows):
+    arranged = 0
+    if pairs == PAIRS:
+        arranged = rows // LANES * LANES
+        places = queries + 2 * rows * head_dim  # words take half of what is there
+        for first in range(0, arranged, LANES):
+            for row in range(first, first + LANES):
+                set_int64(places, row - first, source + row // group * row_bytes + row % group * head_bytes)
+            for i in range(0, head_dim, 2 * LANES):
+                gather_columns(places, 2 * i, queries + 4 * (i // 2 * rows + first), 4 * rows)
+    for row in range(arranged, rows):
         place = queries + 4 * row * width
         head = source + row // group * row_bytes + row % group * head_bytes
         if pairs == IN_PLACE:

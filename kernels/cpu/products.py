@@ -40,7 +40,13 @@ from aiexport_edge.kernels.cpu.memory import (
 )
 from aiexport_edge.kernels.cpu.simd import LANES, absolute, add, max_lanes, maximum, multiply, splat
 from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
-from aiexport_edge.kernels.cpu.words import quantize_lanes, quantize_unsigned, set_int32, transpose_words
+from aiexport_edge.kernels.cpu.words import (
+    arrange_words,
+    quantize_lanes,
+    quantize_unsigned,
+    set_int32,
+    transpose_words,
+)
 from aiexport_edge.kernels.large_pages import allocate
 from aiexport_edge.kernels.quantization import Int8Weight
 from aiexport_edge.kernels.threads import empty, launch
@@ -211,9 +217,8 @@ def arrange_rows(
     while unit < num_units:
         rows = min(most, num_rows - unit * most)
         source, tile = x + unit * most * row_bytes, target + unit * most * depth * 4
-        for row in range(rows):
-            for word in range(depth):
-                set_int32(tile, word * rows + row, get_int32(source + row * row_bytes, word))
+        for word in range(0, depth, LANES):
+            arrange_words(source + 4 * word, row_bytes, rows, depth - word, tile + 4 * word * rows)
         unit = next_unit(control)
     end(control)
 
@@ -555,7 +560,7 @@ class PackedWeight:
         launch(
             arrange_rows,
             -(-num_rows // rows_of(num_rows)),
-            0.3 * tiles.numel(),
+            0.1 * tiles.numel(),
             0,
             x.data_ptr(),
             num_rows,

@@ -35,15 +35,17 @@ def set_int32(builder: Any, address: Any, index: Any, value: Any) -> None:
     builder.store(builder.trunc(value, I32), pointer(builder, address, I32, index), align=4)
 
 
-@operation(none, int64, int64, int64, int64, int64, int64)
-def transpose_words(
-    builder: Any, source: Any, source_stride: Any, num_rows: Any, num_words: Any, target: Any, target_stride: Any
+def _transpose_words(
+    builder: Any,
+    source: Any,
+    source_stride: Any,
+    num_rows: Any,
+    num_words: Any,
+    target: Any,
+    target_stride: Any,
+    num_lanes: Any,
 ) -> None:
-    """target[w, r] = source[r, w] for 16 words of 16 rows; rows from `num_rows` on are zero and not read.
-
-    Words from `num_words` on are neither read nor written. Strides are in bytes, words at any multiple of two.
-    """
-    nothing, whole = ir.Constant(I64, 0), ir.Constant(I64, LANES)
+    nothing = ir.Constant(I64, 0)
     rows = []
     for row in range(LANES):
         exists = builder.icmp_signed(">", num_rows, ir.Constant(I64, row))
@@ -55,9 +57,28 @@ def transpose_words(
         )
     for word, value in enumerate(transpose(builder, rows)):
         exists = builder.icmp_signed(">", num_words, ir.Constant(I64, word))
-        count = lanes_below(builder, builder.select(exists, whole, nothing))
+        count = lanes_below(builder, builder.select(exists, num_lanes, nothing))
         place = pointer(builder, builder.add(target, builder.mul(target_stride, ir.Constant(I64, word))), WORDS)
         call(builder, "llvm.masked.store.v16i32.p0", ir.VoidType(), value, place, ir.Constant(I32, 4), count)
+
+
+@operation(none, int64, int64, int64, int64, int64, int64)
+def transpose_words(
+    builder: Any, source: Any, source_stride: Any, num_rows: Any, num_words: Any, target: Any, target_stride: Any
+) -> None:
+    """target[w, r] = source[r, w] for 16 words of 16 rows; rows from `num_rows` on are zero and not read.
+
+    Words from `num_words` on are neither read nor written. Strides are in bytes, words at any multiple of two.
+    """
+    whole = ir.Constant(I64, LANES)
+    _transpose_words(builder, source, source_stride, num_rows, num_words, target, target_stride, whole)
+
+
+@operation(none, int64, int64, int64, int64, int64)
+def arrange_words(builder: Any, source: Any, source_stride: Any, num_rows: Any, num_words: Any, target: Any) -> None:
+    """As `transpose_words`, into words [16, num_rows]: rows that are not there are not written either."""
+    stride = builder.mul(num_rows, ir.Constant(I64, 4))
+    _transpose_words(builder, source, source_stride, num_rows, num_words, target, stride, num_rows)
 
 
 @operation(int64, int64, float32, int64)
