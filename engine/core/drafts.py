@@ -19,17 +19,16 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from aiexport_edge.engine.core.request import Request
 
 MOST_GUESSES = 8  # in a draft
 _CONTEXT = 3  # ids that must have come before, for what followed them to be a guess
 _ID_BITS = 21  # of an id in a key; _CONTEXT of them in an int64
 _SHORT = 8192  # ids that are indexed one by one; more are sorted, which takes less memory and is slower to look up
-_NO_KEYS = np.empty(0, dtype=np.int64)
 _MEMORY = 0.9  # what an outcome weighs after the next one
 _FIRST_HITS, _FIRST_TRIALS = 1.0, 3.0  # a third of guesses come true, until more is known
 _FORCED = 0.95  # how likely an id is that a grammar forces: the same bytes may be spelled otherwise
@@ -146,6 +145,8 @@ class Drafter:
 
     def _learn(self, num_ids: int) -> None:
         """Index the ids that are there at first, the prompt's above all: a tenth of a microsecond each."""
+        import numpy as np  # the scheduler's tests, and whoever else imports it, need none
+
         self._num_ids = num_ids
         array = np.array(self._ids[:num_ids], dtype=np.int64)
         keys = (array[:-2] << (2 * _ID_BITS)) | (array[1:-1] << _ID_BITS) | array[2:]
@@ -153,7 +154,7 @@ class Drafter:
             found = self._found
             for place, key in enumerate(keys.tolist()[:-1], _CONTEXT):
                 found[key] = place
-            self._keys = _NO_KEYS
+            self._keys = keys[:0].copy()  # not a view, which would keep all of them
         else:
             order = np.argsort(keys[:-1], kind="stable")
             self._keys, self._places = keys[order], (order + _CONTEXT).astype(np.int32)
