@@ -484,20 +484,24 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ModelStats(_message.Message):
-    __slots__ = ("name", "running", "waiting", "prompt_tokens", "cached_tokens", "output_tokens")
+    __slots__ = ("name", "running", "waiting", "prompt_tokens", "cached_tokens", "output_tokens", "guessed_tokens", "accepted_tokens")
     NAME_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GUESSED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     name: str
     running: int
     waiting: int
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
-    def __init__(self, name: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ...) -> None: ...
+    guessed_tokens: int
+    accepted_tokens: int
+    def __init__(self, name: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., guessed_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ...) -> None: ...
 
 class StatsResponse(_message.Message):
     __slots__ = ("steps", "running", "waiting", "pages_total", "pages_used", "pages_cached", "pages_free", "page_bytes", "preemptions", "core_restarts", "core_pid", "uptime_s", "sessions", "models", "draining")

@@ -93,7 +93,8 @@ class CompositeBackend:
         def by_model(name: str) -> list[int]:
             values = [0] * len(self._place)
             for part, stats in spoken:
-                for model, value in zip(part.models, getattr(stats, name), strict=True):
+                values_of_part = getattr(stats, name)  # none where the part does not count it
+                for model, value in zip(part.models, values_of_part or [0] * len(part.models), strict=True):
                     values[model] = value
             return values
 
@@ -114,6 +115,8 @@ class CompositeBackend:
             model_prompt_tokens=by_model("model_prompt_tokens"),
             model_cached_tokens=by_model("model_cached_tokens"),
             model_output_tokens=by_model("model_output_tokens"),
+            model_guessed_tokens=by_model("model_guessed_tokens"),
+            model_accepted_tokens=by_model("model_accepted_tokens"),
         )
 
 

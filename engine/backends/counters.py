@@ -60,4 +60,6 @@ def _sum(stats: CoreStats, past: CoreStats) -> CoreStats:
         model_prompt_tokens=added("model_prompt_tokens"),
         model_cached_tokens=added("model_cached_tokens"),
         model_output_tokens=added("model_output_tokens"),
+        model_guessed_tokens=added("model_guessed_tokens"),
+        model_accepted_tokens=added("model_accepted_tokens"),
     )

@@ -83,6 +83,8 @@ class StepLoop(Generic[Launched]):
             model_prompt_tokens=list(scheduler.num_prompt_tokens),
             model_cached_tokens=list(scheduler.num_cached_tokens),
             model_output_tokens=list(scheduler.num_output_tokens),
+            model_guessed_tokens=list(scheduler.num_guessed_tokens),
+            model_accepted_tokens=list(scheduler.num_accepted_tokens),
         )
 
     def _receive(self) -> bool:

@@ -190,7 +190,9 @@ class Finished(msgspec.Struct, frozen=True, array_like=True):
 
 
 class CoreStats(msgspec.Struct, frozen=True, array_like=True):
-    """Gauges and counters of the core. Per-model lists are in the order of the core's models."""
+    """Gauges and counters of the core. Per-model lists are in the order of the core's models. Of `model_guessed_tokens`
+    (drafts), `model_accepted_tokens` came true; empty where nothing can be guessed.
+    """
 
     steps: int
     running: int
@@ -206,6 +208,8 @@ class CoreStats(msgspec.Struct, frozen=True, array_like=True):
     model_prompt_tokens: list[int]
     model_cached_tokens: list[int]
     model_output_tokens: list[int]
+    model_guessed_tokens: list[int] = []
+    model_accepted_tokens: list[int] = []
 
 
 class ModelReady(msgspec.Struct, frozen=True, array_like=True):

@@ -163,6 +163,9 @@ class EngineService(EngineServicer):
                 model.prompt_tokens = core.model_prompt_tokens[index]
                 model.cached_tokens = core.model_cached_tokens[index]
                 model.output_tokens = core.model_output_tokens[index]
+                if core.model_guessed_tokens:
+                    model.guessed_tokens = core.model_guessed_tokens[index]
+                    model.accepted_tokens = core.model_accepted_tokens[index]
         if core is not None:
             response.steps = core.steps
             response.running = core.running

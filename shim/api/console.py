@@ -89,7 +89,17 @@ class Console:
 # ---------------------------------------------------------------------------------------------------- rows
 
 _ENGINE_COLUMNS = ("engine", "state", "running", "waiting", "KV pages in use", "cached", "preempted", "restarts", "up")
-_MODEL_COLUMNS = ("model", "engine", "state", "running", "waiting", "prompt tokens", "from cache", "output tokens")
+_MODEL_COLUMNS = (
+    "model",
+    "engine",
+    "state",
+    "running",
+    "waiting",
+    "prompt tokens",
+    "from cache",
+    "output tokens",
+    "guessed right",
+)
 _WORKSPACE_COLUMNS = (
     "workspace",
     "plan",
@@ -135,10 +145,18 @@ def _model_rows(session: Session, stats: pb.StatsResponse | None) -> Iterable[Se
     for name, info in session.vitals.models.items():
         state = _STATES.get(info.state, "unknown") if session.connected else "unavailable"
         row = counts.get(name)
-        of_row: tuple[Any, ...] = ("",) * 5
+        of_row: tuple[Any, ...] = ("",) * 6
         if row is not None:
             cached = row.cached_tokens / max(1, row.prompt_tokens)
-            of_row = (row.running, row.waiting, f"{row.prompt_tokens:,}", f"{cached:.0%}", f"{row.output_tokens:,}")
+            guessed = f"{row.accepted_tokens:,} of {row.guessed_tokens:,}" if row.guessed_tokens else ""
+            of_row = (
+                row.running,
+                row.waiting,
+                f"{row.prompt_tokens:,}",
+                f"{cached:.0%}",
+                f"{row.output_tokens:,}",
+                guessed,
+            )
         yield (name, session.address, state if state == "ready" else _bad(state), *of_row)
 
 
