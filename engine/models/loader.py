@@ -335,7 +335,8 @@ class _Weights:
                 f"{decoded} of {self._num_products} products have quantized weights that this device does not "
                 f"multiply: they were decoded, and take the memory and the time of {name}"
             )
-        is_fp8 = self._quantize == "fp8" or any("weight" in stored.tensors for stored in self._stored.values())
+        sources = self._found.quantized_sources
+        is_fp8 = self._quantize == "fp8" or any(self._checkpoint.entries[name].dtype == "F8_E4M3" for name in sources)
         if is_fp8 and self.device.type == "cuda":
             from aiexport_edge.kernels.gpu.quantized_product import multiplies_fp8
 
