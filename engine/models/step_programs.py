@@ -15,10 +15,11 @@ from torch import Tensor
 
 from aiexport_edge.engine.models.decode_programs import DecodePrograms
 from aiexport_edge.engine.models.decoder import Batch, Decoder, KVCache
+from aiexport_edge.kernels.cpu.attention import most_state_bytes
 from aiexport_edge.kernels.cpu.program import Arena, Program
 
 BYTES_PER_NUMBER = 4  # of what operations leave for each other: 2 in bfloat16, and as much for pieces between them
-SPARE_BYTES = 64 << 20
+SPARE_BYTES = 16 << 20
 
 
 class StepPrograms:
@@ -41,9 +42,10 @@ class StepPrograms:
         heads = (2 * config.num_q_heads + 2 * config.num_kv_heads) * config.head_dim
         widths = heads + 4 * config.intermediate_size + 6 * config.hidden_size
         num_wanted = min(num_rows, num_tokens)
-        self._arena = Arena(
-            BYTES_PER_NUMBER * (2 * num_tokens * widths + 2 * num_wanted * config.vocab_size) + SPARE_BYTES
-        )
+        tokens_per_row = pages_per_row * kv_caches[0][0].shape[2]
+        states = most_state_bytes(tokens_per_row, config.num_q_heads, config.num_kv_heads, config.head_dim)
+        numbers = 2 * num_tokens * widths + 2 * num_wanted * config.vocab_size
+        self._arena = Arena(BYTES_PER_NUMBER * numbers + 2 * states + SPARE_BYTES)
 
     def fits(self, batch: Batch) -> bool:
         """Whether `logits` can do it: every operation of the batch is a kernel of ours."""

@@ -108,6 +108,13 @@ def _most_shared(num_sequences: int, num_kv_heads: int, group: int, most_records
     return max(1, min(num_sequences * num_kv_heads // max(1, _min_units()), num_sequences, _tile_queries(group)))
 
 
+def most_state_bytes(num_tokens: int, num_q_heads: int, num_kv_heads: int, head_dim: int) -> int:
+    """The most memory that the splits of a batch leave their states in, with contexts of `num_tokens`."""
+    rows = max(TILE_ROWS, num_q_heads // num_kv_heads)
+    units = (_min_units() + num_kv_heads) * -(-num_tokens // SPLIT)
+    return units * rows * state_size(-(-head_dim // COLUMNS) * COLUMNS)
+
+
 def _min_units() -> int:
     """With fewer, sequences are cut by splits."""
     return UNITS_PER_THREAD * num_threads() if num_threads() > 1 else 0
