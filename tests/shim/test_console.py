@@ -58,7 +58,7 @@ def test_what_the_console_shows(
         (engine_row,) = rows_of(index.text, "Engines")
         assert engine_row[1:5] == ["connected", "1", "2", "4 of 10 (40%)"]
         assert engine_row[8] == "2 h 0 min"
-        assert ["ready", "1", "0", "100", "25%", "0"] in [row[2:] for row in rows_of(index.text, "Models")]
+        assert ["ready", "1", "0", "100", "25%", "0", ""] in [row[2:] for row in rows_of(index.text, "Models")]
 
         page = admin.get("/console/acme").text
         keys = {row[0]: row[1:] for row in rows_of(page, "Keys")}
