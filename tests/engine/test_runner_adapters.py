@@ -195,3 +195,24 @@ def test_thirty_two_adapters_and_the_base_model_in_one_batch(tmp_path: Path) -> 
     for number, request in zip(numbers, requests, strict=True):
         prompt = request.token_ids[: request.num_prompt_tokens]
         assert driver.outcome(request)[0] == expected_of(base, tmp_path, number, prompt, 5)[0]
+
+
+@pytest.mark.parametrize(("quantize", "most"), [("int8", 0.35), ("int4", 0.8)])
+def test_on_weights_that_are_rounded(quantize: str, most: float, tmp_path: Path) -> None:
+    """An adapter changes logits there much as it does on whole weights; any other's change would be off by 1.4."""
+    save("qwen3", tmp_path / "base")
+    base = make("qwen3")
+    (ref,) = save_adapters(base, tmp_path, [{"r": 8, "size": 0.05}])
+    (text,) = prompts([24])
+    models = [CoreModel("model", str(tmp_path / "base"), "float32", 0, False, "", quantize)]
+    config = CoreConfig(models, "cpu", 0, 256 << 20, 64, 512, 1, 0.0, adapter_host_bytes=1 << 20)
+
+    def logits(*, adapted: bool) -> torch.Tensor:
+        driver, slots = Driver(load(config, lambda model, done, total: None, keep_logits=True)), AdapterSlots(2)
+        request = driver.add(text)
+        driver.run([give(request, slots, ref) if adapted else request], 1)
+        return driver.outcome(request)[1]
+
+    rounded = logits(adapted=True) - logits(adapted=False)
+    whole = expected_of(base, tmp_path, 0, text, 1)[1] - expected_of(base, tmp_path, None, text, 1)[1]
+    assert float((rounded - whole).norm() / whole.norm()) < most
