@@ -60,6 +60,32 @@ _REASONS = {
 class Generation:
     """One request; the backend's listener for it."""
 
+    __slots__ = (
+        "_abort_asked",
+        "_adapter",
+        "_born",
+        "_cached_tokens",
+        "_first_token_at",
+        "_handle",
+        "_held",
+        "_model_name",
+        "_num_prompt_tokens",
+        "_on_end",
+        "_outbox",
+        "_output_tokens",
+        "_owner",
+        "_replayed",
+        "_request_id",
+        "_started_at",
+        "_stop_ids",
+        "_tag",
+        "_tenant",
+        "_text",
+        "_trace",
+        "_waiting",
+        "ended",
+    )
+
     def __init__(
         self, owner: Generations, request: pb.GenerateRequest, outbox: Outbox, tag: int, on_end: Callable[[], None]
     ) -> None:

@@ -30,6 +30,17 @@ class ReplyText:
     what has been sent in all.
     """
 
+    __slots__ = (
+        "_ascii_texts",
+        "_bytes",
+        "_decode_bytes",
+        "_detokenizer",
+        "_flows",
+        "_matcher",
+        "_stop_ids",
+        "emitted_bytes",
+    )
+
     def __init__(
         self,
         decode_bytes: Callable[[int], bytes],
@@ -47,26 +58,23 @@ class ReplyText:
         self._matcher = StopMatcher(stops) if stops else None
         self._bytes = 0  # of the text that is certain
         self.emitted_bytes = sent_bytes
+        # Text goes out as it comes: none is held back, looked at for a stop sequence, or sent already. Kept, because a
+        # token costs less the fewer objects it touches: after a step's pause none of them is in the caches.
+        self._flows = self._can_flow()
 
     def feed_one(self, token_id: int) -> str | None:
         """As `feed` of one id, where that is whole characters of ASCII that can be sent as they are: what a step mostly
         brings, in one call. None where it is not; then nothing has been fed.
         """
+        if not self._flows or token_id in self._stop_ids:
+            return None
         text = self._ascii_texts.get(token_id)
         if text is None:
             data = self._decode_bytes(token_id)
             if not data or not data.isascii():
                 return None
             text = self._ascii_texts[token_id] = data.decode("ascii")
-        sent = self.emitted_bytes
-        if (
-            self._matcher is not None
-            or not self._detokenizer.is_empty
-            or self._bytes != sent
-            or token_id in self._stop_ids
-        ):
-            return None
-        self._bytes = self.emitted_bytes = sent + len(text)
+        self._bytes = self.emitted_bytes = self.emitted_bytes + len(text)
         return text
 
     def feed(self, ids: Sequence[int]) -> Piece:
@@ -82,7 +90,9 @@ class ReplyText:
                 if stop is not None:
                     return Piece(self._unsent("".join([*parts, text])), num_ids, stop)
             parts.append(text)
-        return Piece(self._unsent("".join(parts)), len(ids), None)
+        unsent = self._unsent("".join(parts))
+        self._flows = self._can_flow()
+        return Piece(unsent, len(ids), None)
 
     def flush(self) -> Piece:
         """The rest, where the reply has ended: U+FFFD for half a character, and what may have been a stop sequence."""
@@ -92,6 +102,9 @@ class ReplyText:
             if stop is None:
                 text += self._matcher.flush()
         return Piece(self._unsent(text), 0, stop)
+
+    def _can_flow(self) -> bool:
+        return self._matcher is None and self._detokenizer.is_empty and self._bytes == self.emitted_bytes
 
     def _unsent(self, text: str) -> str:
         """Of text that has become certain, what is not sent yet; counts it as sent."""

@@ -18,6 +18,22 @@ from aiexport_edge.shim.response_stream import ResponseStream
 class EventStream:
     """Writes one reply's events; `run` once."""
 
+    __slots__ = (
+        "_entry",
+        "_generation",
+        "_is_passed_text",
+        "_last",
+        "_loop",
+        "_now",
+        "_offer",
+        "_ping_s",
+        "_ping_timer",
+        "_reply",
+        "_stream",
+        "_waiting",
+        "_written_at",
+    )
+
     def __init__(self, reply: Reply, stream: ResponseStream, ping_s: float) -> None:
         self._reply = reply
         self._generation = reply.generation
