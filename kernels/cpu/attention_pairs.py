@@ -121,8 +121,10 @@ def attend_block_in_place(
     num_vectors = (count + LANES - 1) // LANES
     for row in range(rows):
         for i in range(num_vectors):
-            if row == 0:
-                ask_for(following, LANES * i, min(LANES * (i + 1), next_count), 2 * head_dim)
+            if row == 0:  # a few lines at a time, keys now and values later: more than the processor can hold stall it
+                for place in range(LANES * i, min(LANES * (i + 1), next_count)):
+                    for line in range(0, 2 * head_dim, CACHE_LINE):
+                        prefetch(get_int64(following, place) + line)
             out = scratch + 4 * (row * BLOCK + i * LANES)
             _dot_rows(here + 8 * LANES * i, 0, queries + 2 * row * head_dim, head_dim // 32, out)
         end = high + row // group
@@ -131,6 +133,8 @@ def attend_block_in_place(
     pairs = (count + 1) // 2
     values = here + 8 * BLOCK
     for column in range(0, head_dim, COLUMNS):
+        for place in range(next_count):
+            prefetch(get_int64(following, BLOCK + place) + 2 * column)
         row = 0
         while row < rows:
             weights, out = scratch + 4 * row * BLOCK, state + row * state_row + 4 * column
