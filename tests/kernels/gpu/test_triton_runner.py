@@ -49,6 +49,9 @@ def _triton_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
             q, k_cache, v_cache, block_tables, starts, seq_lens, batch_invariant=True, **options
         )
 
+    def attend(*arguments: Any, plan: None, **options: Any) -> torch.Tensor:
+        return paged_attention.paged_attention(*arguments, **options)
+
     # Made-up steps take the interpreter a minute, and show nothing that the requests below do not.
     monkeypatch.setattr("aiexport_edge.engine.core.runner.warm_up", lambda *arguments: None)
     monkeypatch.setattr("aiexport_edge.engine.core.runner.largest_steps", lambda runner: [])
@@ -57,7 +60,8 @@ def _triton_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         "rms_norm": rms_norm.rms_norm,
         "add_rms_norm": rms_norm.add_rms_norm,
         "qk_norm_rope": qk_norm_rope.qk_norm_rope,
-        "paged_attention": paged_attention.paged_attention,
+        "plan_attention": lambda *arguments, **options: None,
+        "paged_attention": attend,
         "plan_decode": plan,
         "decode_attention": decode,
         "swiglu": swiglu.swiglu,
