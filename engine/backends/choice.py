@@ -78,6 +78,7 @@ def _vllm(
             batch_floor_share=engine.batch_floor_share,
             adapter_slots=config.adapters.card_slots,
             max_adapter_rank=config.adapters.card_rank,
+            max_pictures=config.images.max_count if fact.vision is not None else 0,
         ),
         python=options.python,
         gpus=options.gpus,

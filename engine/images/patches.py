@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from aiexport_edge.engine.images.limits import ImageError
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Pixels = NDArray[np.uint8]
+    Value = TypeVar("Value", bound=np.generic)
 
 MOST_ASPECT = 200
 
@@ -72,17 +73,28 @@ def patches(pixels: Pixels, config: PatchConfig) -> tuple[NDArray[np.float32], G
     """float32 [rows * columns, channels * frames * patch_size²] of uint8 [height, width, 3], and (rows, columns).
 
     `pixels` have been resized (`resize.py`): both sides are multiples of a merged square. Normalized by mean and std; a
-    still image is repeated over the frames of a patch. Patches go by merged squares: row of squares, column of squares,
-    row and column within the square.
+    still image is repeated over the frames of a patch.
     """
     import numpy as np  # not in the engine process, which knows a picture's size alone
 
     height, width = pixels.shape[:2]
     scaled = pixels.astype(np.float32) * np.float32(1 / 255)
-    normalized = (scaled - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)
-    size, merge = config.patch_size, config.merge_size
+    mean, std = (np.array(three, np.float32) for three in (config.mean, config.std))
+    normalized = ((scaled - mean) / std).astype(np.float32, copy=False)
+    size = config.patch_size
+    return in_patches(normalized, size, config.temporal_patch_size, config.merge_size), (height // size, width // size)
+
+
+def in_patches(values: NDArray[Value], size: int, num_frames: int, merge: int) -> NDArray[Value]:
+    """[rows * columns, channels * num_frames * size²] of [height, width, channels], whatever the values are.
+
+    Patches go by merged squares: row of squares, column of squares, row and column within the square.
+    """
+    import numpy as np
+
+    height, width, channels = values.shape
     rows, columns = height // size, width // size
-    squares = normalized.reshape(rows // merge, merge, size, columns // merge, merge, size, 3)
+    squares = values.reshape(rows // merge, merge, size, columns // merge, merge, size, channels)
     ordered = squares.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]
-    frames: NDArray[np.float32] = np.broadcast_to(ordered, (*ordered.shape[:5], config.temporal_patch_size, size, size))
-    return frames.reshape(rows * columns, -1), (rows, columns)
+    frames = np.broadcast_to(ordered, (*ordered.shape[:5], num_frames, size, size))
+    return frames.reshape(rows * columns, -1)

@@ -5,6 +5,7 @@ The only module through which a worker imports vllm; the engine process never do
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import signal
@@ -16,13 +17,14 @@ import msgspec
 import vllm
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.inputs import tokens_input
+from vllm.inputs import DecoderOnlyEngineInput, tokens_input
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from aiexport_edge.engine.backends.vllm.pictures import PatchShape, picture_input
 from aiexport_edge.engine.backends.vllm.protocol import WorkerConfig
 from aiexport_edge.engine.backends.vllm.sampling import FIRST_INDEX_ARG, REQUEST_ARG
 from aiexport_edge.engine.backends.vllm.worker import EngineDead, EngineLoad, Piece, RequestFailed
@@ -64,13 +66,19 @@ def engine_args(config: WorkerConfig) -> dict[str, Any]:
         "scheduling_policy": "priority",
         "logits_processors": [PROCESSOR],
         "worker_extension_cls": EXTENSION,
-        "skip_tokenizer_init": True,  # text is the engine process's
         "generation_config": "vllm",  # what a request does not say is not looked for in the model's directory
         "load_format": "safetensors",
         "disable_log_stats": True,
     }
-    if "vision_config" in json.loads((Path(model.path) / "config.json").read_bytes()):
-        arguments["language_model_only"] = True  # pictures are refused before they come here
+    if config.max_pictures:
+        arguments["limit_mm_per_prompt"] = {"image": config.max_pictures, "video": 0}
+        arguments["mm_processor_cache_gb"] = 0  # pictures come as they are to be seen
+        arguments["mm_device_do_normalize"] = True
+        arguments["skip_mm_profiling"] = on_processor  # its memory is not shared out by measuring
+    else:
+        arguments["skip_tokenizer_init"] = True  # text is the engine process's; eyes want it
+        if "vision_config" in json.loads((Path(model.path) / "config.json").read_bytes()):
+            arguments["language_model_only"] = True  # pictures are refused before they come here
     if config.distributed != "auto":
         arguments["distributed_executor_backend"] = config.distributed
         if config.data_parallel > 1:
@@ -111,6 +119,7 @@ class VllmEngine:
         self._page_bytes = self.tokens_per_page * _kv_bytes_per_token(settings)
         # A request lives in one copy.
         self.capacity_tokens = self._num_pages // config.data_parallel * self.tokens_per_page
+        self._patches = PatchShape.of(settings.model_config.hf_config.vision_config) if config.max_pictures else None
 
     async def generate(self, request: Request, message: AddRequest) -> AsyncGenerator[Piece, None]:
         self._num_generations += 1
@@ -128,8 +137,14 @@ class VllmEngine:
             output_kind=RequestOutputKind.DELTA,
             extra_args={REQUEST_ARG: _body([asked]), FIRST_INDEX_ARG: first_index},
         )
+        prompt: DecoderOnlyEngineInput = tokens_input(list(request.token_ids), cache_salt=message.salt.hex() or None)
+        if message.images:
+            assert self._patches is not None, "a picture for a model that sees none"
+            prompt = await asyncio.to_thread(
+                picture_input, prompt["prompt_token_ids"], message.images, self._patches, message.salt
+            )
         outputs = self._llm.generate(
-            tokens_input(list(request.token_ids), cache_salt=message.salt.hex() or None),
+            prompt,
             params,
             f"{request.handle}-{self._num_generations}",
             lora_request=self._lora_request(message.adapter),

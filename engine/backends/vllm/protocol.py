@@ -16,7 +16,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, array_like=True):
     """One model and how vLLM runs it; `[models.vllm]` (`proto/config_vllm.py`) explains the settings.
 
     `max_step_tokens` and `kv_cache_bytes` 0: vLLM chooses. `max_num_running` is of each of the `data_parallel` copies.
-    `adapter_slots` adapters of at most `max_adapter_rank` are in a step together.
+    `adapter_slots` adapters of at most `max_adapter_rank` are in a step together. `max_pictures` of a request; 0: of a
+    model that sees, the text alone is served.
     """
 
     model: CoreModel
@@ -34,6 +35,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, array_like=True):
     batch_floor_share: float
     adapter_slots: int = 0
     max_adapter_rank: int = 0
+    max_pictures: int = 0
 
     @property
     def models(self) -> Sequence[CoreModel]:

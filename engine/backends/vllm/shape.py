@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from aiexport_edge.engine.models.config_values import ModelError, Values, read_json
-from aiexport_edge.engine.models.vision_config import VisionConfig
+from aiexport_edge.engine.models.vision_config import VisionConfig, read_vision_config
+
+SEEING = {"Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration"}
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """As `ModelConfig` has them. `vision` is None: of a model that sees, the text alone is served."""
+    """As `ModelConfig` has them. `vision` is None also of a model that sees in another way than Qwen3-VL: of it, the
+    text alone is served."""
 
     vocab_size: int
     context_window: int
@@ -29,10 +32,19 @@ def load_shape(directory: Path) -> Shape:
     raw = read_json(file)
     nested = raw.get("text_config")
     values = Values({**raw, **nested} if isinstance(nested, dict) else raw, file)
+    vision = None
+    if set(raw.get("architectures") or ()) & SEEING:
+        vision = read_vision_config(
+            Values(raw, file),
+            hidden_size=values.integer("hidden_size"),
+            num_layers=values.integer("num_hidden_layers"),
+            vocab_size=values.integer("vocab_size"),
+        )
     return Shape(
         vocab_size=values.integer("vocab_size"),
         context_window=values.integer("max_position_embeddings"),
         stop_ids=_stop_ids(directory, values),
+        vision=vision,
     )
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Protocol
 
+import msgspec
+
 from aiexport_edge.engine.backends.vllm.gate import Gate
 from aiexport_edge.engine.core.commit import end_of
 from aiexport_edge.engine.core.grammars import Grammars, Prepared
@@ -177,7 +179,8 @@ class Worker:
     # ------------------------------------------------------------------------------------------------ what comes
 
     def _add(self, message: AddRequest, prepared: Prepared | None) -> None:
-        request = make_request(message, arrival=self._num_added)
+        # What pictures there are is for vLLM: positions are its own.
+        request = make_request(msgspec.structs.replace(message, images=[]), arrival=self._num_added)
         self._num_added += 1
         reason = end_of(request)
         if prepared is not None:
