@@ -26,6 +26,7 @@ from aiexport_edge.proto.config import source_directory
 
 TEXT = "Tell me a story of a fox and a lantern."
 NUM_TOKENS = 24
+SURE = 1.0  # between the two likeliest logits
 LANGUAGE_MODEL = {"exclude_modules": ".*visual.*"}
 
 # What PEFT writes, by name: arguments of its LoraConfig.
@@ -100,13 +101,24 @@ def text_from(edge: Edge, model: str) -> str:
         return str(client.post("/v2/messages", json=body(model)).json()["content"][0]["text"])
 
 
-def expected(directory: Path | None) -> str:
-    """What `peft` and `transformers` say, greedily: the same in bfloat16, so that it is safe to compare."""
+def expected(directory: Path) -> str:
+    """What `peft` and `transformers` say in float32, greedily, up to the first token that rounding could change."""
     source = source_directory("demo")
     tokenizer = Tokenizer.load(source)
     prompt = torch.tensor([list(ChatTemplate.load(source, tokenizer).encode([Message("user", TEXT)]))])
-    model = demo() if directory is None else load_adapter(demo(), directory)
-    ids = model.generate(input_ids=prompt, max_new_tokens=NUM_TOKENS, do_sample=False)[0, prompt.shape[1] :].tolist()
+    found = load_adapter(demo(), directory).generate(
+        input_ids=prompt,
+        max_new_tokens=NUM_TOKENS,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    ids = []
+    for id_, logits in zip(found.sequences[0, prompt.shape[1] :].tolist(), found.logits, strict=True):
+        first, second = logits[0].topk(2).values.tolist()
+        if first - second < SURE:
+            break
+        ids.append(id_)
     return b"".join(map(tokenizer.decode_bytes, ids)).decode("utf-8", "replace").split("<|im_end|>")[0]
 
 
@@ -124,7 +136,7 @@ def test_nobody_wants_one_and_nothing_is_kept(edge: Edge) -> None:
 
 
 def test_each_kind_is_served_as_peft_has_it(edge: Edge, made: Path, tmp_path: Path) -> None:
-    plain = expected(None)
+    different = set[str]()
     for name in SERVED:
         shutil.copytree(made / name, tmp_path / name)
         added = add(edge, tmp_path / name, name)
@@ -132,8 +144,11 @@ def test_each_kind_is_served_as_peft_has_it(edge: Edge, made: Path, tmp_path: Pa
         assert Path(added["path"]).parent == edge.state / "adapters"
         wanted = expected(made / name)
         shutil.rmtree(tmp_path / name)  # the copy is what is read
-        assert text_from(edge, added["full_id"]) == wanted, name
-        assert wanted != plain, name
+        said = text_from(edge, added["full_id"])
+        assert wanted
+        assert said.startswith(wanted), name
+        different.add(said)
+    assert len(different - {text_from(edge, SONNET)}) > 1
     listed = edge.cli("adapters", "list")
     assert [model["full_id"] for model in listed] == [f"ft-demo-{name}" for name in SERVED]
     root = edge.state / "adapters"
