@@ -1,6 +1,7 @@
 """A model that sees as one that does not: its language model alone, under the names of its family without eyes.
 
-vLLM for processors often has no torchvision, which vLLM wants for models that see (`test_vllm_pictures.py`); text needs none of it.
+vLLM for processors often has no torchvision, which vLLM wants for models that see (`test_vllm_pictures.py`); text
+needs none of it.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from functools import cache
 from hashlib import blake2b
 from io import BytesIO
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -145,7 +146,7 @@ def test_vllm_sees_as_the_native_backend_does() -> None:
         config = msgspec.structs.replace(
             worker_config(), model=MODEL, memory_share=0.3, kv_cache_bytes=256 << 20, max_pictures=20
         )
-        backend = VllmBackend(config, python=python)
+        backend = VllmBackend(config, python=Path(python))
         await backend.start()
         try:
             await state(backend, ModelState.READY)
