@@ -1,6 +1,7 @@
 """vLLM's async engine behind the worker's interface: how it is made, asked and heard.
 
-The only module through which a worker imports vllm; the engine process never does. Knows no frames and no parent.
+With `pictures.py` the only module through which a worker imports vllm; the engine process never does. Knows no frames
+and no parent.
 """
 
 from __future__ import annotations
