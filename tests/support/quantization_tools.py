@@ -138,7 +138,7 @@ def llmcompressor(recipe: Callable[[], Any], source: Path, directory: Path) -> N
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in samples(source)]
     oneshot(
         model=model, recipe=recipe(), dataset=Dataset.from_list(rows), num_calibration_samples=len(rows),

@@ -74,7 +74,7 @@ def test_tools_now(case: str, source: str, tmp_path: Path, monkeypatch: pytest.M
     if source != "random":
         arguments.append(str(_trained(source, case, family)))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     decoded, served = check(tmp_path / case, monkeypatch)
     print(f"{case} {source}: decoded {decoded:.1e}, served {served:.1e}")
