@@ -30,7 +30,8 @@ from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 
 from aiexport_edge.engine.core.adapter_slots import AdapterSlots
-from aiexport_edge.engine.core.drafts import DraftCost, Drafter, StepLoad, foretold, num_worth, row_cost
+from aiexport_edge.engine.core.drafting import Drafting
+from aiexport_edge.engine.core.drafts import DraftCost, Drafter
 from aiexport_edge.engine.core.fairness import INPUT_COST, OUTPUT_COST, FloorShare
 from aiexport_edge.engine.core.pages import PagePool
 from aiexport_edge.engine.core.pictures import Pictures
@@ -86,7 +87,7 @@ class Scheduler:
         self._max_num_running = max_num_running
         self._max_step_tokens = max_step_tokens
         self._pace = pace
-        self._draft_cost = draft_cost
+        self._drafting = None if draft_cost is None else Drafting(draft_cost, pool, self.tokens_per_page)
         self._queues = {priority: TenantQueues() for priority in Priority}
         self._running: dict[int, Request] = {}  # what holds pages: prefilling and decoding
         self._decoding: dict[int, Request] = {}
@@ -133,7 +134,7 @@ class Scheduler:
         assert request.token_ids, "nothing to compute"
         assert self.fits(request.num_prompt_tokens + request.max_tokens, request.model), "can never run"
         self.requests[request.handle] = request
-        if self._draft_cost is not None:
+        if self._drafting is not None:
             request.drafter = Drafter(request.token_ids)
         self._num_batch += request.priority is Priority.BATCH
         if request.probation:
@@ -265,8 +266,10 @@ class Scheduler:
                 admissions = False  # what has just been preempted does not come back in the same step
         if self.num_preemptions != num_preemptions:
             decodes = [chunk for chunk in decodes if chunk.request.status is Status.RUNNING]
-        elif self._draft_cost is not None and decodes:
-            self._add_drafts(self._draft_cost, decodes, prefills)
+        elif self._drafting is not None and decodes:
+            num_left = self._max_step_tokens - sum([chunk.num_tokens for chunk in decodes + prefills])
+            num_kept = math.inf if self._shortfalls else len(self._running)
+            self._drafting.add(decodes, prefills, num_left=num_left, num_kept=num_kept)
         encodes = self._plan_encodes(left, prefills, beside_decodes=bool(decodes)) if self._looking else []
         chunks: list[list[Chunk]] = [[] for _ in self.tokens_per_page]
         for chunk in decodes:
@@ -284,10 +287,8 @@ class Scheduler:
     def _plan_decodes(self) -> tuple[list[Chunk], list[Request], int]:
         """The decodes of this step, those of them that lack pages, and the tokens left for prefills."""
         requests: Collection[Request] = self._decoding.values()
-        if self._num_in_flight and self._draft_cost is not None:
-            load = StepLoad(self._draft_cost.base)
-            load.add(len(requests), len(requests))
-            requests = [request for request in requests if not self._sits_out(request, load.is_light)]
+        if self._num_in_flight and self._drafting is not None:
+            requests = self._drafting.without_those_that_sit_out(requests)
         chunks, growing, budget = self._decode_chunks(requests)
         if len(chunks) < len(requests):  # the budget does not do for all
             chunks, growing, budget = self._decode_chunks(sorted(requests, key=self._rank))
@@ -307,61 +308,6 @@ class Scheduler:
                 growing.append(request)
             chunks.append(Chunk(request, start, 1, samples=True))
         return chunks, growing, budget
-
-    def _sits_out(self, request: Request, is_light: bool) -> bool:
-        """Whether a request that is in flight is left out of this step: how many ids it is getting is not known, or it
-        does better with a draft in the next, for which all must be."""
-        if request.is_drafted or not is_light or not request.num_in_flight:
-            return request.is_drafted
-        assert request.drafter is not None
-        request.drafter.look(len(request.token_ids) - 1)
-        return request.drafter.is_worth_sitting_out
-
-    def _add_drafts(self, costs: DraftCost, decodes: list[Chunk], prefills: list[Chunk]) -> None:
-        """Lengthen `decodes` by drafts as far as they pay, beside `prefills`. Nobody is preempted or kept waiting for
-        the room of guesses."""
-        light = StepLoad(costs.base)
-        light.add(len(decodes), len(decodes))
-        if not light.is_light:
-            return
-        candidates = []
-        for index, chunk in enumerate(decodes):
-            if not chunk.request.num_in_flight:
-                chance, guesses = foretold(chunk.request)
-                if guesses:
-                    candidates.append((index, chance, guesses))
-        if not candidates:
-            return
-        num_left = self._max_step_tokens - sum([chunk.num_tokens for chunk in decodes + prefills])
-        loads = [StepLoad(costs.base) for _ in self.tokens_per_page]
-        num_rows = [0] * len(loads)
-        for chunk in decodes + prefills:
-            model = chunk.request.model
-            middle = chunk.start + chunk.num_tokens // 2
-            loads[model].add(chunk.num_tokens, chunk.num_tokens * row_cost(middle, costs.spans[model]))
-        for chunk in decodes:
-            num_rows[chunk.request.model] += 1
-        for index, chance, guesses in candidates:
-            request, start = decodes[index].request, decodes[index].start
-            model = request.model
-            budget_left = request.num_prompt_tokens + request.max_tokens - len(request.token_ids)
-            most = min(len(guesses), num_left, costs.most_rows - num_rows[model], budget_left - 1)
-            count = num_worth(chance, most, loads[model], row_cost(start, costs.spans[model]))
-            if count and not self._has_room_for_guesses(request, start + 1 + count):
-                count = len(request.pages) * self.tokens_per_page[model] - start - 1
-            if count > 0:
-                decodes[index] = Chunk(request, start, 1 + count, samples=True, draft=guesses[:count])
-                num_left -= count
-                num_rows[model] += count
-
-    def _has_room_for_guesses(self, request: Request, end: int) -> bool:
-        """Whether the request's pages reach up to `end`, or may be made to: out of what nobody will miss."""
-        missing = -(-end // self.tokens_per_page[request.model]) - len(request.pages)
-        if missing > 0:
-            if self._shortfalls or missing + len(self._running) > self.pool.num_available:
-                return False
-            request.pages.extend(self.pool.take(missing))
-        return True
 
     def _grow(self, growing: list[Request], chunks: list[Chunk]) -> int:
         """Give each request pages for all its tokens, preempting the lowest in rank when they do not suffice.
