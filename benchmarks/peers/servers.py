@@ -167,7 +167,8 @@ class Ours(Server):
         self._config.write_text(
             f'[[models]]\nids = ["{MODEL_ID}"]\nfamily = "haiku"\nsource = "{self.model}"\n'
             f'quantize = "{self.quantize}"\ncontext_window = {self.context}\n\n'
-            f"[engine]\nnum_threads = {self.threads}\n"
+            # A model of random weights repeats itself, and drafts would guess that: no measure of speed.
+            f"[engine]\nnum_threads = {self.threads}\ndrafts = false\n"
         )
         for arguments in (
             ("workspaces", "create", "main", "--plan", "enterprise"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from aiexport_edge.engine.core.drafts import DraftCost, StepLoad, foretold, num_worth, row_cost
+from aiexport_edge.engine.core.drafts import LIGHT_CHANCE, DraftCost, StepLoad, foretold, num_worth, row_cost
 from aiexport_edge.engine.core.pages import PagePool
 from aiexport_edge.engine.core.plan import Chunk
 from aiexport_edge.engine.core.request import Request
@@ -21,18 +21,19 @@ class Drafting:
         self._costs = costs
         self._pool = pool
         self._tokens_per_page = tokens_per_page
+        self._light_below = LIGHT_CHANCE * costs.base / (1 - LIGHT_CHANCE)  # decodes
 
     def without_those_that_sit_out(self, decoding: Collection[Request]) -> list[Request]:
         """Those of `decoding` that are planned for beside a step in flight. Left out are those of which it is not known
         how many ids that step brings, and those that do better with a draft in the next, for which all must be known.
         """
-        is_light = self._is_light(len(decoding))
+        is_light = len(decoding) < self._light_below
         return [request for request in decoding if not _sits_out(request, is_light)]
 
     def add(self, decodes: list[Chunk], prefills: Sequence[Chunk], *, num_left: int, num_kept: float) -> None:
         """Give drafts to those of `decodes` for which they pay beside `prefills`: `num_left` tokens in all at most, and
         none that would leave fewer than `num_kept` pages."""
-        if not self._is_light(len(decodes)):
+        if len(decodes) >= self._light_below:
             return
         candidates = []
         for index, chunk in enumerate(decodes):
@@ -63,12 +64,6 @@ class Drafting:
                 decodes[index] = Chunk(request, start, 1 + count, samples=True, draft=guesses[:count])
                 num_left -= count
                 num_rows[model] += count
-
-    def _is_light(self, num_decodes: int) -> bool:
-        """Whether a step of so many decodes is one in which drafts gain something."""
-        load = StepLoad(self._costs.base)
-        load.add(num_decodes, num_decodes)
-        return load.is_light
 
     def _has_room(self, request: Request, end: int, num_kept: float) -> bool:
         """Whether the request's pages reach up to `end`, or may be made to."""

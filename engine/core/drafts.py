@@ -32,7 +32,7 @@ _SHORT = 8192  # ids that are indexed one by one; more are sorted, which takes l
 _MEMORY = 0.9  # what an outcome weighs after the next one
 _FIRST_HITS, _FIRST_TRIALS = 1.0, 3.0  # a third of guesses come true, until more is known
 _FORCED = 0.95  # how likely an id is that a grammar forces: the same bytes may be spelled otherwise
-_LIGHT_CHANCE = 0.6  # where a row needs a better one to pay, drafts gain little, and nobody looks for them
+LIGHT_CHANCE = 0.6  # where a row needs a better one to pay, drafts gain little, and nobody looks for them
 _WORTH_SITTING_OUT = 2.5  # ids that a draft must promise where a request with one misses the step in between
 
 
@@ -64,11 +64,6 @@ class StepLoad:
         """Count work that brings so many ids, or tokens of a prompt, and costs so many rows."""
         self._ids += num_ids
         self._rows += cost
-
-    @property
-    def is_light(self) -> bool:
-        """Whether guesses are worth a thought."""
-        return self.pays(_LIGHT_CHANCE, 1.0)
 
     def pays(self, chance: float, cost: float) -> bool:
         """Whether a row that costs `cost` and brings an id with this chance raises the rate of ids."""

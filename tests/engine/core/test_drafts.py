@@ -105,8 +105,6 @@ def test_a_row_pays_where_reading_the_weights_is_what_costs() -> None:
     assert alone.pays(0.3, 1.0)
     assert not alone.pays(0.05, 1.0)
     assert not many.pays(0.9, 1.0)
-    assert alone.is_light
-    assert not many.is_light
     assert not alone.pays(0.3, row_cost(100_000, 2000.0)), "keys and values are read for every row"
     assert row_cost(5000, math.inf) == 1.0
 
