@@ -31,6 +31,8 @@ class TimedRunner:
         self.tokens_per_page = runner.tokens_per_page
         self.weight_bytes = runner.weight_bytes
         self.pace = runner.pace
+        self.draft_cost = runner.draft_cost
+        self.adapter_room = runner.adapter_room
         self.eyes = runner.eyes
         self.picture_bytes = runner.picture_bytes
         self.waited_s = 0.0
