@@ -196,6 +196,11 @@ def merge_states_launch(
     )
 
 
+def padded_head_dim(head_dim: int) -> int:
+    """Dimensions of a tile: the matrix units multiply 16 at least."""
+    return max(16, next_power_of_2(head_dim))
+
+
 def score_factor(scale: float, *, quantized: bool) -> float:
     """What products of q and stored keys are multiplied by, in base 2, k_scale apart."""
     return scale * LOG2_E * (E4M3_DECODED_SCALE if quantized else 1.0)

@@ -15,7 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
-from aiexport_edge.kernels.gpu.attention_tiles import BETWEEN, attend_tile, merge_states_launch, score_factor
+from aiexport_edge.kernels.gpu.attention_tiles import (
+    BETWEEN,
+    attend_tile,
+    merge_states_launch,
+    padded_head_dim,
+    score_factor,
+)
 from aiexport_edge.kernels.gpu.elementwise import E4M3_DECODED_SCALE
 from aiexport_edge.kernels.gpu.launch import (
     Architecture,
@@ -62,7 +68,7 @@ def settings(
     busy: 32 KiB a tile where an SM has 228 KiB of shared memory, half of that elsewhere. Skewed lengths need more
     programs than a balanced batch does, so there may be eight times as many as are busy at once.
     """
-    padded = next_power_of_2(head_dim)
+    padded = padded_head_dim(head_dim)
     stage_bytes = 32768 if shared_limit(architecture.capability) > 200_000 else 16384
     tile = max(16, min(128, stage_bytes // (2 * padded * max(2, element_size))))
     tile = 1 << (tile.bit_length() - 1)
@@ -333,7 +339,7 @@ def decode_launch(
             "QUANTIZED": quantized,
             "DECODED_SCALE": E4M3_DECODED_SCALE,
             "BLOCK_ROWS": max(16, next_power_of_2(num_q_heads // num_kv_heads)),
-            "BLOCK_D": next_power_of_2(head_dim),
+            "BLOCK_D": padded_head_dim(head_dim),
             "TILE": setting.tile,
             "num_warps": setting.num_warps,
             "num_stages": setting.num_stages,

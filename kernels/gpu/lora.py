@@ -143,12 +143,14 @@ def _shrink_tile(
         mine = own == slot
         if tl.min(rows, 0) < tl.load(ranks + slot):
             factors = a + ((slot.to(tl.int64) * NUM_PARTS + part) * MAX_RANK + rows)[None, :] * K
+            product = total
             for start in range(0, K, BLOCK_K):
                 inputs = start + tl.arange(0, BLOCK_K)
                 inside = inputs < K
                 values = tl.load(inputs_of + inputs[None, :], mask=mine[:, None] & inside[None, :], other=0.0)
                 weights = tl.load(factors + inputs[:, None], mask=inside[:, None], other=0.0)
-                total = tl.dot(values, weights, total, input_precision="ieee")
+                product = tl.dot(values, weights, product, input_precision="ieee")
+            total = tl.where(mine[:, None], product, total)  # others' rows: 0 * NaN of a broken adapter is no 0
         own = tl.where(mine, -1, own)
         slot = tl.max(own, 0)
     places = inner + (tokens.to(tl.int64)[:, None] * NUM_PARTS + part) * MAX_RANK + rows[None, :]
@@ -190,12 +192,14 @@ def _expand_tile(
     total = tl.load(places, mask=touched[:, None] & inside[None, :], other=0.0).to(tl.float32)
     while slot >= 0:
         mine = own == slot
+        product = total
         for first in range(0, tl.load(ranks + slot), BLOCK_RANK):
             rows = first + tl.arange(0, BLOCK_RANK)
             factors = b + (slot.to(tl.int64) * MAX_RANK + rows)[:, None] * N + columns[None, :]
             weights = tl.load(factors, mask=inside[None, :], other=0.0)
             values = tl.load(low + rows[None, :], mask=mine[:, None], other=0.0).to(weights.dtype)
-            total = tl.dot(values, weights, total, input_precision="ieee")
+            product = tl.dot(values, weights, product, input_precision="ieee")
+        total = tl.where(mine[:, None], product, total)
         own = tl.where(mine, -1, own)
         slot = tl.max(own, 0)
     tl.store(places, total.to(out.dtype.element_ty), mask=touched[:, None] & inside[None, :])

@@ -87,7 +87,8 @@ def _route(
     chosen = tl.zeros([BLOCK_K], tl.int32)
     for place in range(TOP_K):
         largest = tl.max(powers, 0)
-        expert = tl.min(tl.where(powers == largest, index, BLOCK), 0)
+        # Of NaNs none is the largest: an expert that there is, or other memory would be read.
+        expert = tl.minimum(tl.min(tl.where(powers == largest, index, BLOCK), 0), NUM_EXPERTS - 1)
         chosen_weights = tl.where(places == place, largest, chosen_weights)
         chosen = tl.where(places == place, expert, chosen)
         powers = tl.where(index == expert, -1.0, powers)
@@ -236,8 +237,10 @@ def _grouped_gate_up(
         inputs = start + tl.arange(0, BLOCK_INPUTS)
         values = tl.load(rows + inputs[None, :], mask=there[:, None] & (inputs < H)[None, :], other=0.0)
         inside = (inputs < H)[:, None] & (outputs < SIZE)[None, :]
-        gate = tl.dot(values, tl.load(columns + inputs[:, None], mask=inside, other=0.0), gate)
-        up = tl.dot(values, tl.load(columns + SIZE * H + inputs[:, None], mask=inside, other=0.0), up)
+        gates = tl.load(columns + inputs[:, None], mask=inside, other=0.0)
+        gate = tl.dot(values, gates, gate, input_precision="ieee")
+        ups = tl.load(columns + SIZE * H + inputs[:, None], mask=inside, other=0.0)
+        up = tl.dot(values, ups, up, input_precision="ieee")
     result = gate / (1.0 + tl.exp(-gate)) * up
     targets = inner + tl.where(there, slots, 0)[:, None] * SIZE + outputs[None, :]
     tl.store(targets, result.to(inner.dtype.element_ty), mask=there[:, None] & (outputs < SIZE)[None, :])
@@ -273,7 +276,8 @@ def _grouped_down(
         rows = inner + slots[:, None] * SIZE + inputs[None, :]
         values = tl.load(rows, mask=there[:, None] & (inputs < SIZE)[None, :], other=0.0)
         inside = (inputs < SIZE)[:, None] & (outputs < H)[None, :]
-        total = tl.dot(values, tl.load(columns + inputs[:, None], mask=inside, other=0.0), total)
+        downs = tl.load(columns + inputs[:, None], mask=inside, other=0.0)
+        total = tl.dot(values, downs, total, input_precision="ieee")
     total *= tl.load(weights + slots, mask=there, other=0.0)[:, None]
     tl.store(parts + slots[:, None] * H + outputs[None, :], total, mask=there[:, None] & (outputs < H)[None, :])
 

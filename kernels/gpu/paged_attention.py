@@ -15,16 +15,16 @@ import torch
 import triton
 import triton.language as tl
 
-from aiexport_edge.kernels.gpu.attention_tiles import ALL, CAUSAL, attend_tile, owner_of_block, score_factor
-from aiexport_edge.kernels.gpu.elementwise import E4M3_DECODED_SCALE
-from aiexport_edge.kernels.gpu.launch import (
-    Architecture,
-    Launch,
-    architecture_of,
-    ceil_div,
-    next_power_of_2,
-    shared_limit,
+from aiexport_edge.kernels.gpu.attention_tiles import (
+    ALL,
+    CAUSAL,
+    attend_tile,
+    owner_of_block,
+    padded_head_dim,
+    score_factor,
 )
+from aiexport_edge.kernels.gpu.elementwise import E4M3_DECODED_SCALE
+from aiexport_edge.kernels.gpu.launch import Architecture, Launch, architecture_of, ceil_div, shared_limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def settings(
     """
     shared = shared_limit(architecture.capability)
     table = _LARGE if shared > 200_000 else _MEDIUM if shared > 150_000 else _SMALL
-    padded = next_power_of_2(head_dim)
+    padded = padded_head_dim(head_dim)
     rows, tile, num_warps, num_stages = table[max(64, padded)]
     if element_size > 2:  # float32 is for checking, not for speed
         rows, tile, num_warps, num_stages = 32, 16, 4, 2
@@ -107,11 +107,16 @@ def _paged_attention(
     WINDOW: tl.constexpr,
     QUANTIZED: tl.constexpr,
     DECODED_SCALE: tl.constexpr,
+    ALL_ALIKE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One block of rows. Blocks are counted over all sequences, each of which may leave its last one partly empty."""
+    """One block of rows. Blocks are counted over all sequences, each of which may leave its last one partly empty.
+
+    ALL_ALIKE: one loop for all tiles. Where a mask comes between a product and a difference the compiler cannot fuse
+    them, so a tile that is masked and one that is not differ in their last bits, and which is which goes by the block.
+    """
     GROUP: tl.constexpr = HQ // HKV
     TOKENS: tl.constexpr = BLOCK_ROWS // GROUP
     kv_head = tl.program_id(0)
@@ -150,7 +155,7 @@ def _paged_attention(
     denominator = tl.zeros([BLOCK_ROWS], tl.float32)
     attended = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
     begin_masked = first // TILE
-    if WINDOW == 0:
+    if WINDOW == 0 and not ALL_ALIKE:
         begin_masked = (context + first_token + 1) // TILE  # the tiles before it every row sees whole
         for tile in range(0, begin_masked):
             highest, denominator, attended = attend_tile(
@@ -277,8 +282,9 @@ def paged_attention_launch(
             "WINDOW": sliding_window,
             "QUANTIZED": quantized,
             "DECODED_SCALE": E4M3_DECODED_SCALE,
+            "ALL_ALIKE": batch_invariant,
             "BLOCK_ROWS": setting.block_rows,
-            "BLOCK_D": next_power_of_2(head_dim),
+            "BLOCK_D": padded_head_dim(head_dim),
             "TILE": setting.tile,
             "num_warps": setting.num_warps,
             "num_stages": setting.num_stages,

@@ -20,6 +20,7 @@ from aiexport_edge.kernels.gpu.attention_tiles import (
     attend_tile,
     merge_states_launch,
     owner_of_block,
+    padded_head_dim,
     score_factor,
 )
 from aiexport_edge.kernels.gpu.decode_attention import (
@@ -30,7 +31,7 @@ from aiexport_edge.kernels.gpu.decode_attention import (
     settings_for,
 )
 from aiexport_edge.kernels.gpu.elementwise import E4M3_DECODED_SCALE
-from aiexport_edge.kernels.gpu.launch import Architecture, Launch, architecture_of, ceil_div, next_power_of_2
+from aiexport_edge.kernels.gpu.launch import Architecture, Launch, architecture_of, ceil_div
 from aiexport_edge.kernels.gpu.paged_attention import settings as prefill_settings
 
 MEMBERS_AT_ONCE = 256
@@ -283,7 +284,7 @@ def shared_prefix_attention_launches(
             "QUANTIZED": quantized,
             "DECODED_SCALE": E4M3_DECODED_SCALE,
             "BLOCK_ROWS": shared.block_rows,
-            "BLOCK_D": next_power_of_2(head_dim),
+            "BLOCK_D": padded_head_dim(head_dim),
             "TILE": shared.tile,
             "num_warps": shared.num_warps,
             "num_stages": shared.num_stages,

@@ -63,6 +63,29 @@ def test_many_tokens(part_sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     check(slots, part_sizes=part_sizes, dtype=dtype)
 
 
+@pytest.mark.parametrize("num_tokens", [12, FEW_TOKENS + 12])
+@pytest.mark.parametrize("part_sizes", [(70,), (64, 33)])
+def test_a_broken_adapter_is_its_own_tokens_trouble(num_tokens: int, part_sizes: tuple[int, ...]) -> None:
+    """In a tile that it shares with others: 0 * NaN would be NaN in their rows too."""
+    generator = torch.Generator().manual_seed(5)
+    table = LoraTable.empty(
+        num_slots=3, max_rank=16, in_features=80, part_sizes=part_sizes, dtype=torch.float32, device=CPU
+    )
+    for slot, number in ((0, 1.0), (2, float("nan"))):
+        factors = [
+            (number * randn(generator, 16, 80) / 9, number * randn(generator, size, 16) / 4) for size in part_sizes
+        ]
+        table.put(slot, list(factors))
+    slots = torch.tensor([0, 2, NO_ADAPTER] * (num_tokens // 3) + [0] * (num_tokens % 3), dtype=torch.int32)
+    x, out = randn(generator, num_tokens, 80), randn(generator, num_tokens, sum(part_sizes))
+    expected = out.clone()
+    add_lora_reference(expected, x, slots, table)
+    add_lora(out, x, slots, table)
+    broken = slots == 2
+    assert bool(out[broken].isnan().all())
+    assert_close(out[~broken], expected[~broken], torch.float32)
+
+
 def test_large_tiles() -> None:
     check([0] * 200 + [3] * 67, part_sizes=(70,))
 

@@ -28,6 +28,37 @@ def test_route(num_experts: int, top_k: int, normalize: bool) -> None:
     assert experts[3].tolist() == list(range(top_k))
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+@pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (60, 4), (128, 8)])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_none_choose_experts_that_there_are(num_experts: int, top_k: int, broken: float) -> None:
+    """An index past the last expert would read, and count in, other memory."""
+    logits = randn(torch.Generator().manual_seed(1), 3, num_experts)
+    expected = route_reference(logits, top_k, normalize=True)
+    logits[1] = broken
+    weights, experts = route(logits, top_k, normalize=True)
+    assert 0 <= int(experts.min()) <= int(experts.max()) < num_experts
+    for row in (0, 2):
+        assert torch.equal(experts[row], expected[1][row])
+        torch.testing.assert_close(weights[row], expected[0][row], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+@pytest.mark.parametrize("num_tokens", [3, 40])
+def test_a_token_of_nans_stays_alone(num_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(8)
+    x = randn(generator, num_tokens, 48)
+    gate_up, down = randn(generator, 8, 80, 48) / 7, randn(generator, 8, 48, 40) / 7
+    logits = randn(generator, num_tokens, 8)
+    x[2], logits[2] = float("nan"), float("nan")
+    weights, experts = route(logits, 2, normalize=True)
+    actual = moe_mlp(x, weights, experts, gate_up, down, architecture=SMALL)
+    others = torch.arange(num_tokens) != 2
+    expected = moe_mlp_reference(x[others], weights[others], experts[others], gate_up, down)
+    assert bool(actual[2].isnan().all())
+    assert_close(actual[others], expected, torch.float32)
+
+
 def check(
     num_tokens: int,
     *,

@@ -71,7 +71,7 @@ def check(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 96, 128, 256])
 def test_head_dims(head_dim: int, dtype: torch.dtype) -> None:
     check([(40, 70), (0, 33)], head_dim=head_dim, dtype=dtype)
 
