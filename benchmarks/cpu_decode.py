@@ -1,10 +1,12 @@
-"""Where a decode step goes on a CPU: the whole step beside its packed products alone, in one run, paired.
+"""Where a step goes on a CPU: the whole step beside its packed products alone, in one run, paired.
 
     python -m benchmarks.cpu_decode MODEL_DIRECTORY [--streams 1 4 16] [--context 128] [--quantize none int8 int4]
+                                                    [--prompt 128 512]
 
-A step is the runner's, from plan to drawn ids. The products are the same calls on inputs of the same shapes, recorded
-and run in the same way, one after the other with nothing between. Steps and products take turns, so that what else the
-machine does meets both; medians. A model of real shapes: `python -m benchmarks.peers.model DIRECTORY`.
+A step is the runner's, from plan to drawn ids: decodes of so many streams, or a whole prompt. The products are the same
+calls on inputs of the same shapes, recorded and run in the same way, one after the other with nothing between. Steps
+and products take turns, so that what else the machine does meets both; medians. A model of real shapes:
+`python -m benchmarks.peers.model DIRECTORY`.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from aiexport_edge.kernels.linear import PackedLinear
 from benchmarks.peers.machine import commit, describe
 
 WINDOW = 4096
+STEP_TOKENS = 512
 PAGE_SLACK = 64  # tokens: a page that is not full, and the one that nobody has
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
 
@@ -66,32 +69,35 @@ def make_requests(runner: Runner, streams: int, context: int, shared: int = 0) -
     ]
 
 
-def products_alone(decoder: Decoder, rows: int) -> Callable[[], None]:
-    """All products of one step, one after the other."""
+def products_alone(decoder: Decoder, rows: int, drawn: int) -> Callable[[], None]:
+    """All products of one step, one after the other: the layers' of `rows` tokens, the head's of `drawn`."""
     products: list[PackedLinear] = []
     for layer in decoder.layers:
         assert isinstance(layer.mlp, Mlp)
         for product in (layer.qkv, layer.o, layer.mlp.gate_up, layer.mlp.down):
             assert isinstance(product, PackedLinear)
             products.append(product)
-    calls = [(product, None) for product in products] + [(decoder.head, torch.float32)]
-    inputs = {product.in_features: torch.randn(rows, product.in_features).to(product.dtype) for product, _ in calls}
+    head = decoder.head
+    inputs = {product.in_features: torch.randn(rows, product.in_features).to(product.dtype) for product in products}
+    hidden = torch.randn(drawn, head.in_features).to(head.dtype)
 
     def run() -> None:
-        for product, out_dtype in calls:
-            product(inputs[product.in_features], out_dtype=out_dtype)
+        for product in products:
+            product(inputs[product.in_features])
+        head(hidden, out_dtype=torch.float32)
 
-    if not all(product.is_own for product, _ in calls):
+    if not all(product.is_own for product in (*products, head)):
         return run
     from aiexport_edge.kernels.cpu.program import Arena, Program
 
-    largest = 4 * max(product.out_features for product, _ in calls) + 4 * max(inputs)
-    program = Program(Arena(8 * rows * largest + (1 << 20)))
+    layers_bytes = rows * 4 * (max(product.out_features for product in products) + max(inputs))
+    program = Program(Arena(8 * (layers_bytes + drawn * 4 * (head.out_features + head.in_features)) + (1 << 20)))
     with program.recording():
         run()
 
     def replay() -> None:
-        assert inputs  # the program holds their addresses only
+        assert len(hidden) == drawn  # the program holds the addresses only of this and of `inputs`
+        assert inputs
         program.run()
 
     return replay
@@ -103,26 +109,44 @@ def milliseconds(run: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - started)
 
 
-def measure(runner: Runner, decoder: Decoder, streams: int, context: int, shared: int, repeats: int) -> dict[str, Any]:
-    requests = make_requests(runner, streams, context, shared)
-    plan = StepPlan([ModelPlan(0, [Chunk(request, context, 1, True) for request in requests])])
-    with torch.inference_mode():
-        products = products_alone(decoder, streams)
-        for _ in range(3):
-            runner.step(plan)
-            products()
-        pairs = [(milliseconds(lambda: runner.step(plan)), milliseconds(products)) for _ in range(repeats)]
+def measure(
+    runner: Runner, decoder: Decoder, chunks: list[Chunk], products: Callable[[], None], repeats: int
+) -> dict[str, float]:
+    """Medians of the step that computes these chunks and of the products, in turns."""
+    plan = StepPlan([ModelPlan(0, chunks)])
+    for _ in range(3):
+        runner.step(plan)
+        products()
+    pairs = [(milliseconds(lambda: runner.step(plan)), milliseconds(products)) for _ in range(repeats)]
     step, alone = (statistics.median(times) for times in zip(*pairs, strict=True))
     return {
-        "streams": streams,
-        "context": context,
-        "shared": shared,
         "step_ms": round(step, 2),
         "products_ms": round(alone, 2),
         "step_per_products": round(statistics.median(whole / part for whole, part in pairs), 3),
-        "tokens_per_s": round(1e3 * streams / step, 1),
-        "gb_per_s": round(runner.weight_bytes[0] / alone / 1e6, 1),
     }
+
+
+def measure_decodes(
+    runner: Runner, decoder: Decoder, streams: int, context: int, shared: int, repeats: int
+) -> dict[str, Any]:
+    requests = make_requests(runner, streams, context, shared)
+    with torch.inference_mode():
+        products = products_alone(decoder, streams, streams)
+        chunks = [Chunk(request, context, 1, True) for request in requests]
+        times = measure(runner, decoder, chunks, products, repeats)
+    rates = {
+        "tokens_per_s": round(1e3 * streams / times["step_ms"], 1),
+        "gb_per_s": round(runner.weight_bytes[0] / times["products_ms"] / 1e6, 1),
+    }
+    return {"streams": streams, "context": context, "shared": shared} | times | rates
+
+
+def measure_prompt(runner: Runner, decoder: Decoder, prompt: int, repeats: int) -> dict[str, Any]:
+    [request] = make_requests(runner, 1, prompt - 1)
+    with torch.inference_mode():
+        products = products_alone(decoder, prompt, 1)
+        times = measure(runner, decoder, [Chunk(request, 0, prompt, True)], products, repeats)
+    return {"prompt": prompt} | times | {"tokens_per_s": round(1e3 * prompt / times["step_ms"], 1)}
 
 
 def main() -> int:
@@ -131,6 +155,7 @@ def main() -> int:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--context", type=int, nargs="+", default=[128])
     parser.add_argument("--shared", type=int, nargs="+", default=[0], help="tokens of the context that all share")
+    parser.add_argument("--prompt", type=int, nargs="*", default=[], help=f"prompts of at most {STEP_TOKENS} tokens")
     parser.add_argument("--quantize", nargs="+", default=["none", "int8", "int4"])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=30)
@@ -139,13 +164,18 @@ def main() -> int:
     threads.set_num_threads(options.threads)
     document: dict[str, Any] = {"machine": describe(), "commit": commit(), "threads": options.threads, "rows": []}
     document["load_average"] = [round(value, 2) for value in os.getloadavg()]
+
+    def add(row: dict[str, Any]) -> None:
+        document["rows"].append({"quantize": quantize} | row)
+        print(json.dumps(document["rows"][-1]), flush=True)
+
     for quantize in options.quantize:
         started = time.perf_counter()
         model = load_model(options.model, name="model", quantize=quantize, context_window=WINDOW)
         entry = CoreModel("model", str(options.model), "auto", WINDOW, False, "", quantize=quantize)
-        tokens = max(options.streams) * (max(options.context) + PAGE_SLACK)
+        tokens = max(options.streams) * (max([*options.context, *options.prompt]) + PAGE_SLACK)
         pool_bytes = tokens * model.config.kv_bytes_per_token(model.dtype.itemsize)
-        config = CoreConfig([entry], "cpu", 0, pool_bytes, max(options.streams), 512, options.threads, 0.0)
+        config = CoreConfig([entry], "cpu", 0, pool_bytes, max(options.streams), STEP_TOKENS, options.threads, 0.0)
         runner = make_runner(config, [model], torch.device("cpu"), None)
         runner.memory.bytes.zero_()  # what was never written is one page of the system's, and lies in a cache
         collapse()  # as a core does once it serves
@@ -155,9 +185,9 @@ def main() -> int:
                 for shared in options.shared:
                     if shared and (shared >= context or streams == 1):
                         continue
-                    row = measure(runner, model.decoder, streams, context, shared, options.repeats)
-                    document["rows"].append({"quantize": quantize} | row)
-                    print(json.dumps(document["rows"][-1]), flush=True)
+                    add(measure_decodes(runner, model.decoder, streams, context, shared, options.repeats))
+        for prompt in options.prompt:
+            add(measure_prompt(runner, model.decoder, prompt, options.repeats))
         del runner, model
     if options.output:
         options.output.write_text(json.dumps(document, indent=1) + "\n")
