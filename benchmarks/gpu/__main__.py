@@ -2,8 +2,8 @@
 
 Parts: a kernels against their references, b families against transformers, c kernel speed, d whole models against the
 roofline, e process start to first token, f host time and idle gaps, g a whole installation under load, h mixtures of
-experts, i vision towers, l adapters. Progress goes to stderr, a table to stdout at the end, the result with card,
-driver, versions and commit to a JSON file in benchmarks/results. Exit status 1 when something is wrong, 2 when it
+experts, i vision towers, j drafts, l adapters. Progress goes to stderr, a table to stdout at the end, the result with
+card, driver, versions and commit to a JSON file in benchmarks/results. Exit status 1 when something is wrong, 2 when it
 cannot run. `--dry-run` runs tiny shapes on the CPU: that the program itself works.
 """
 
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from aiexport_edge.engine.core.accelerator import exact_float32
 from aiexport_edge.engine.core.device import select_device
 from aiexport_edge.engine.models.config import ModelError
 from benchmarks.gpu.report import Bench, result_file
@@ -32,6 +33,7 @@ PARTS = {
     "g": "load",
     "h": "mixtures",
     "i": "vision",
+    "j": "drafts",
     "l": "adapters",
 }
 
@@ -56,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        exact_float32()  # also what is compared with
     bench = Bench(device, arguments.dry_run)
     output = arguments.output or result_file(device, datetime.now(UTC))
     for part in arguments.part or sorted(PARTS):

@@ -96,6 +96,7 @@ def _measure_deterministic(bench: Bench, name: str, values: dict[str, Any], dtyp
         runner = runner_of(bench, model, max_num_running=batch, max_step_tokens=2 * context, pool_bytes=pool_bytes)
         seconds = _decode_step(bench, Sequences(runner), batch, context, model.config.vocab_size)
         row[f"{mode}_tokens_s"] = batch / seconds
+        del runner, model  # the next one's pool takes what is free
     row["ratio"] = row["deterministic_tokens_s"] / row["default_tokens_s"]
     bench.add(PART, f"{name} deterministic decode B{batch} {context}", row)
 

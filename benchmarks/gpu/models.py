@@ -129,6 +129,7 @@ def runner_of(
     pool_bytes: int = 0,
     adapter_slots: int = 0,
     max_adapter_rank: int = 0,
+    drafts: bool = False,
 ) -> Runner:
     """A warm runner as the core has it; its pages hold noise, so that no product is of zeros."""
     config = CoreConfig(
@@ -143,6 +144,7 @@ def runner_of(
         adapter_slots=adapter_slots,
         max_adapter_rank=max_adapter_rank,
         adapter_host_bytes=4 << 30,
+        drafts=drafts,
     )
     runner = make_runner(config, [model], bench.device, accelerator_for(bench))
     runner.memory.bytes.view(model.dtype).normal_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -9,12 +10,14 @@ from collections.abc import Callable, Sequence
 from aiexport_edge.engine.core.pages import PagePool
 from aiexport_edge.engine.core.pipeline import Pipeline
 from aiexport_edge.engine.core.plan import StepPlan, StepResult
-from aiexport_edge.engine.core.protocol import AddRequest, Priority, StepReport, pack_ids
+from aiexport_edge.engine.core.protocol import AddRequest, Priority, Sampling, StepReport, pack_ids
 from aiexport_edge.engine.core.request import make_request
 from aiexport_edge.engine.core.runner import PendingStep, Runner
 from aiexport_edge.engine.core.scheduler import Scheduler
 from aiexport_edge.engine.core.suspects import SUSPECTS_BYTES, Suspects
 from benchmarks.gpu.sequences import GREEDY
+
+_handles = itertools.count(1)  # never the same twice: a runner knows a request by its handle
 
 
 class TimedRunner:
@@ -56,9 +59,12 @@ class TimedRunner:
 
 
 class Served:
-    """A scheduler and a pipeline over `runner`."""
+    """A scheduler and a pipeline over `runner`. `ids` are what each request has answered, by handle."""
 
-    def __init__(self, runner: Runner, *, overlaps: bool = True, mark: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, runner: Runner, *, overlaps: bool = True, drafts: bool = False, mark: Callable[[], None] = lambda: None
+    ) -> None:
+        self.ids: dict[int, list[int]] = {}
         self.runner = TimedRunner(runner, overlaps=overlaps, mark=mark)
         self.scheduler = Scheduler(
             PagePool(runner.num_pages),
@@ -68,35 +74,43 @@ class Served:
             max_step_tokens=runner.max_step_tokens,
             batch_floor_share=0.0,
             pace=runner.pace,
+            draft_cost=runner.draft_cost if drafts else None,
         )
         self._memory = os.memfd_create("aiexport-edge-benchmark")
         os.ftruncate(self._memory, SUSPECTS_BYTES)
         self._suspects = Suspects(self._memory)
         self._pipeline = Pipeline(scheduler=self.scheduler, runner=self.runner, suspects=self._suspects)
-        self._num_added = 0
 
-    def add(self, prompt: Sequence[int], *, max_tokens: int) -> int:
-        """Queue a greedy request that shares no page with another; its handle."""
-        self._num_added += 1
+    @property
+    def busy(self) -> bool:
+        """Whether there is something to `advance`."""
+        return self._pipeline.busy
+
+    def add(self, prompt: Sequence[int], *, max_tokens: int, sampling: Sampling = GREEDY) -> int:
+        """Queue a request that shares no page with another; its handle."""
+        handle = next(_handles)
         message = AddRequest(
-            handle=self._num_added,
+            handle=handle,
             model=0,
             prompt_ids=pack_ids(list(prompt)),
             output_ids=b"",
             max_tokens=max_tokens,
             stop_ids=[],
-            sampling=GREEDY,
+            sampling=sampling,
             tenant="",
             weight=1.0,
-            salt=b"%d" % self._num_added,
+            salt=b"%d" % handle,
             priority=Priority.INTERACTIVE,
         )
-        self.scheduler.add(make_request(message, arrival=self._num_added))
-        return self._num_added
+        self.scheduler.add(make_request(message, arrival=handle))
+        return handle
 
     def advance(self) -> StepReport:
         """One turn of the loop: what the step that was committed brought, if one was."""
-        return self._pipeline.advance() or StepReport([], [], [])
+        report = self._pipeline.advance() or StepReport([], [], [])
+        for tokens in report.tokens:
+            self.ids.setdefault(tokens.handle, []).extend(tokens.ids)
+        return report
 
     def prefill(self) -> None:
         """Advance until every request has answered with an id."""

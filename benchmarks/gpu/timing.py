@@ -28,7 +28,7 @@ def seconds_of(bench: Bench, run: Callable[[], object], *, repeats: int = 20, co
     for _ in range(repeats):
         if flush is not None:
             flush.zero_()
-        torch.cuda._sleep(200_000)  # type: ignore[no-untyped-call]  # the host gets ahead, so that launches are not what is measured
+        torch.cuda._sleep(2_000_000)  # type: ignore[no-untyped-call]  # the host gets ahead, so that launches are not what is measured
         begin, end = timing_event(), timing_event()
         begin.record()
         run()

@@ -71,18 +71,28 @@ class Accelerator(Protocol):
         ...
 
 
+def exact_float32() -> None:
+    """Have libraries multiply float32 as float32 on a card, whatever the environment says of TF32."""
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+
+
 class CudaAccelerator:
     """An NVIDIA card, through torch. All graphs share one pool of memory: they never run at the same time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         torch.cuda.set_device(device)  # Triton launches on the current device
+        exact_float32()
+        # Where it may choose, torch takes cuDNN's attention on Hopper, which is set up anew for every size of picture.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self._pool: Any = None
         # Graphs are captured in a stream of their own: libraries keep a workspace for each stream, and what runs beside
         # a graph must not share the graph's. Of higher priority, for a decode is short and somebody waits for it.
         self._capture_stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._second_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._largest_staging = 0
+        self._keeps_staging = False
 
     def staging(self, num_bytes: int) -> Tensor:
         self._largest_staging = max(self._largest_staging, num_bytes)
@@ -90,6 +100,7 @@ class CudaAccelerator:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
     def reserve_staging(self) -> None:
+        self._keeps_staging = True
         powers = range(3, (2 * self._largest_staging).bit_length())  # the allocator rounds up to a power of two
         held = [torch.empty(1 << power, dtype=torch.uint8, pin_memory=True) for power in powers for _ in range(4)]
         del held
@@ -113,8 +124,20 @@ class CudaAccelerator:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            run()
+        try:
+            # The outer one is entered for its end: a capture that fails at its own leaves its stream the current one.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(self.device)),
+                torch.cuda.graph(graph, pool=self._pool, stream=stream),
+            ):
+                run()
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "out of memory" not in str(error):
+                raise
+            raise torch.OutOfMemoryError(str(error)) from error  # the driver's, where it has no room for the graph
+        finally:
+            if self._keeps_staging:
+                self.reserve_staging()  # a capture begins by giving back what is kept
         return graph.replay
 
     def mark(self) -> Callable[[], None]:
