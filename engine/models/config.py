@@ -135,8 +135,9 @@ def _with_yarn(values: Mapping[str, Any], yarn: Yarn, file: Path) -> dict[str, A
     original = yarn.original or Values(values, file).integer("max_position_embeddings")
     said = {"rope_type": "yarn", "factor": yarn.factor, "original_max_position_embeddings": original}
     kept = {key: value for key, value in parameters.values.items() if key not in ("type", *said)}
+    others = {key: value for key, value in values.items() if key not in ("rope_parameters", "rope_scaling")}
     return {
-        **values,
+        **others,
         parameters.prefix.removesuffix("."): {**kept, **said},
         "original_max_position_embeddings": original,
     }
@@ -185,10 +186,9 @@ def _model_config(values: Values, architecture: str, family: Family, stop_ids: t
         raise values.error(
             "num_attention_heads", f"is {num_q_heads}, not a multiple of num_key_value_heads {num_kv_heads}"
         )
-    if family.qk_norm:  # here head_dim is independent of the others, and leaving it out was never the custom
-        head_dim = values.integer("head_dim")
-    else:
-        head_dim = values.integer("head_dim", default=hidden_size // num_q_heads)
+    # In some families it is 128 where it is left out, which was never the custom.
+    follows = not family.qk_norm or "head_dim" in family.defaults
+    head_dim = values.integer("head_dim", default=hidden_size // num_q_heads if follows else None)
     if head_dim % 2:
         raise values.error("head_dim", f"is {head_dim}; rotary embeddings need an even one")
     max_position_embeddings = values.integer("max_position_embeddings")
@@ -220,7 +220,7 @@ def _model_config(values: Values, architecture: str, family: Family, stop_ids: t
         dtype=_dtype(values),
         stop_ids=stop_ids,
         quantization=read_quantization(values),
-        mixture=_mixture(values, num_layers) if family.mixture else None,
+        mixture=_mixture(values, family, num_layers) if family.mixture else None,
         vision=read_vision_config(
             values, hidden_size=hidden_size, num_layers=num_layers, vocab_size=values.integer("vocab_size")
         )
@@ -229,7 +229,7 @@ def _model_config(values: Values, architecture: str, family: Family, stop_ids: t
     )
 
 
-def _mixture(values: Values, num_layers: int) -> Mixture | None:
+def _mixture(values: Values, family: Family, num_layers: int) -> Mixture | None:
     """None where every layer is dense."""
     key = "num_experts" if values.values.get("num_experts") is not None else "num_local_experts"  # transformers 5
     num_experts = values.integer(key, minimum=0)
@@ -243,11 +243,14 @@ def _mixture(values: Values, num_layers: int) -> Mixture | None:
     top_k = values.integer("num_experts_per_tok")
     if top_k > num_experts:
         raise values.error("num_experts_per_tok", f"is {top_k}, more than the {num_experts} experts there are")
+    normalize = values.flag("norm_topk_prob")
+    if family.vision and not normalize:
+        raise values.error("norm_topk_prob", "is false; in this architecture the weights of a token's experts sum to 1")
     return Mixture(
         num_experts=num_experts,
         top_k=top_k,
         intermediate_size=values.integer("moe_intermediate_size"),
-        normalize=values.flag("norm_topk_prob"),
+        normalize=normalize,
         layers=layers,
     )
 
@@ -267,9 +270,6 @@ def _dtype(values: Values) -> str | None:
 
 
 def _sliding_windows(values: Values, family: Family, num_layers: int) -> tuple[int, ...]:
-    full = (0,) * num_layers
-    if family.windowed == "no":
-        return full
     layer_types = values.values.get("layer_types")
     if layer_types is not None and (
         not isinstance(layer_types, list)
@@ -277,20 +277,16 @@ def _sliding_windows(values: Values, family: Family, num_layers: int) -> tuple[i
         or not set(layer_types) <= {"full_attention", "sliding_attention"}
     ):
         raise values.error("layer_types", f"is not a list of {num_layers} of full_attention, sliding_attention")
-    if family.windowed == "all":
-        window = 0 if values.values["sliding_window"] is None else values.integer("sliding_window")
+    is_used = family.windowed == "all" or (family.windowed != "no" and values.flag("use_sliding_window"))
+    window = values.integer("sliding_window") if is_used and values.values["sliding_window"] is not None else 0
+    if family.windowed != "some":
         other = "full_attention" if window else "sliding_attention"
         if layer_types is not None and other in layer_types:
             raise values.error("layer_types", f"has {other}; this architecture attends alike in all layers")
         return (window,) * num_layers
-    if not values.flag("use_sliding_window"):
-        if layer_types is not None and "sliding_attention" in layer_types:
-            raise values.error("layer_types", "has sliding_attention, but use_sliding_window is not true")
-        return full
-    if values.values["sliding_window"] is None:
-        return full
-    window = values.integer("sliding_window")
     if layer_types is not None:
+        if not is_used and "sliding_attention" in layer_types:
+            raise values.error("layer_types", "has sliding_attention, but use_sliding_window is not true")
         return tuple(window if layer_type == "sliding_attention" else 0 for layer_type in layer_types)
     first = values.integer("max_window_layers", minimum=0)
     return tuple(window if layer >= first else 0 for layer in range(num_layers))
@@ -298,15 +294,28 @@ def _sliding_windows(values: Values, family: Family, num_layers: int) -> tuple[i
 
 def _rope_parameters(values: Values) -> Values:
     """Both layouts: `rope_scaling` beside `rope_theta` (transformers 4), and `rope_parameters` holding all (5)."""
-    key = "rope_parameters" if values.values.get("rope_parameters") is not None else "rope_scaling"
-    parameters = values.values.get(key)
-    if parameters is None:
-        parameters = {}
-    if not isinstance(parameters, dict):
-        raise values.error(key, f"is {parameters!r}; an object is needed")
-    if any(isinstance(value, dict) for value in parameters.values()):
-        raise values.error(key, "differs by layer type, which is not supported")
+    found: dict[str, dict[str, Any]] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        parameters = values.values.get(key)
+        if parameters is None:
+            continue
+        if not isinstance(parameters, dict):
+            raise values.error(key, f"is {parameters!r}; an object is needed")
+        if any(isinstance(value, dict) for value in parameters.values()):
+            raise values.error(key, "differs by layer type, which is not supported")
+        if parameters:
+            found[key] = parameters
+    if len(found) == 2 and len({_spelled_out(parameters, values) for parameters in found.values()}) == 2:
+        raise values.error("rope_scaling", "and rope_parameters say different things; leave out the wrong one")
+    key, parameters = next(iter(found.items()), ("rope_scaling", {}))
     return Values(parameters, values.file, prefix=f"{key}.")
+
+
+def _spelled_out(parameters: Mapping[str, Any], values: Values) -> str:
+    """Equal where two objects of either layout mean the same."""
+    said = {key: value for key, value in parameters.items() if value is not None}
+    kind = said.pop("type", "default")
+    return repr(sorted({"rope_type": kind, "rope_theta": values.values.get("rope_theta"), **said}.items()))
 
 
 def _mrope_section(values: Values, head_dim: int) -> tuple[int, int, int]:
@@ -331,7 +340,8 @@ def _rope(values: Values, max_position_embeddings: int, *, axes: bool) -> Rope:
     parameters = inner.values
     kind_key = "rope_type" if parameters.get("rope_type") is not None else "type"
     kind = inner.choice(kind_key, ROPE_KINDS, default="default")
-    theta = inner.number("rope_theta", default=values.number("rope_theta", default=10000.0))
+    # Of families with axes transformers 4 and 5 assume different ones.
+    theta = inner.optional_number("rope_theta") or values.number("rope_theta", default=None if axes else 10000.0)
     for owner in (inner, values):
         if owner.number("partial_rotary_factor", default=1.0) != 1.0:
             raise owner.error("partial_rotary_factor", "is not 1; rotating a part of each head is not supported")

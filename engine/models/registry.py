@@ -16,9 +16,10 @@ class Family:
     """One architecture.
 
     A bias is fixed (True, False) or named by the configuration key that decides it. `windowed` says whether layers
-    may attend to a sliding window: "no", "all" (every layer, where `sliding_window` is set) or "some" (`layer_types`,
-    else the layers from `max_window_layers` on where `use_sliding_window` is set). `defaults` are the values that
-    transformers assumes for keys that older directories of this family leave out; any other missing key is an error.
+    may attend to a sliding window: "no", "all" (every layer, where `sliding_window` is set), "all if used" (the same,
+    where `use_sliding_window` is set too) or "some" (`layer_types`, else the layers from `max_window_layers` on where
+    `use_sliding_window` is set). `defaults` are the values that transformers assumes for keys that older directories of
+    this family leave out; any other missing key is an error. None stands for what follows from the other sizes.
     """
 
     qkv_bias: bool | str
@@ -69,9 +70,9 @@ FAMILIES: Mapping[str, Family] = {
         o_bias="attention_bias",
         mlp_bias=False,
         qk_norm=True,
-        windowed="some",
+        windowed="all if used",
         mixture=True,
-        defaults={"sliding_window": 4096, "max_window_layers": 28},
+        defaults={"sliding_window": 4096, "head_dim": None},
     ),
     "Qwen3VLForConditionalGeneration": Family(
         qkv_bias="attention_bias",
@@ -89,7 +90,7 @@ FAMILIES: Mapping[str, Family] = {
         windowed="no",
         mixture=True,
         vision=True,
-        defaults={"norm_topk_prob": True},
+        defaults={"norm_topk_prob": True, "head_dim": None},
     ),
 }
 

@@ -10,6 +10,8 @@ import math
 import re
 from dataclasses import dataclass, replace
 
+import torch
+
 from aiexport_edge.engine.models.checkpoint import DTYPES, Checkpoint
 from aiexport_edge.engine.models.config import ModelConfig, ModelError
 from aiexport_edge.engine.models.formats.scheme import Quantization
@@ -28,6 +30,7 @@ KV_SCALES = ("k_scale", "v_scale")
 # One tensor each for all experts of a layer, as Qwen3-VL's mixtures have them.
 FUSED_GATE_UP, FUSED_DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 EXPERT = re.compile(r"\.mlp\.experts\.0\.")
+ROWS_AT_ONCE = 4096
 HARMLESS = "rotary_emb.inv_freq"  # a table that old transformers saved; it follows from the configuration
 
 
@@ -150,7 +153,22 @@ def check(checkpoint: Checkpoint, config: ModelConfig) -> Found:
             )
         if entry.dtype not in DTYPES:
             raise ModelError(f"{entry.file}: {source} is {entry.dtype}; supported are {', '.join(DTYPES)}")
+    if config.tie_word_embeddings and HEAD in checkpoint.entries and names[EMBEDDING] != HEAD:
+        _check_tied(checkpoint, names[EMBEDDING])
     return found
+
+
+def _check_tied(checkpoint: Checkpoint, embedding: str) -> None:
+    """Whether two tensors that are said to be one are. Some readers would take one of them, some each for itself."""
+    rows = (torch.split(checkpoint.tensor(name), ROWS_AT_ONCE) for name in (embedding, HEAD))
+    is_same = checkpoint.entries[embedding].shape == checkpoint.entries[HEAD].shape and all(
+        torch.equal(one.float(), other.float()) for one, other in zip(*rows, strict=True)
+    )
+    if not is_same:
+        raise ModelError(
+            f"{checkpoint.directory}: tie_word_embeddings is true, but {HEAD} is not {embedding}; set it to false in "
+            f"config.json, or take {HEAD} out"
+        )
 
 
 def _find_quantized(

@@ -118,6 +118,10 @@ def read_vision_config(values: Values, *, hidden_size: int, num_layers: int, voc
     if tower.integer("in_channels", default=3) != 3:
         raise tower.error("in_channels", "is not 3; images have red, green and blue")
     rope = raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise tower.error("rope_parameters", f"is {rope!r}; an object is needed")
+    inner = Values(rope, values.file, prefix="vision_config.rope_parameters.")
+    inner.choice("rope_type", ("default", "axial"), default="axial")
     return VisionConfig(
         num_layers=depth,
         hidden_size=width,
@@ -130,9 +134,7 @@ def read_vision_config(values: Values, *, hidden_size: int, num_layers: int, voc
         out_hidden_size=out_hidden_size,
         num_positions=num_positions,
         deepstack_layers=tuple(deepstack),
-        rope_theta=Values(rope, values.file, prefix="vision_config.rope_parameters.").number(
-            "rope_theta", default=10000.0
-        ),
+        rope_theta=inner.optional_number("rope_theta") or tower.number("rope_theta", default=10000.0),
         image_token_id=token_id("image_token_id"),
         video_token_id=token_id("video_token_id"),
         vision_start_id=token_id("vision_start_token_id"),

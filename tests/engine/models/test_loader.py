@@ -120,6 +120,16 @@ def test_what_does_not_fit_is_named(change: Callable[[Tensors], object], complai
     assert complaint in str(caught.value)
 
 
+def test_a_tied_head_that_is_another_is_refused(tmp_path: Path) -> None:
+    """Some readers would take one of the two, some each for itself."""
+    save("qwen3", tmp_path)
+    edit(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    load_model(tmp_path)
+    edit(tmp_path, lambda t: t["lm_head.weight"].mul_(2))
+    with pytest.raises(ModelError, match=r"is true, but lm_head\.weight is not model\.embed_tokens"):
+        load_model(tmp_path)
+
+
 def test_files_that_are_absent_or_broken(tmp_path: Path) -> None:
     save("llama2", tmp_path)
     weights = tmp_path / "model.safetensors"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.tiny_models import CONFIGS
 
-from aiexport_edge.engine.models.config import ModelConfig, ModelError
+from aiexport_edge.engine.models.config import ModelConfig, ModelError, Yarn
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -30,6 +30,12 @@ LLAMA: dict[str, Any] = {
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"]}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16}
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"]}
+QWEN3_MOE = LLAMA | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+}
 GONE = object()
 
 
@@ -113,6 +119,30 @@ def test_sliding_windows(tmp_path: Path) -> None:
     assert load(tmp_path, QWEN3, **window, layer_types=["full_attention"] * 4).sliding_windows == (0,) * 4
 
 
+def test_windows_of_mixtures_are_in_all_layers(tmp_path: Path) -> None:
+    window = {"sliding_window": 32, "max_window_layers": 3}
+    assert load(tmp_path, QWEN3_MOE, **window).sliding_windows == (0,) * 4
+    assert load(tmp_path, QWEN3_MOE, **window, use_sliding_window=True).sliding_windows == (32,) * 4
+
+
+def test_a_head_of_mixtures_follows_from_the_other_sizes(tmp_path: Path) -> None:
+    assert load(tmp_path, QWEN3_MOE).head_dim == 64 // 8
+    assert load(tmp_path, QWEN3_MOE, head_dim=24).head_dim == 24
+
+
+def test_both_layouts_of_rope_beside_each_other(tmp_path: Path) -> None:
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 512}
+    new = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, **yarn}}
+    config = load(tmp_path, LLAMA, **new, rope_scaling={"type": "yarn", **yarn}, rope_theta=1e6)
+    assert config.rope == load(tmp_path, LLAMA, **new).rope
+    assert load(tmp_path, LLAMA, **new, rope_scaling={}).rope == config.rope
+    operators = ModelConfig.load(tmp_path, yarn=Yarn(2.0, 256))
+    assert (operators.rope.factor, operators.rope.theta) == (2.0, 1e6)
+    for other in ({"type": "linear", "factor": 4.0}, {"type": "yarn", **yarn, "rope_theta": 1e4}):
+        with pytest.raises(ModelError, match="rope_scaling and rope_parameters say different things"):
+            load(tmp_path, LLAMA, **new, rope_scaling=other)
+
+
 def test_dtype_in_either_key(tmp_path: Path) -> None:
     assert load(tmp_path, LLAMA, torch_dtype=GONE, dtype="float16").dtype == "float16"
     assert load(tmp_path, LLAMA, torch_dtype="torch.float32").dtype == "float32"
@@ -177,6 +207,8 @@ def test_stop_ids(tmp_path: Path) -> None:
         (QWEN3, {"layer_types": ["linear_attention"] * 4}, "layer_types is not a list of 4 of full_attention"),
         (QWEN3, {"layer_types": ["sliding_attention"] * 4}, "but use_sliding_window is not true"),
         (MISTRAL, {"layer_types": ["full_attention"] * 4}, "layer_types has full_attention"),
+        (LLAMA, {"layer_types": ["sliding_attention"] * 4}, "layer_types has sliding_attention"),
+        (QWEN3_MOE, {"num_experts_per_tok": 5}, "num_experts_per_tok is 5, more than the 4 experts"),
     ],
 )
 def test_refusals_name_the_file_the_key_and_what_is_supported(
