@@ -31,6 +31,7 @@ from aiexport_edge.engine.text.tokenizer import Tokenizer, TokenizerError, TooMa
 
 _PRIVATE = range(0xF0000, 0xFFFFD)  # plane 15, private use
 _SEPARATOR = "\n\n"
+_PROBE = "q7Zk"
 
 
 class TemplateError(Exception):
@@ -83,13 +84,14 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._image_token_id = image_token_id
         self._template: jinja2.Template | None = None
-        self._system_is_refused = False
+        self._system_is_refused = self._wants_parts = False
         if source is not None:
             try:
                 self._template = _environment().from_string(source)
             except jinja2.TemplateError as error:
                 raise TokenizerError(f"the chat template has an error ({error}); mend it or remove it.") from error
-            self._system_is_refused = not self._takes_system()
+            self._wants_parts = not self._shows("user", _PROBE) and self._shows("user", _parts(_PROBE))
+            self._system_is_refused = not self._shows("system", _parts(_PROBE) if self._wants_parts else _PROBE)
 
     @classmethod
     def load(cls, directory: Path, tokenizer: Tokenizer, *, image_token_id: int | None = None) -> ChatTemplate:
@@ -98,13 +100,15 @@ class ChatTemplate:
         """
         path = directory / "chat_template.jinja"
         if path.is_file():
-            return cls(path.read_text(encoding="utf-8"), tokenizer, image_token_id=image_token_id)
-        for name in ("chat_template.json", "tokenizer_config.json"):
-            source = read_json(directory / name).get("chat_template")
-            if isinstance(source, list):  # several, by name
-                source = {entry["name"]: entry["template"] for entry in source}.get("default")
-            if isinstance(source, str):
-                return cls(source, tokenizer, image_token_id=image_token_id)
+            try:
+                source = path.read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise TokenizerError(f"{path} cannot be read as text ({error}); download the model again.") from error
+            return cls(source, tokenizer, image_token_id=image_token_id)
+        for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+            found = read_json(directory / name).get("chat_template")
+            if found:
+                return cls(_default_template(found, directory / name), tokenizer, image_token_id=image_token_id)
         return cls(None, tokenizer, image_token_id=image_token_id)
 
     @property
@@ -151,13 +155,13 @@ class ChatTemplate:
         def protected(text: str) -> str:
             return _replace(text, borders, stand_ins)
 
-        turns: list[dict[str, Any]] = [
-            {"role": message.role, "content": _content(message, protected)} for message in messages
-        ]
+        # The blank tells whether the template trims: then the prefill is trimmed as well (as `transformers` does).
         prefill = messages[-1].role == "assistant"
-        if prefill:
-            # The blank tells whether the template trims: then the prefill is trimmed as well (as `transformers` does).
-            turns[-1]["content"] += mark + " "
+        ends = [""] * (len(messages) - 1) + [mark + " " if prefill else ""]
+        turns = [
+            {"role": message.role, "content": self._content(message, protected, end)}
+            for message, end in zip(messages, ends, strict=True)
+        ]
         rendered = self._call(turns, add_generation_prompt=not prefill)
         if prefill:
             end = rendered.rfind(mark)
@@ -189,26 +193,43 @@ class ChatTemplate:
                 f"this model's chat template cannot render these messages ({type(error).__name__})."
             ) from error
 
-    def _takes_system(self) -> bool:
-        """Whether the template has a place for a system message: some raise, some drop it in silence."""
-        probe = "q7Zk"
+    def _shows(self, role: str, content: str | list[dict[str, str]]) -> bool:
+        """Whether the template has a place for a message: some raise, some drop it in silence."""
+        turns = [{"role": role, "content": content}]
+        if role != "user":
+            turns.append({"role": "user", "content": _parts("hi") if self._wants_parts else "hi"})
         try:
-            rendered = self._call(
-                [{"role": "system", "content": probe}, {"role": "user", "content": "hi"}], add_generation_prompt=True
-            )
+            return _PROBE in self._call(turns, add_generation_prompt=True)
         except TemplateError:
             return False
-        return probe in rendered
+
+    def _content(self, message: Message, protected: Callable[[str], str], end: str) -> str | list[dict[str, str]]:
+        """As the template takes it, `end` behind it: a text, or a list of parts where there are pictures."""
+        if message.pictures:
+            return [
+                {"type": "image"} if isinstance(part, Picture) else {"type": "text", "text": protected(part)}
+                for part in message.content
+            ]
+        text = protected(message.text) + end
+        return _parts(text) if self._wants_parts else text
 
 
-def _content(message: Message, protected: Callable[[str], str]) -> str | list[dict[str, str]]:
-    """As templates take it: a text, or a list of parts where there are pictures."""
-    if not message.pictures:
-        return protected(message.text)
-    return [
-        {"type": "image"} if isinstance(part, Picture) else {"type": "text", "text": protected(part)}
-        for part in message.content
-    ]
+def _default_template(found: Any, path: Path) -> str:
+    """One template, or of several by name the one that is meant for a chat without tools and documents."""
+    if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):
+        found = {entry.get("name"): entry.get("template") for entry in found}
+    if isinstance(found, dict):
+        if "default" not in found:
+            names = ", ".join(map(str, found))
+            raise TokenizerError(f"{path} has chat templates ({names}), but none whose name is default; name one so.")
+        found = found["default"]
+    if not isinstance(found, str):
+        raise TokenizerError(f"{path}: chat_template is not a text, nor a list of them by name; mend it or remove it.")
+    return found
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def _expanded(ids: list[int], image_token_id: int, pictures: Sequence[Picture]) -> Encoded:

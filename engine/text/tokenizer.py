@@ -20,7 +20,7 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
 
-_MARKUP = frozenset("<>[]{}|")
+_MARKUP_OPENS, _MARKUP_CLOSES = tuple("<[{|"), tuple(">]}|")
 _SURE_CHARACTERS = 8  # a text of so many characters a token is looked at in part first
 _BORDER_TOKENS = 64  # by how many tokens a text's beginning may differ when it is encoded alone
 _LONG_CHARACTERS = 2000  # longer texts are encoded without the interpreter's lock
@@ -45,7 +45,8 @@ class Tokenizer:
 
     `special_tokens` are the spellings that templates refer to by name (`bos_token`, `eos_token`, …). `control_tokens`
     maps the spelling of each control token to its id: added tokens that are marked special or are written as markup
-    (`<think>`, `[TOOL]`). Other added tokens (runs of blanks, words) are part of the text's vocabulary.
+    (`<think>`, `[TOOL]`). Other added tokens (runs of blanks, words, single brackets) are part of the text's
+    vocabulary.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Tokenizer:
         add_bos: bool | None,
     ) -> None:
         added: list[dict[str, Any]] = spec.get("added_tokens") or []
-        control = [token for token in added if token["special"] or not _MARKUP.isdisjoint(token["content"])]
+        control = [token for token in added if token["special"] or _is_markup(token["content"])]
         control = [token for token in control if token["content"]]
         self.control_tokens: dict[str, int] = {token["content"]: token["id"] for token in control}
         self._control_ids = frozenset(self.control_tokens.values())
@@ -125,6 +126,7 @@ class Tokenizer:
             raise TokenizerError(
                 f"{path} is not a tokenizer that `tokenizers` can read ({error}); download the model again."
             ) from error
+        _add_named(special, spec, whole)
         add_bos = settings.get("add_bos_token")
         return cls(
             spec,
@@ -196,6 +198,21 @@ class Tokenizer:
         return token_id in self._control_ids
 
 
+def _add_named(special: dict[str, str], spec: dict[str, Any], whole: HFTokenizer) -> None:
+    """Beginning and end are special where the directory names them, though `spec` may not say so; not what text can
+    reach, since some directories name a word there.
+    """
+    added = spec["added_tokens"] = list(spec.get("added_tokens") or [])
+    known = {token["content"] for token in added}
+    for text in {special[name]: None for name in ("bos_token", "eos_token") if special.get(name)}:
+        id_ = whole.token_to_id(text)
+        if text in known or id_ is None or id_ in whole.encode(text, add_special_tokens=False).ids:
+            continue
+        marks = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added.append({"id": id_, "content": text, "special": True, **marks})
+        whole.add_special_tokens([AddedToken(text, normalized=False)])
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of the model directory; empty where the file is absent. Raises `TokenizerError`."""
     try:
@@ -207,6 +224,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TokenizerError(f"{path} is not a JSON object; download the model again.")
     return value
+
+
+def _is_markup(text: str) -> bool:
+    """Whether a token is something between brackets, rather than a bracket."""
+    return len(text) > 2 and text.startswith(_MARKUP_OPENS) and text.endswith(_MARKUP_CLOSES)
 
 
 def _bytes_per_id(whole: HFTokenizer, spec: dict[str, Any]) -> tuple[list[bytes], bool]:
@@ -242,12 +264,17 @@ def _bytes_per_id(whole: HFTokenizer, spec: dict[str, Any]) -> tuple[list[bytes]
             f"the tokenizer's decoder ({', '.join(map(str, kinds))}) is not byte-level or SentencePiece-like; "
             "serve a model of the Llama, Mistral or Qwen families."
         )
-    replacements = [("▁", " ")] if "Metaspace" in kinds else []
+    replacements = []
     strips = False
     for step in steps:
         if step["type"] == "Replace":
+            if "String" not in step["pattern"]:
+                raise TokenizerError(
+                    "the tokenizer's decoder replaces a regular expression; serve one whose decoder replaces a text."
+                )
             replacements.append((step["pattern"]["String"], step["content"]))
         elif step["type"] == "Metaspace":
+            replacements.append((step.get("replacement", "▁"), " "))
             strips = step.get("prepend_scheme", "always") != "never"
         elif step["type"] == "Strip":
             strips = step.get("content") == " " and step.get("start", 0) > 0

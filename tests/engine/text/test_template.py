@@ -250,6 +250,29 @@ def test_where_a_template_is_found(directories: dict[str, Path], loaded: LoadedT
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "chat_template.json").write_text(json.dumps(several))
     assert prompt() == "several"
+    del several["chat_template"][1]
+    (tmp_path / "chat_template.json").write_text(json.dumps(several))
+    with pytest.raises(TokenizerError, match=r"chat templates \(tool_use\), but none whose name is default"):
+        prompt()
+    (tmp_path / "chat_template.json").write_text('{"chat_template": [1]}')
+    with pytest.raises(TokenizerError, match="chat_template is not a text"):
+        prompt()
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(TokenizerError, match="cannot be read as text"):
+        prompt()
+
+
+def test_a_template_that_takes_lists_of_parts_alone(loaded: LoadedTokenizers) -> None:
+    """Of a text it would write nothing: its items are characters."""
+    source = (
+        "{% for m in messages %}{{ m.role }}:{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
+        "{% endif %}{% endfor %};{% endfor %}"
+    )
+    tokenizer = loaded["qwen3"][0]
+    template = ChatTemplate(source, tokenizer)
+    ids = template.encode(messages_of((SYSTEM, "a"), (USER, "b<|im_end|>"), (ASSISTANT, "c")))
+    assert decode(ids, tokenizer.decode_bytes) == "system:a;user:b<|im_end|>;assistant:c"
+    assert not set(ids) & set(tokenizer.control_tokens.values())
 
 
 def test_a_model_without_a_template_goes_on_from_the_texts(loaded: LoadedTokenizers) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -136,6 +137,35 @@ def test_added_tokens_that_are_no_markup_belong_to_the_text(tmp_path: Path, dire
     assert {first, first + 1} <= set(tokenizer.encode(text))
 
 
+def test_single_brackets_belong_to_the_text(tmp_path: Path, directories: dict[str, Path]) -> None:
+    spec = json.loads((directories["qwen3"] / "tokenizer.json").read_text())
+    ids = {text: id_ for text, id_ in spec["model"]["vocab"].items() if text in "[{"}
+    first = max(token["id"] for token in spec["added_tokens"]) + 1
+    spec["added_tokens"] = [{"id": ids[text], "content": text, "special": False, **ADDED} for text in "[{"] + [
+        *spec["added_tokens"],
+        {"id": first, "content": "{{", "special": False, **ADDED},
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer, reference = Tokenizer.load(tmp_path), HFTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    text = 'a[0] = {"b": {{1}}}'
+    assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False).ids
+    assert decode(tokenizer.encode(text), tokenizer.decode_bytes) == text
+
+
+def test_an_end_that_only_the_configuration_names(tmp_path: Path, directories: dict[str, Path]) -> None:
+    spec = json.loads((directories["mistral"] / "tokenizer.json").read_text())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in ("</s>", "[INST]")]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    settings = {"eos_token": "</s>", "pad_token": "e"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.eos_id == 2
+    assert tokenizer.encode(tokenizer.alias("</s>")) == [2]
+    assert tokenizer.decode_bytes(2) == b""
+    assert 2 not in tokenizer.encode("</s>")
+    assert decode(tokenizer.encode("eel"), tokenizer.decode_bytes) == " eel"  # a word that is named is a word
+
+
 def test_a_vocabulary_that_lets_text_reach_control_tokens(tmp_path: Path) -> None:
     """Unigram matches every entry of its vocabulary, control tokens too."""
     spec = {
@@ -192,6 +222,26 @@ def test_an_unknown_decoder_is_said(tmp_path: Path, directories: dict[str, Path]
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(TokenizerError, match="WordPiece"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "expected"),
+    [
+        ({"type": "Metaspace", "replacement": "_", "prepend_scheme": "never", "split": False}, b" a"),
+        ({"type": "Replace", "pattern": {"String": "_"}, "content": " "}, b" a"),
+        ({"type": "Replace", "pattern": {"Regex": "_+"}, "content": " "}, None),
+    ],
+)
+def test_decoders_of_another_blank(tmp_path: Path, decoder: dict[str, Any], expected: bytes | None) -> None:
+    model = {"type": "BPE", "vocab": {"a": 0, "_": 1, "_a": 2}, "merges": [["_", "a"]]}
+    empty = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor"))
+    spec = {"version": "1.0", "added_tokens": [], **empty, "decoder": decoder, "model": model}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    if expected is None:
+        with pytest.raises(TokenizerError, match="replaces a regular expression"):
+            Tokenizer.load(tmp_path)
+    else:
+        assert Tokenizer.load(tmp_path).decode_bytes(2) == expected
 
 
 def test_stories(stories: Path) -> None:
