@@ -58,9 +58,9 @@ class TokenMasks:
     def __init__(self, vocabulary: Vocabulary) -> None:
         from llguidance import LLParserLimits, LLTokenizer, TokenizerWrapper
 
-        self._tokenizer = LLTokenizer(
-            TokenizerWrapper(_Spelling(vocabulary)), n_vocab=vocabulary.size, eos_token=sorted(vocabulary.stop_ids)
-        )
+        spelling = _Spelling(vocabulary)
+        ends = sorted(vocabulary.stop_ids) or [spelling.eos_token_id]
+        self._tokenizer = LLTokenizer(TokenizerWrapper(spelling), n_vocab=vocabulary.size, eos_token=ends)
         self._limits = LLParserLimits(
             initial_lexer_fuel=INITIAL_LEXER_FUEL,
             step_lexer_fuel=STEP_LEXER_FUEL,
@@ -95,10 +95,15 @@ class _Spelling:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self.eos_token_id = min(vocabulary.stop_ids)
         self.bos_token_id = None
-        padding = vocabulary.size - len(vocabulary.tokens)
-        self.tokens = [token or b"\xff<%d>" % id_ for id_, token in enumerate([*vocabulary.tokens, *[b""] * padding])]
+        tokens = [*vocabulary.tokens, *[b""] * (vocabulary.size - len(vocabulary.tokens))]
+        if vocabulary.stop_ids:
+            self.eos_token_id = min(vocabulary.stop_ids)
+        else:  # the library wants an end: a document's last byte ends it, so none is ever drawn
+            lengths = [len(token) for token in tokens]
+            self.eos_token_id = lengths.index(0) if 0 in lengths else lengths.index(max(lengths))
+            tokens[self.eos_token_id] = b""
+        self.tokens = [token or b"\xff<%d>" % id_ for id_, token in enumerate(tokens)]
         self.special_token_ids = [id_ for id_, token in enumerate(self.tokens) if token.startswith(b"\xff<")]
 
     def __call__(self, text: Any) -> list[int]:

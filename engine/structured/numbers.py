@@ -1,7 +1,8 @@
 """Numbers within bounds, as expressions over their digits.
 
 A bounded number has no exponent. Its digits are split where the bounds cut: an interval that lies wholly inside may go
-on with any digits, one that is cut is taken apart digit by digit, one place further than the bounds themselves go.
+on with any digits, one that is cut is taken apart digit by digit, one place further than the bounds themselves go. Near
+a bound it has at most 15 digits: so many tell two doubles apart, and whoever reads it as one finds it on its side.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from aiexport_edge.engine.structured.expressions import Expression, Lexeme, Repe
 from aiexport_edge.engine.structured.json_grammar import (
     FRACTION,
     INTEGER,
-    MAX_FRACTION_DIGITS,
     MAX_INTEGER_DIGITS,
     NUMBER,
 )
@@ -22,6 +22,8 @@ from aiexport_edge.engine.structured.json_grammar import (
 _DIGITS = "0123456789"
 _LARGEST = 10**MAX_INTEGER_DIGITS - 1
 MAX_BOUND_PLACES = 6
+_MAX_DIGITS = 15  # of a number near a bound
+_MAX_WHOLE_DIGITS = _MAX_DIGITS - MAX_BOUND_PLACES  # of one that may go on after its point
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +125,21 @@ def _decimals(bounds: Bounds, *, negative: bool = False) -> list[Expression]:
     places = max(_places(bounds.low), _places(bounds.high or Fraction(0)))
     if places > MAX_BOUND_PLACES:
         raise ValueError(f"a bound has more than {MAX_BOUND_PLACES} decimal places")
+    if places and len(str(max(bounds.low, bounds.high or Fraction(0)) // 1)) + places > _MAX_DIGITS:
+        raise ValueError(f"a bound has more than {_MAX_DIGITS} digits")
     options: list[Expression] = []
     first, last = bounds.low // 1, _LARGEST if bounds.high is None else min(bounds.high // 1, _LARGEST)
     inside_first = first if bounds.has(Fraction(first)) else first + 1
     inside_last = last if bounds.high is None else last - 1  # n with [n, n + 1) wholly inside
-    if inside_first <= inside_last:
-        options.append(seq(_natural(inside_first, inside_last), maybe(FRACTION)))
+    if bounds.high is None:
+        if inside_first <= inside_last:
+            options.append(seq(_natural(inside_first, inside_last), maybe(FRACTION)))
+    else:
+        most = min(inside_last, 10**_MAX_WHOLE_DIGITS - 1)
+        if inside_first <= most:
+            options.append(_with_fraction(_natural(inside_first, most), len(str(most))))
+        if max(inside_first, most + 1) <= inside_last:
+            options.append(_natural(max(inside_first, most + 1), inside_last))
     for whole in sorted({first, last}):
         if whole <= _LARGEST and not inside_first <= whole <= inside_last:
             options += _cut(str(whole), Fraction(whole), Fraction(1), places + 1, bounds)
@@ -140,27 +151,34 @@ def _cut(text: str, value: Fraction, unit: Fraction, places: int, bounds: Bounds
     if not (bounds.high is None or value <= bounds.high) or (bounds.low is not None and value + unit <= bounds.low):
         return []
     has_point = unit < 1
+    used = len(text.partition(".")[2])
+    left = _MAX_DIGITS - len(text.partition(".")[0]) - used
     whole = bounds.has(value) and (bounds.high is None or value + unit <= bounds.high)
     if whole:
         if has_point:
-            used = len(text) - text.index(".") - 1
-            return [seq(Text(text), Repeat(chars(_DIGITS), 0, MAX_FRACTION_DIGITS - used))]
-        return [seq(Text(text), maybe(FRACTION))]
+            return [seq(Text(text), Repeat(chars(_DIGITS), 0, max(0, left)))]
+        return [_with_fraction(Text(text), len(text))]
     if bounds.low_strict and value == bounds.low and (bounds.high is None or value + unit <= bounds.high):
-        return [_beyond(text if has_point else f"{text}.")]
+        return [_beyond(text if has_point else f"{text}.", left)] if left > 0 else []
     options: list[Expression] = [Text(text)] if bounds.has(value) else []
-    if places:
+    if places and left > 0:
         for digit in range(10):
             longer = f"{text}{'' if has_point else '.'}{digit}"
             options += _cut(longer, value + digit * unit / 10, unit / 10, places - 1, bounds)
     return options
 
 
-def _beyond(text: str) -> Expression:
-    """What begins with `text`, which has a point, and is more than it: further digits that are not all zero."""
-    left = MAX_FRACTION_DIGITS - (len(text) - text.index(".") - 1) - 1
-    zeros = left // 2
-    return seq(Text(text), Repeat(chars("0"), 0, zeros), chars("123456789"), Repeat(chars(_DIGITS), 0, left - zeros))
+def _with_fraction(whole: Expression, num_digits: int) -> Expression:
+    """`whole`, which has up to `num_digits`, and perhaps a fraction."""
+    left = _MAX_DIGITS - num_digits
+    return seq(whole, maybe(seq(Text("."), Repeat(chars(_DIGITS), 1, left)))) if left > 0 else whole
+
+
+def _beyond(text: str, left: int) -> Expression:
+    """What begins with `text`, which has a point, and is more than it: up to `left` digits that are not all zero."""
+    zeros = (left - 1) // 2
+    digits = Repeat(chars(_DIGITS), 0, left - 1 - zeros)
+    return seq(Text(text), Repeat(chars("0"), 0, zeros), chars("123456789"), digits)
 
 
 def _places(value: Fraction) -> int:

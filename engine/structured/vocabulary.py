@@ -16,7 +16,7 @@ class Vocabulary:
 
     def __init__(self, tokens: Sequence[bytes], stop_ids: Sequence[int], size: int) -> None:
         self.tokens = list(tokens[:size])
-        self.stop_ids = frozenset(stop_ids)
+        self.stop_ids = frozenset(id_ for id_ in stop_ids if id_ < size)  # some directories name ids past the last
         self.size = size
         for id_ in self.stop_ids:
             if id_ < len(self.tokens):

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.structured import NUM_IDS, STOP_ID, Kit, allowed, demo_vocabulary, drawn_by, text_of, write
 
-from aiexport_edge.engine.structured.compile import ANY_OBJECT
+from aiexport_edge.engine.structured.compile import ANY_OBJECT, compile_grammar
 from aiexport_edge.engine.structured.constraint import Constraint, NoRoom, NotABeginning, NotSpellable
 from aiexport_edge.engine.structured.document import MAX_DEPTH
 from aiexport_edge.engine.structured.endings import Endings
+from aiexport_edge.engine.structured.grammar import TokenMasks
 from aiexport_edge.engine.structured.vocabulary import Vocabulary
 
 ANY = Kit.of(ANY_OBJECT)
@@ -204,3 +206,19 @@ def test_a_vocabulary_without_json() -> None:
     step = constraint.advance(ids)
     assert step.over, "a member could never be written: the first quote is not taken"
     assert b"".join(map(no_colon.bytes_of, step.ids)) == b"{}"
+
+
+@pytest.mark.parametrize("more", [[], [b"", b'{"']])
+@pytest.mark.parametrize("stop_ids", [[], [151645]])
+def test_masks_of_a_vocabulary_without_an_end_of_turn(stop_ids: list[int], more: list[bytes]) -> None:
+    """Directories name no end, or one of a larger vocabulary."""
+    tokens = [bytes((byte,)) for byte in range(256)] + more
+    vocabulary = Vocabulary(tokens, stop_ids, len(tokens))
+    compiled = compile_grammar(ANY_OBJECT)
+    matcher = TokenMasks(vocabulary).compile(compiled.lark).matcher()
+    constraint = Constraint(Endings(compiled.reader, vocabulary), prefix=b"", max_tokens=40, matcher=matcher)
+    row = np.zeros(-(-len(tokens) // 32), dtype=np.int32)
+    constraint.fill(row)
+    assert [id_ for id_ in range(len(tokens)) if row[id_ >> 5] >> (id_ & 31) & 1 and tokens[id_][:1] != b"{"] == []
+    step = constraint.advance(list(b'{"a":1}'))
+    assert (step.over, step.cut, bytes(step.ids)) == (True, False, b'{"a":1}')
