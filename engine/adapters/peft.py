@@ -55,7 +55,12 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None, []),
     "use_qalora": (False, None),
     "arrow_config": (None,),
+    "use_bdlora": (False, None),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
 }
+# Beginnings of values of `init_lora_weights` for which the model's own weights are changed before the factors count.
+_CHANGES_MODEL = ("pissa", "corda", "olora", "loftq")
 
 
 class AdapterError(Exception):
@@ -146,6 +151,12 @@ class _Config:
         for key, neutral in _NEUTRAL.items():
             if values.get(key) not in neutral:
                 raise AdapterError(f"{file}: {key} {values[key]!r} is not served; train without it")
+        start = values.get("init_lora_weights")
+        if isinstance(start, str) and start.lower().startswith(_CHANGES_MODEL):
+            raise AdapterError(
+                f"{file}: init_lora_weights {start!r} takes parts out of the model's own weights, which others use; "
+                "save the adapter with path_initial_model_for_weight_conversion"
+            )
         return cls(
             file,
             _number(file, values, "r", integer=True),

@@ -96,6 +96,8 @@ def change(directory: Path, **values: Any) -> None:
         ({"bias": "all"}, "bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4' takes parts out of the model"),
+        ({"kasa_config": {"beta": 0.1}}, "kasa_config"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"r": 0}, "r must be"),
         ({"r": 3}, "rank 4"),
