@@ -9,13 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from aiexport_edge.proto import config_values as values
+from aiexport_edge.proto.config_table import Table
 from aiexport_edge.proto.units import parse_size
-
-if TYPE_CHECKING:
-    from aiexport_edge.proto.config import _Table
 
 MOST_SLOTS = 1024
 MOST_RANK = 256
@@ -48,7 +45,7 @@ class AdaptersConfig:
         return self.max_rank or CARD_RANK
 
 
-def read_adapters(table: _Table, base: Path) -> AdaptersConfig:
+def read_adapters(table: Table, base: Path) -> AdaptersConfig:
     default = AdaptersConfig()
     adapters = AdaptersConfig(
         roots=table.take("roots", values.directories(base), default.roots),

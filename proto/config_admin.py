@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from aiexport_edge.proto import config_values as values
+from aiexport_edge.proto.config_table import Table
 from aiexport_edge.proto.config_tls import TlsConfig
 from aiexport_edge.proto.units import is_loopback, split_address
-
-if TYPE_CHECKING:
-    from aiexport_edge.proto.config import _Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +22,7 @@ class AdminConfig:
     plain_http: bool
 
 
-def read_admin(table: _Table, tls: TlsConfig) -> AdminConfig:
+def read_admin(table: Table, tls: TlsConfig) -> AdminConfig:
     admin = AdminConfig(
         listen=table.take("listen", values.text, ""),
         plain_http=table.take("plain_http", values.boolean, False),

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from aiexport_edge.proto import config_values as values
+from aiexport_edge.proto.config_table import Table
 from aiexport_edge.proto.units import parse_size
-
-if TYPE_CHECKING:
-    from aiexport_edge.proto.config import _Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +17,7 @@ class BatchesConfig:
     max_in_flight: int
 
 
-def read_batches(table: _Table) -> BatchesConfig:
+def read_batches(table: Table) -> BatchesConfig:
     batches = BatchesConfig(
         max_body_bytes=table.take("max_body_bytes", parse_size, 256 << 20),
         max_in_flight=table.take("max_in_flight", values.integer(1, 4096), 256),

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 from aiexport_edge.proto import config_values as values
+from aiexport_edge.proto.config_table import Table
 from aiexport_edge.proto.config_webhooks import address_rules
 from aiexport_edge.proto.units import parse_duration, parse_size
-
-if TYPE_CHECKING:
-    from aiexport_edge.proto.config import _Table
 
 LEAST_PIXELS = 4096
 MOST_PIXELS = 256_000_000
@@ -41,7 +38,7 @@ class ImagesConfig:
     decode_timeout: timedelta = timedelta(seconds=60)
 
 
-def read_images(table: _Table) -> ImagesConfig:
+def read_images(table: Table) -> ImagesConfig:
     default = ImagesConfig()
     images = ImagesConfig(
         allow=table.take("allow", address_rules, default.allow),

@@ -12,7 +12,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from aiexport_edge.proto import config_values as values
+from aiexport_edge.proto.config_table import Table
 from aiexport_edge.proto.config_values import FAMILIES, PLAN_FAMILIES
+from aiexport_edge.proto.units import parse_duration
 
 UNLIMITED = "unlimited"
 MAX_REQUESTS_PER_MINUTE = 1_000_000
@@ -48,15 +50,45 @@ PLAN_DEFAULTS = {
     "pro": PlanConfig(FAMILIES, 4.0, 600, 10_000_000, 5_000),
     "enterprise": PlanConfig(PLAN_FAMILIES, 8.0, None, None, MAX_BATCH_SIZE),
 }
+PLANS = tuple(PLAN_DEFAULTS)
+
+
+def read_plans(table: Table) -> dict[str, PlanConfig]:
+    plans = {}
+    for name in PLANS:
+        plan, default = table.table(name), PLAN_DEFAULTS[name]
+        requests = limit(MAX_REQUESTS_PER_MINUTE)
+        plans[name] = PlanConfig(
+            families=plan.take("families", values.families, default.families),
+            weight=plan.take("weight", values.weight, default.weight),
+            requests_per_minute=plan.take("requests_per_minute", requests, default.requests_per_minute),
+            tokens_per_day=plan.take("tokens_per_day", limit(MAX_TOKENS_PER_DAY), default.tokens_per_day),
+            batch_size=plan.take("batch_size", values.integer(1, MAX_BATCH_SIZE), default.batch_size),
+        )
+        plan.end()
+    table.end()
+    return plans
+
+
+def read_limits(table: Table, base: Path) -> LimitsConfig:
+    config = LimitsConfig(
+        redis_url=table.take("redis_url", redis_url, ""),
+        redis_password_file=table.take("redis_password_file", values.path(base), None),
+        redis_timeout=table.take("redis_timeout", parse_duration, timedelta(seconds=1)),
+    )
+    table.end()
+    if config.redis_password_file is not None and not config.redis_url:
+        raise table.error("redis_url", "is missing; redis_password_file is for the server that it names")
+    return config
 
 
 def redis_url(value: object) -> str:
     url = values.text(value)
     parts = urlsplit(url)
+    if parts.password:  # not repeated
+        raise ValueError("must hold no password; write it into a file and name that in redis_password_file")
     if parts.scheme not in ("redis", "rediss", "unix"):
         raise ValueError(f'must be an address such as "redis://127.0.0.1:6379/0", not {value!r}')
-    if parts.password:
-        raise ValueError("must hold no password; write it into a file and name that in redis_password_file")
     return url
 
 

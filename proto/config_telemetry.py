@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from aiexport_edge.proto import config_values as values
-
-if TYPE_CHECKING:
-    from aiexport_edge.proto.config import _Table
+from aiexport_edge.proto.config_table import Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +23,7 @@ class TelemetryConfig:
     otlp_endpoint: str | None
 
 
-def read_telemetry(table: _Table) -> TelemetryConfig:
+def read_telemetry(table: Table) -> TelemetryConfig:
     telemetry = TelemetryConfig(
         log_level=table.take("log_level", values.one_of(("debug", "info", "warning", "error")), "info"),
         log_format=table.take("log_format", values.one_of(("text", "json")), "text"),

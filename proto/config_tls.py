@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from aiexport_edge.proto import config_values as values
-
-if TYPE_CHECKING:
-    from aiexport_edge.proto.config import _Table
+from aiexport_edge.proto.config_table import Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +17,7 @@ class TlsConfig:
     key: Path | None
 
 
-def read_tls(table: _Table, base: Path) -> TlsConfig:
+def read_tls(table: Table, base: Path) -> TlsConfig:
     tls = TlsConfig(
         cert=table.take("cert", values.path(base), None),
         key=table.take("key", values.path(base), None),

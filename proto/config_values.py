@@ -182,9 +182,19 @@ def origins(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
+def place(base: Path, name: str) -> Path:
+    """A path of the file's: relative ones count from `base`, `~` is this user's home."""
+    if "\0" in name:
+        raise ValueError("holds a character that no path can have")
+    try:
+        return base / Path(name).expanduser()
+    except RuntimeError:
+        raise ValueError(f'names a home directory that is not there; write the whole path, not "{name}"') from None
+
+
 def path(base: Path) -> Callable[[object], Path | None]:
     def parse(value: object) -> Path | None:
-        return base / Path(text(value)).expanduser()
+        return place(base, text(value))
 
     return parse
 
@@ -195,7 +205,7 @@ def directories(base: Path) -> Callable[[object], tuple[Path, ...]]:
     def parse(value: object) -> tuple[Path, ...]:
         if not isinstance(value, list):
             raise ValueError('must be a list of directories such as ["/srv/adapters"]')
-        return tuple(base / Path(text(item)).expanduser() for item in value)
+        return tuple(place(base, text(item)) for item in value)
 
     return parse
 
@@ -203,7 +213,10 @@ def directories(base: Path) -> Callable[[object], tuple[Path, ...]]:
 def source(base: Path) -> Callable[[object], str]:
     def parse(value: object) -> str:
         name = text(value)
-        return DEMO if name == DEMO else str((base / Path(name).expanduser()).resolve())
+        try:
+            return DEMO if name == DEMO else str(place(base, name).resolve())
+        except (OSError, RuntimeError):  # which of them depends on Python's version
+            raise ValueError(f"can't be followed; a link in {name} leads back to itself") from None
 
     return parse
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from aiexport_edge.proto import config_values as values
-
-if TYPE_CHECKING:
-    from aiexport_edge.proto.config import _Table
+from aiexport_edge.proto.config_table import Table
 
 NATIVE, VLLM = "native", "vllm"
 BACKENDS = (NATIVE, VLLM)
@@ -46,7 +43,7 @@ class VllmConfig:
     attention: str
 
 
-def read_vllm(table: _Table, base: Path) -> VllmConfig:
+def read_vllm(table: Table, base: Path) -> VllmConfig:
     nothing: tuple[int, ...] = ()
     vllm = VllmConfig(
         python=table.take("python", values.path(base), None),
@@ -72,7 +69,7 @@ def read_vllm(table: _Table, base: Path) -> VllmConfig:
     return vllm
 
 
-def read_backend(table: _Table, base: Path) -> VllmConfig | None:
+def read_backend(table: Table, base: Path) -> VllmConfig | None:
     """`backend` and `[models.vllm]` of a model; None where the backend is the native one."""
     backend = table.take("backend", values.one_of(BACKENDS), NATIVE)
     options = table.table("vllm")
@@ -83,7 +80,7 @@ def read_backend(table: _Table, base: Path) -> VllmConfig | None:
     return None
 
 
-def refuse_what_vllm_lacks(table: _Table, *, deterministic: bool, quantize: str, kv_cache_dtype: str) -> None:
+def refuse_what_vllm_lacks(table: Table, *, deterministic: bool, quantize: str, kv_cache_dtype: str) -> None:
     """Raises `ConfigError` for a setting that a model with `backend = "vllm"` cannot keep."""
     if deterministic:
         raise table.error(

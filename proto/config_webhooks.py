@@ -11,13 +11,10 @@ import re
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from aiexport_edge.proto import config_values as values
+from aiexport_edge.proto.config_table import Table
 from aiexport_edge.proto.units import parse_duration
-
-if TYPE_CHECKING:
-    from aiexport_edge.proto.config import _Table
 
 PUBLIC = "public"
 _HOST = re.compile(
@@ -34,7 +31,7 @@ class WebhooksConfig:
     ca: Path | None
 
 
-def read_webhooks(table: _Table, base: Path) -> WebhooksConfig:
+def read_webhooks(table: Table, base: Path) -> WebhooksConfig:
     nothing: tuple[str, ...] = ()
     webhooks = WebhooksConfig(
         allow=table.take("allow", address_rules, nothing),

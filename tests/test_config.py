@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from aiexport_edge.proto import config_text
 from aiexport_edge.proto.config import Config, ConfigError, check_sources, load, source_directory
+from aiexport_edge.proto.config_table import line_of
 from aiexport_edge.proto.units import (
     format_duration,
     format_size,
@@ -38,8 +40,75 @@ def read(tmp_path: Path, text: str) -> Config:
 def sentence(tmp_path: Path, text: str) -> str:
     with pytest.raises(ConfigError) as error:
         read(tmp_path, text)
-    assert str(error.value).startswith(f"{tmp_path}/aiexport-edge.toml: ")
-    return str(error.value).removeprefix(f"{tmp_path}/aiexport-edge.toml: ")
+    where, _, said = str(error.value).partition(": ")
+    assert re.fullmatch(rf"{re.escape(str(tmp_path))}/aiexport-edge\.toml(:\d+)?", where)
+    return said
+
+
+def test_the_line_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"aiexport-edge\.toml:3: shim\.prot: unknown key"):
+        read(tmp_path, "# mine\n[shim]\nprot = 1\n")
+
+
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [
+        ("top", 1),
+        ("shim.port", 4),
+        ("shim.nothing", 2),  # where it is missing
+        ("models.0.ids", 6),
+        ("models.1", 12),
+        ("models.1.source", 12),
+        ("models.1.vllm.python", 15),
+        ("models.1.rope_scaling.factor", 13),
+        ("plans.pro.weight", 17),
+        ("engine.listen", None),
+    ],
+)
+def test_lines_of_keys(key: str, line: int | None) -> None:
+    text = '''\
+top = 1
+[shim]
+cors_origins = [ "https://a" ]
+"port" = 2
+[[models]]
+ids = [
+  "source = 1",
+]
+display_name = """
+[shim]
+port = 3"""
+[[ models ]]
+rope_scaling = { rope_type = "yarn", factor = 4.0 }
+[models.vllm]
+python = "p"
+[plans]
+pro.weight = 3
+'''
+    assert line_of(text, key) == line
+
+
+def test_a_file_of_another_editor(tmp_path: Path) -> None:
+    (tmp_path / "edge.toml").write_bytes(b"\xef\xbb\xbf[shim]\r\nport = 9000\r\n")
+    assert load(tmp_path / "edge.toml", tmp_path).shim.port == 9000
+
+
+def test_a_relative_store_lies_beside_the_file(tmp_path: Path) -> None:
+    """As every path of the file: not where a command happens to be run."""
+    config = read(tmp_path, '[store]\nurl = "sqlite:///data/edge.db"\n')
+    assert config.store.url == f"sqlite:///{tmp_path}/data/edge.db"
+    assert read(tmp_path, config_text.to_toml(config)).store.url == config.store.url
+    assert read(tmp_path, '[store]\nurl = "sqlite:////srv/edge.db"\n').store.url == "sqlite:////srv/edge.db"
+
+
+def test_a_user_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: (_ for _ in ()).throw(KeyError))
+    monkeypatch.chdir(tmp_path)
+    assert load(None, tmp_path / "state").state == tmp_path / "state"
+    with pytest.raises(ConfigError, match="name a directory with --state"):
+        load()
 
 
 def test_without_a_file_the_demo_serves_every_tier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +201,12 @@ def test_json_mode_is_for_sonnet_and_opus_unless_the_operator_says_otherwise(tmp
         ("[shimm]\nport = 1\n", 'shimm: unknown key; did you mean "shim"?'),
         ("[plans.fre]\nweight = 1\n", 'plans.fre: unknown key; did you mean "free"?'),
         ("[store]\nzzz = 1\n", "store.zzz: unknown key; known here: url"),
+        ('[store]\nurl = "mysql://h/d"\n', "store.url: must be sqlite:///FILE or postgresql://user@host/database, no"),
+        ('[store]\nurl = "/srv/edge.db"\n', "store.url: must be sqlite:///FILE or postgresql://user@host/database"),
+        ('[store]\nurl = "sqlite:///:memory:"\n', "store.url: must be sqlite:///FILE"),
+        ('[store]\nurl = "postgresql://u:secret@h/d"\n', "store.url: must hold no password; put it into libpq's"),
+        ('[tls]\ncert = "~nobody-here/c"\n', "tls.cert: names a home directory that is not there"),
+        ('[tls]\ncert = "a\\u0000b"\n', "tls.cert: holds a character that no path can have"),
         (MODEL + "input_per_millon = 1\n", 'models.0.input_per_millon: unknown key; did you mean "input_per_million"?'),
         ("shim = 3\n", "shim: must be a table, [in.brackets]"),
         ("[shim]\nport = true\n", "shim.port: must be a whole number from 1 to 65535, not True"),

@@ -6,8 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from aiexport_edge.proto.config import PLANS
-from aiexport_edge.proto.config_limits import MAX_REQUESTS_PER_MINUTE, MAX_TOKENS_PER_DAY, UNLIMITED
+from aiexport_edge.proto.config_limits import MAX_REQUESTS_PER_MINUTE, MAX_TOKENS_PER_DAY, PLANS, UNLIMITED
 from aiexport_edge.shim.cli.command import (
     CommandError,
     actions_of,

@@ -19,11 +19,11 @@ from typing import Any
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
+from aiexport_edge.proto.config_store import POSTGRES
 from aiexport_edge.shim.store.errors import StoreError, WrongSchema
 from aiexport_edge.shim.store.schema import REVISION
 
 BUSY_TIMEOUT_MS = 5_000
-_POSTGRES_DRIVERS = ("postgresql", "postgres", "postgresql+asyncpg", "postgresql+psycopg")
 _POSTGRES_CONNECT = {
     "connect_timeout": 5,
     "application_name": "aiexport-edge",
@@ -32,6 +32,7 @@ _POSTGRES_CONNECT = {
     "keepalives_idle": 30,
     "tcp_user_timeout": 20_000,
 }
+_SQLITE_PATH_LIMIT = 500  # bytes; its MAX_PATHNAME is 512, with the endings of the files beside it
 _MIGRATION_LOCK = 0x61786564  # any number that no other program locks
 
 
@@ -45,6 +46,11 @@ def open_database(url: str) -> Engine:
         file = None
         if parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:"):
             file = Path(str(parsed.database))
+            if len(os.fsencode(file.absolute())) > _SQLITE_PATH_LIMIT:
+                raise StoreError(
+                    f"The path of the store, {file}, is longer than SQLite's {_SQLITE_PATH_LIMIT} bytes; "
+                    "name a shorter --state or [store] url."
+                )
             _make_private(file)
         if parsed.get_backend_name() == "postgresql":
             engine = create_engine(parsed, hide_parameters=True, pool_pre_ping=True, connect_args=_POSTGRES_CONNECT)
@@ -101,7 +107,7 @@ def store_url(url: str) -> URL:
     Raises `ArgumentError`, or `StoreError` for another database.
     """
     parsed = make_url(url)
-    if parsed.drivername in _POSTGRES_DRIVERS:
+    if parsed.drivername in POSTGRES:
         query = dict(parsed.query)
         if "ssl" in query:  # asyncpg's name for libpq's
             query.setdefault("sslmode", query.pop("ssl"))

@@ -96,6 +96,8 @@ def test_bad_usage_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert "must be a duration such as 90d" in usage_error(
         capsys, "keys", "create", "--workspace", "a", "--expires", "soon"
     )
+    assert "must be a date such as 2025-04-01" in usage_error(capsys, "usage", "--start", "yesterday")
+    assert 'must be "HOST:PORT" or "unix:PATH"' in usage_error(capsys, "engine", "--listen", "somewhere")
     assert "must be a port from 1 to 65535, not '99999'" in usage_error(capsys, "serve", "--port", "99999")
     assert "unrecognized arguments: --works" in usage_error(capsys, "keys", "list", "--workspace", "a", "--works", "b")
 
@@ -217,7 +219,7 @@ def test_config_check_and_show(cli: Cli, tmp_path: Path) -> None:
 
     file.write_text("[shim]\nprot = 9000\n")
     assert cli("config", "check", str(file), status=1)[1] == (
-        f'aiexport-edge: {file}: shim.prot: unknown key; did you mean "port"?\n'
+        f'aiexport-edge: {file}:2: shim.prot: unknown key; did you mean "port"?\n'
     )
     assert cli("workspaces", "list", "--config", str(file), status=1)[0] == ""
     assert "there is no such file" in cli("config", "show", "--config", str(tmp_path / "none.toml"), status=1)[1]
@@ -274,7 +276,8 @@ def test_doctor_names_each_problem_and_its_remedy(cli: Cli, tmp_path: Path) -> N
         file = tmp_path / "edge.toml"
         file.write_text(
             f'[shim]\nport = {port}\n[[models]]\nids = ["a"]\nfamily = "opus"\nsource = "half"\n'
-            f'[store]\nurl = "nodatabase://x"\n[admin]\nlisten = "127.0.0.1:{free_port()}"\n'
+            f'[store]\nurl = "postgresql://nobody@127.0.0.1:{free_port()}/x"\n'
+            f'[admin]\nlisten = "127.0.0.1:{free_port()}"\n'
         )
         out, _ = cli("doctor", "--config", str(file), "--json", status=1)
     problems = {check["name"]: check for check in json.loads(out)["checks"] if check["status"] == "problem"}

@@ -23,7 +23,8 @@ from aiexport_edge.engine.models.presets import (
     to_table,
     to_toml,
 )
-from aiexport_edge.proto.config import QUANTIZATIONS, load, source_directory
+from aiexport_edge.proto.config import load, source_directory
+from aiexport_edge.proto.config_models import QUANTIZATIONS
 
 FILES = Path(__file__).resolve().parents[3] / "deploy" / "presets"
 # As the models' pages on Hugging Face count them, in billions.
