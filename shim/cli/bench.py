@@ -24,6 +24,7 @@ from aiexport_edge.shim.cli.command import (
 )
 from aiexport_edge.shim.cli.rest_client import Server, checked_key, key_from_environment, parse_server
 from aiexport_edge.shim.cli.rest_client import own_server as configured_server
+from aiexport_edge.shim.cli.serve_lock import serving
 
 EPILOG = """\
 The running server of this state directory is measured; where none runs, one is started for the time, with the same
@@ -84,14 +85,15 @@ def _measured(config: Config, args: argparse.Namespace) -> Iterator[tuple[Server
     """The server, a key for it, and which server that is."""
     given = args.key or key_from_environment()
     with ExitStack() as stack:
-        pid = own_server.serving_pid(config.state)
+        running = serving(config.state)
         if args.url is not None:
             server, note = args.url, "named with --url"
-        elif pid is not None:
-            server, note = configured_server(config), f"serve, pid {pid}"
+        elif running is not None:
+            server, note = configured_server(config), f"serve, pid {running.pid}"
             if not own_server.is_ready(server):
                 raise CommandError(
-                    f"serve runs (pid {pid}), but is not ready at {server.url}; wait, or name its address with --url"
+                    f"serve runs (pid {running.pid}), but is not ready at {server.url}; wait, or name its address with "
+                    "--url"
                 )
         else:
             processes.require_engine_packages()

@@ -165,7 +165,8 @@ def plain(value: Any) -> Any:
 
 
 def print_json(document: Any) -> None:
-    print(json.dumps(plain(document), ensure_ascii=False, indent=2))
+    is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    print(json.dumps(plain(document), ensure_ascii=not is_unicode, indent=2))
 
 
 def print_record(record: Mapping[str, Any]) -> None:

@@ -10,10 +10,12 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aiexport_edge.proto.config import Config, ConfigError, source_directory
 from aiexport_edge.proto.units import split_address
@@ -23,8 +25,13 @@ from aiexport_edge.shim.cli.check import OK, PROBLEM, WARNING, Check
 from aiexport_edge.shim.cli.command import CommandError, json_option, load_config, opened_store, print_json
 from aiexport_edge.shim.cli.crypto_keys import missing_master_keys
 from aiexport_edge.shim.cli.listeners import listen
-from aiexport_edge.shim.cli.own_server import serving_pid
+from aiexport_edge.shim.cli.own_server import is_ready
+from aiexport_edge.shim.cli.rest_client import own_server
+from aiexport_edge.shim.cli.serve_lock import serving
 from aiexport_edge.shim.cli.weights import inspect_weights
+
+if TYPE_CHECKING:
+    from aiexport_edge.shim.store import Store
 
 EPILOG = """\
 example:
@@ -33,6 +40,7 @@ example:
 """
 
 GIB = 2**30
+STATE_REMEDY = "give this user the right (chown), or name another place with --state"
 
 
 def add_arguments(_name: str, parser: argparse.ArgumentParser) -> None:
@@ -109,7 +117,11 @@ def _cpu_flags() -> set[str]:
 def _weights(config: Config) -> Iterator[Check]:
     total = 0
     for spec in config.weights:
-        found = inspect_weights(source_directory(spec.source))
+        directory = source_directory(spec.source)
+        if config.shim.engines and not directory.is_dir():
+            yield Check(f"model {spec.name}", OK, "not on this machine: the engines of [shim] engines have it")
+            continue
+        found = inspect_weights(directory)
         total += found.num_bytes
         if found.problem is None:
             detail = f"{len(found.files)} files, {found.num_bytes / 2**20:,.0f} MiB"
@@ -119,7 +131,9 @@ def _weights(config: Config) -> Iterator[Check]:
             yield Check(f"model {spec.name}", PROBLEM, sentence, remedy)
     available = _available_memory()
     if available is not None:
-        short = total > available
+        # Those of a server that runs are in memory already, a card's in the card's.
+        on_card = card_checks.has_card() and config.engine.device != "cpu"
+        short = total > available and not on_card and serving(config.state) is None
         detail = f"{available / GIB:.1f} GiB available, {total / GIB:.1f} GiB of weights"
         yield Check("memory", PROBLEM if short else OK, detail, "free memory or serve a smaller model" if short else "")
 
@@ -137,18 +151,22 @@ def _available_memory() -> int | None:
 
 def _state(config: Config) -> Iterator[Check]:
     state = config.state
-    if state.exists():
-        if not (state.is_dir() and os.access(state, os.R_OK | os.W_OK | os.X_OK)):
-            remedy = "give this user the right (chown), or name another place with --state"
-            yield Check("state", PROBLEM, f"{state} cannot be written", remedy)
-            return
-        if state.stat().st_mode & 0o077:
-            yield Check("state", WARNING, f"{state} can be read by other users", f"chmod 700 {state}")
-        else:
-            yield Check("state", OK, str(state))
-    else:
-        yield Check("state", OK, f"{state} is made at the first start")
+    try:
+        mode = state.stat().st_mode
+    except FileNotFoundError:
+        mode = None
+    except OSError as error:
+        yield Check("state", PROBLEM, f"{state} cannot be looked into ({error.strerror})", STATE_REMEDY)
+        return
     there = next(path for path in (state, *state.parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.R_OK | os.W_OK | os.X_OK)):
+        yield Check("state", PROBLEM, f"{there} cannot be written", STATE_REMEDY)
+    elif mode is None:
+        yield Check("state", OK, f"{state} is made at the first start")
+    elif mode & 0o077:
+        yield Check("state", WARNING, f"{state} can be read by other users", f"chmod 700 {shlex.quote(str(state))}")
+    else:
+        yield Check("state", OK, str(state))
     free = shutil.disk_usage(there).free
     low = free < GIB
     remedy = "free at least 1 GiB, or move the state with --state" if low else ""
@@ -157,22 +175,41 @@ def _state(config: Config) -> Iterator[Check]:
 
 def _store(config: Config) -> Iterator[Check]:
     file = config.store.url.removeprefix("sqlite:///")
-    if file != config.store.url and not Path(file).exists():
-        yield Check("store", OK, f"{file} is made at the first start")
-        if needs_login(config):
-            yield Check("admin login", PROBLEM, f"{config.admin_listen} can be reached and has no login", REMEDY)
-        return
+    if file != config.store.url:
+        try:
+            os.stat(file)
+        except FileNotFoundError:
+            yield Check("store", OK, f"{file} is made at the first start")
+            if needs_login(config):
+                yield Check("admin login", PROBLEM, f"{config.admin_listen} can be reached and has no login", REMEDY)
+            return
+        except OSError as error:
+            yield Check("store", PROBLEM, f"{file} cannot be looked for ({error.strerror})", STATE_REMEDY)
+            return
+    from aiexport_edge.shim.cli.clock_checks import clock
+
     try:
         with opened_store(config) as store:
-            count = len(store.list_workspaces())
+            yield Check("store", OK, f"{len(store.list_workspaces())} workspaces")
             without_login = lacks_login(config, store)
-            missing = missing_master_keys(config, store)
+            if without_login is not None:
+                yield Check("admin login", PROBLEM, without_login, REMEDY)
+            yield from _master_key(config, store)
+            yield from clock(store.database)
     except CommandError as error:
-        yield Check("store", PROBLEM, str(error), "correct [store] url, or start the database it names")
+        sentence, _, remedy = str(error).rpartition("; ")
+        remedy = remedy if sentence else "correct [store] url, or start the database it names"
+        yield Check("store", PROBLEM, sentence or str(error), remedy)
+
+
+def _master_key(config: Config, store: Store) -> Iterator[Check]:
+    from aiexport_edge.shim.secrets import SecretError
+
+    try:
+        missing = missing_master_keys(config, store)
+    except SecretError as error:
+        yield Check("master key", PROBLEM, str(error), "correct it, or restore it from its backup")
         return
-    yield Check("store", OK, f"{count} workspaces")
-    if without_login is not None:
-        yield Check("admin login", PROBLEM, without_login, REMEDY)
     if missing:
         detail = f"secrets are sealed under {', '.join(missing)}, not here"
         remedy = f"restore it from its backup to {config.state / 'master.key'}, or set AIEXPORT_MASTER_KEY"
@@ -195,12 +232,18 @@ def _limits(config: Config) -> Iterator[Check]:
 
 
 def _ports(config: Config) -> Iterator[Check]:
-    pid = serving_pid(config.state)
+    running = serving(config.state)
+    if running is not None:
+        url = own_server(config).url
+        where = f"serve runs here (pid {running.pid})"
+        if is_ready(own_server(config)):
+            yield Check("service", OK, f"{where} and is ready at {url}")
+        else:
+            remedy = "wait while it starts; else see its log, and the engine below"
+            yield Check("service", PROBLEM, f"{where}, but is not ready at {url}", remedy)
+        return
     admin = split_address(config.admin_listen)
     for name, (host, port) in (("port", (config.shim.host, config.shim.port)), ("admin port", admin)):
-        if pid is not None:
-            yield Check(name, OK, f"{port}: serve runs here (pid {pid})")
-            continue
         try:
             listen(host, port, f"--{name.replace(' ', '-')}").close()
         except CommandError as error:

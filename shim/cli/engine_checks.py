@@ -1,4 +1,4 @@
-"""`doctor` about engines on other machines: the certificates of both sides, and whether each can be reached."""
+"""`doctor` about engines: that of a `serve` which runs here, and those on other machines with their certificates."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 from aiexport_edge.proto.config import Config
 from aiexport_edge.shim.cli.check import OK, PROBLEM, WARNING, Check
+from aiexport_edge.shim.cli.listeners import find_engine_socket
+from aiexport_edge.shim.cli.serve_lock import serving
 
 SOON = timedelta(days=14)
 
@@ -27,9 +29,13 @@ def certificates(config: Config) -> Iterator[Check]:
 
 
 def engines(config: Config) -> Iterator[Check]:
-    """Of `[shim] engines`: whether each answers, and whether all have the same weights under the same name."""
+    """That of `serve` where it runs, and those of `[shim] engines`: whether each answers, and whether all have the same
+    weights under the same name.
+    """
     shim = config.shim
-    if not shim.engines:
+    own = None if serving(config.state) is None else find_engine_socket(config.state)
+    targets = (*([] if own is None else [f"unix:{own}"]), *shim.engines)
+    if not targets:
         return
     from aiexport_edge.shim.engines.access import AccessError, EngineAccess
     from aiexport_edge.shim.engines.probe import look_at
@@ -41,11 +47,13 @@ def engines(config: Config) -> Iterator[Check]:
         yield Check("engines", PROBLEM, str(error), "correct [shim] in the configuration, or the files it names")
         return
     revisions: dict[str, dict[str, list[str]]] = {}
-    for seen in look_at(shim.engines, access):
+    for seen in look_at(targets, access):
         if seen.state == "away":
             yield Check(f"engine {seen.address}", PROBLEM, seen.reason, "see its log, then run doctor again")
             continue
-        models = ", ".join(f"{model.name} {model.state}" for model in seen.models)
+        models = ", ".join(
+            f"{model.name} {model.state}" + (f" ({model.message})" if model.message else "") for model in seen.models
+        )
         status = OK if seen.state == "serving" else WARNING
         remedy = "" if status == OK else "it gets no work meanwhile; see its log"
         yield Check(f"engine {seen.address}", status, f"{seen.state}: {models}", remedy)

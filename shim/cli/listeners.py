@@ -83,4 +83,6 @@ def find_engine_socket(state: Path) -> Path | None:
     path = state / ENGINE_SOCKET
     if path.is_symlink():
         path = path.readlink()
+    if len(os.fsencode(path)) > SOCKET_PATH_LIMIT:
+        path = path.resolve()  # `serve` was given a shorter way here, or the link would say another
     return path if path.exists() else None

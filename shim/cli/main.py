@@ -9,13 +9,18 @@ Exit status: 0 done, 1 failed (the reason on stderr), 2 bad usage, 130 interrupt
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib
+import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from aiexport_edge.shim.cli.command import CommandError, Parser, common_options
+from aiexport_edge.shim.cli.ownership import state_keeps_its_owner
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -57,8 +62,22 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def build_parser(command: str | None) -> argparse.ArgumentParser:
-    """The whole parser, with the options of `command` alone filled in."""
+class _Command(Parser):
+    """A command's parser, which gets its options when the command is the one that is run."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.fill: Callable[[], None] | None = None
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        fill, self.fill = self.fill, None
+        if fill is not None:
+            fill()
+        return super().parse_known_args(*args, **kwargs)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole parser. Each command's options are added when it is parsed."""
     parser = Parser(
         prog="aiexport-edge",
         description="The AI Export v2 REST API, served from your own machines.",
@@ -66,23 +85,28 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
         parents=[common_options()],
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="the product's version and the API's")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Command)
     for name, (module, help_text) in COMMANDS.items():
-        sub = commands.add_parser(name, help=help_text, description=help_text, parents=[common_options()])
-        if name == command:
-            importlib.import_module(f"aiexport_edge.shim.cli.{module}").add_arguments(name, sub)
+        common: list[Any] = [common_options()]
+        sub = commands.add_parser(name, help=help_text, description=help_text, parents=common)
+        sub.fill = partial(_add_arguments, module, name, sub)
     return parser
 
 
+def _add_arguments(module: str, name: str, parser: argparse.ArgumentParser) -> None:
+    importlib.import_module(f"aiexport_edge.shim.cli.{module}").add_arguments(name, parser)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line; returns its exit status."""
-    _open_standard_streams()
-    words = list(sys.argv[1:] if argv is None else argv)
-    args = build_parser(next((word for word in words if word in COMMANDS), None)).parse_args(words)
+    """Runs one command line; returns its exit status. Without `argv` it is the program's own."""
     try:
-        status: int = args.run(args)
-        if sys.stdout is not None:  # closed by whoever started us
-            sys.stdout.flush()
+        _open_standard_streams()
+        if argv is None:
+            _keep_the_working_directory_out()
+        args = build_parser().parse_args(argv)
+        with state_keeps_its_owner(args):
+            status: int = args.run(args)
+        sys.stdout.flush()
         return status
     except CommandError as error:
         return _fail(str(error))
@@ -101,12 +125,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _open_standard_streams() -> None:
-    """Where the caller has closed one, the next file to be opened would take its number, and be written to."""
+    """Where the caller has closed one, the next file to be opened would take its number, and be written to; and Python
+    has None for it, which `print` takes for stdout. What a terminal's encoding lacks is written as an escape.
+    """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _keep_the_working_directory_out() -> None:
+    """The processes that this one starts as `python -m …` would look for their modules in the working directory first,
+    where a user's `queue.py` may lie. Where this one itself was found there (a checkout without an installation) they
+    are to look there too.
+    """
+    with contextlib.suppress(FileNotFoundError):  # a directory that is gone holds nothing
+        if sys.path[0] not in ("", os.getcwd()):
+            os.environ["PYTHONSAFEPATH"] = "1"
 
 
 def _drop_output() -> None:

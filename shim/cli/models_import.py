@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -166,7 +167,7 @@ def _fill(source: Path, staging: Path, done: _Import) -> None:
             continue
         names = done.hashes.setdefault(entry.folder, {})
         folder = staging / _folder_name(done, entry.folder)
-        folder.mkdir(mode=0o700, exist_ok=True)
+        folder.mkdir(exist_ok=True)  # the umask says who may read it: below the state directory nobody else can
         target = folder / entry.name
         if entry.path is not None and _linked(entry.path, target):
             done.linked += 1
@@ -175,7 +176,6 @@ def _fill(source: Path, staging: Path, done: _Import) -> None:
             continue
         _require_space(staging, entry.size, source)
         with entry.stream or open(entry.path or "", "rb") as stream, target.open("xb") as output:
-            os.fchmod(output.fileno(), 0o600)
             names[entry.name] = _pour(stream, output.fileno(), entry, progress)
             os.fsync(output.fileno())
 
@@ -189,7 +189,11 @@ def _same_disk(source: Path, staging: Path) -> bool:
 
 
 def _linked(file: Path, target: Path) -> bool:
-    """Whether a hard link could stand for a copy: the same disk, and a system that allows it."""
+    """Whether a hard link could stand for a copy: the same disk, and a system that allows it. Not of a file that root
+    alone can read: who serves the model may be another user.
+    """
+    if os.geteuid() == 0 and not file.stat().st_mode & stat.S_IROTH:
+        return False
     try:
         os.link(file, target, follow_symlinks=False)
     except OSError:

@@ -70,12 +70,17 @@ def _read_password() -> str:
     """From the terminal twice, else the first line of stdin."""
     from aiexport_edge.shim.auth.operator import MIN_PASSWORD_CHARS
 
-    if sys.stdin.isatty():
-        password = getpass.getpass("New password: ")
-        if getpass.getpass("Again: ") != password:
-            raise CommandError("the two are not the same; nothing was changed")
-    else:
-        password = sys.stdin.readline().rstrip("\r\n")
+    try:
+        if sys.stdin.isatty():
+            password = getpass.getpass("New password: ")
+            if getpass.getpass("Again: ") != password:
+                raise CommandError("the two are not the same; nothing was changed")
+        else:
+            password = sys.stdin.readline().rstrip("\r\n")
+    except EOFError:
+        raise CommandError("no password was entered; nothing was changed") from None
+    except UnicodeDecodeError:
+        raise CommandError("a password must be text in this terminal's encoding; nothing was changed") from None
     if len(password) < MIN_PASSWORD_CHARS:
         raise CommandError(f"a password needs at least {MIN_PASSWORD_CHARS} characters; nothing was changed")
     return password

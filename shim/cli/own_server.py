@@ -1,11 +1,10 @@
-"""The server of a state directory: whether one runs, and one of our own for as long as a command needs it.
+"""A server of our own for as long as a command needs one, and a key for it.
 
-Knows `serve`'s lock file and its options; nothing of what is asked of the server.
+Knows `serve`'s options; nothing of what is asked of the server.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 import socket
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from aiexport_edge.proto import config as configuration
 from aiexport_edge.proto.config import Config
+from aiexport_edge.proto.config_store import default_url
 from aiexport_edge.shim.cli.admin import needs_login
 from aiexport_edge.shim.cli.command import CommandError, make_state, opened_store
 from aiexport_edge.shim.cli.rest_client import NoReply, Server, Unreachable, exchange, own_server
@@ -28,21 +28,6 @@ START_S = 600.0  # a large model is read from disk meanwhile
 PROBE_S = 0.05  # between two questions for readiness
 STOP_S = 60.0
 KEY_LIFE = timedelta(hours=1)  # of a temporary key that nobody has revoked: the command was killed
-
-
-def serving_pid(state: Path) -> str | None:
-    """The pid in serve's lock file, where a `serve` holds it."""
-    try:
-        descriptor = os.open(state / "serve.lock", os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return os.pread(descriptor, 20, 0).decode(errors="replace").strip()
-    finally:
-        os.close(descriptor)
-    return None
 
 
 @contextmanager
@@ -64,7 +49,7 @@ def own_state(config: Config) -> Iterator[Config]:
     that it names, the login of an admin listener beyond loopback.
     """
     make_state(config.state)
-    if needs_login(config) or config.store.url != configuration.load(None, config.state).store.url:
+    if needs_login(config) or config.store.url != default_url(config.state):
         yield config
         return
     with tempfile.TemporaryDirectory(prefix="bench-", dir=config.state) as folder:

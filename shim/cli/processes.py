@@ -12,7 +12,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING
 
-from aiexport_edge.proto.config_values import grpc_target
+from aiexport_edge.proto.config_values import grpc_address, grpc_target
 from aiexport_edge.shim.cli.command import CommandError, argument_type, load_config, make_state, port_number
 
 if TYPE_CHECKING:
@@ -32,7 +32,12 @@ example:
 def add_arguments(name: str, parser: argparse.ArgumentParser) -> None:
     if name == "engine":
         parser.epilog = ENGINE_EPILOG
-        parser.add_argument("--listen", metavar="ADDR", help="HOST:PORT or unix:PATH (default: 127.0.0.1:50051)")
+        parser.add_argument(
+            "--listen",
+            metavar="ADDR",
+            type=argument_type(grpc_address, "address"),
+            help="HOST:PORT or unix:PATH (default: 127.0.0.1:50051)",
+        )
         parser.set_defaults(run=_engine)
         return
     parser.epilog = SHIM_EPILOG

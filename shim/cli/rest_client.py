@@ -20,8 +20,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from aiexport_edge.proto.config import Config
-from aiexport_edge.proto.units import join_address
+from aiexport_edge.proto.units import join_address, split_address
 from aiexport_edge.shim.cli.command import CommandError
+from aiexport_edge.shim.cli.serve_lock import serving
 from aiexport_edge.shim.cli.welcome import own_tls
 
 KEY_VARIABLE = "AIEXPORT_KEY"
@@ -109,9 +110,13 @@ def parse_server(url: str) -> Server:
 
 
 def own_server(config: Config) -> Server:
-    """This installation's REST listener as the configuration places it, called from this machine."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.shim.host, config.shim.host)
-    return Server(host, config.shim.port, "", None if config.tls.cert is None else own_tls())
+    """This installation's REST listener, called from this machine: of the `serve` that runs, else as configured."""
+    found = serving(config.state)
+    if found is not None and found.rest is not None:
+        host, port = split_address(found.rest)
+    else:
+        host, port = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.shim.host, config.shim.host), config.shim.port
+    return Server(host, port, "", None if config.tls.cert is None else own_tls())
 
 
 def checked_key(key: str, option: str) -> str:

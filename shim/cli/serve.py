@@ -9,24 +9,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import fcntl
 import os
 import signal
 import socket
-import sys
 import time
-from collections.abc import Coroutine, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Coroutine
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from aiexport_edge.proto.config import Config, check_sources
 from aiexport_edge.proto.units import join_address, split_address
-from aiexport_edge.shim.cli import processes, welcome
+from aiexport_edge.shim.cli import processes, serve_lock, welcome
 from aiexport_edge.shim.cli.admin import admin_url, require_login
 from aiexport_edge.shim.cli.command import CommandError, load_config, make_state
-from aiexport_edge.shim.cli.listeners import engine_socket, listen
-from aiexport_edge.shim.cli.supervisor import Child, ChildSpec, StartFailed
+from aiexport_edge.shim.cli.listeners import engine_socket, listen, reachable_host
+from aiexport_edge.shim.cli.supervisor import Child, ChildSpec, StartFailed, log
 
 T = TypeVar("T")
 
@@ -57,8 +54,9 @@ def run(args: argparse.Namespace) -> int:
     os.umask(0o077)
     require_login(config)
     with ExitStack() as stack:
-        stack.enter_context(_lock(config.state))
+        announce = stack.enter_context(serve_lock.held(config.state))
         rest, admin = _listeners(config, stack)
+        announce(*(join_address(reachable_host(sock), sock.getsockname()[1]) for sock in (rest, admin)))
         address = "unix:" + str(stack.enter_context(engine_socket(config.state)))
         engine = ChildSpec("engine", processes.engine_command(config, address), hidden=_SHIM_SECRETS)
         return asyncio.run(_Installation(config, rest, admin, engine, (address, *config.shim.engines)).run())
@@ -95,29 +93,11 @@ def _with_options(config: Config, args: argparse.Namespace) -> Config:
     return config
 
 
-@contextmanager
-def _lock(state: Path) -> Iterator[None]:
-    """Held while this process serves. Raises `CommandError` with the other's pid where another does."""
-    path = state / "serve.lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = os.pread(descriptor, 20, 0).decode(errors="replace").strip() or "unknown"
-            raise CommandError(
-                f"another serve (pid {pid}) runs on {state}; stop it, or give this one a --state of its own"
-            ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _listeners(config: Config, stack: ExitStack) -> tuple[socket.socket, socket.socket]:
-    rest = stack.enter_context(listen(config.shim.host, config.shim.port, "--port"))
     admin_host, admin_port = split_address(config.admin_listen)
+    if (admin_host, admin_port) == (config.shim.host, config.shim.port):
+        raise CommandError(f"port {admin_port} is to be both REST's and the operator's; choose another --admin-port")
+    rest = stack.enter_context(listen(config.shim.host, config.shim.port, "--port"))
     return rest, stack.enter_context(listen(admin_host, admin_port, "--admin-port"))
 
 
@@ -147,7 +127,9 @@ class _Installation:
     async def run(self) -> int:
         """Until a signal: 0. Raises `CommandError` where a part gives up before the installation was ever ready."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        # What is run by nohup goes on when its terminal is closed.
+        hang_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+        for number in (signal.SIGTERM, signal.SIGINT, *hang_up):
             loop.add_signal_handler(number, self._on_signal, number)
         serving = asyncio.ensure_future(self._serve())
         stopping = asyncio.ensure_future(self._stop.wait())
@@ -177,19 +159,19 @@ class _Installation:
 
     async def _serve(self) -> None:
         """Starts everything, says when it is ready, then watches until a child is given up."""
-        self._log(f"starting {self._parts()} on {join_address(*self._rest.getsockname()[:2])}")
+        log(f"starting {self._parts()} on {join_address(*self._rest.getsockname()[:2])}")
         if self._engine_spec is not None:
-            self._engine = [Child(self._engine_spec, self._log)]
+            self._engine = [Child(self._engine_spec, log)]
         # The store is made ready while the engine loads, and before several shims would all do it.
         greeting = await self._unless_given_up(
             asyncio.to_thread(welcome.prepare, self._config, demo=bool(self._engine))
         )
-        self._shims = [Child(spec, self._log) for spec in self._shim_specs]
+        self._shims = [Child(spec, log) for spec in self._shim_specs]
         await self._unless_given_up(welcome.until_ready(self._rest, tls=self._config.tls.cert is not None))
         for child in self._shims + self._engine:
             child.proven = True
         await asyncio.to_thread(welcome.show, greeting, self._config, self._rest)
-        self._log(f"the operator's console: {admin_url(self._config, self._admin)}/console")
+        log(f"the operator's console: {admin_url(self._config, self._admin)}/console")
         await self._unless_given_up(asyncio.Event().wait())
 
     async def _unless_given_up(self, work: Coroutine[None, None, T]) -> T:
@@ -207,7 +189,7 @@ class _Installation:
 
     async def _drain(self) -> None:
         """Nothing new, then the streams' ends, then the engine's."""
-        self._log("stopping: open streams may finish")
+        log("stopping: open streams may finish")
         self._rest.close()
         self._admin.close()
         patience = self._config.shim.drain.total_seconds() + SHIM_MARGIN
@@ -221,6 +203,3 @@ class _Installation:
         if self._engine_spec is None:
             return shims
         return f"the engine ({', '.join(spec.name for spec in self._config.weights)}) and {shims}"
-
-    def _log(self, line: str) -> None:
-        print(f"aiexport-edge: {line}", file=sys.stderr, flush=True)

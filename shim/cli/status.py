@@ -9,8 +9,8 @@ from typing import Any
 from aiexport_edge.proto.config import Config
 from aiexport_edge.shim.cli.command import json_option, load_config, print_json
 from aiexport_edge.shim.cli.listeners import find_engine_socket
-from aiexport_edge.shim.cli.own_server import serving_pid
 from aiexport_edge.shim.cli.rest_client import NoReply, Unreachable, exchange, own_server
+from aiexport_edge.shim.cli.serve_lock import serving
 
 EPILOG = """\
 example:
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 def engine_targets(config: Config) -> tuple[str, ...]:
     """The engines of the shim here: that of `serve` where it runs, and those of the configuration."""
-    if serving_pid(config.state) is None:
+    if serving(config.state) is None:
         return config.engine_addresses
     own = find_engine_socket(config.state)
     return (*([f"unix:{own}"] if own is not None else []), *config.shim.engines)

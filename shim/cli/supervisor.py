@@ -6,10 +6,11 @@ Owns their start, their replacement when they end by themselves, and their order
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,17 @@ from aiexport_edge.proto.lifetime import PARENT_PID
 
 FIRST_DELAY = 0.1  # seconds before a dead child is started again, doubled each time up to LAST_DELAY
 LAST_DELAY = 10.0
+_STDERR = 2
 SETTLED = 30.0  # a child that has lived so long starts again with FIRST_DELAY
+
+
+def log(line: str) -> None:
+    """A line on stderr. A disk that is full, or a reader who has left or stands still, is no reason to stop serving."""
+    with contextlib.suppress(OSError):
+        poll = select.poll()
+        poll.register(_STDERR, select.POLLOUT)
+        if poll.poll(0):
+            os.write(_STDERR, f"aiexport-edge: {line}\n".encode(errors="backslashreplace"))
 
 
 class StartFailed(Exception):
@@ -75,7 +86,7 @@ class Child:
         return await asyncio.create_subprocess_exec(
             *self.spec.argv,
             stdin=subprocess.DEVNULL,
-            stdout=sys.stderr.fileno(),
+            stdout=_STDERR,
             pass_fds=self.spec.pass_fds,
             start_new_session=True,
             env={

@@ -7,6 +7,7 @@ from typing import Any
 
 from aiexport_edge.shim.cli.command import (
     CommandError,
+    argument_type,
     json_option,
     load_config,
     opened_store,
@@ -24,11 +25,20 @@ _COLUMNS = ("requests", "input_tokens", "cache_read_input_tokens", "output_token
 def add_arguments(_name: str, parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("--workspace", metavar="NAME", help="one workspace (default: all together)")
-    parser.add_argument("--start", metavar="D", help="the first day, in UTC (default: 30 days up to the last)")
-    parser.add_argument("--end", metavar="D", help="the last day, in UTC (default: today)")
+    day = argument_type(_day, "day")
+    parser.add_argument("--start", metavar="D", type=day, help="the first day of UTC (default: 30 days up to the last)")
+    parser.add_argument("--end", metavar="D", type=day, help="the last day of UTC (default: today)")
     parser.add_argument("--by", choices=("model", "key", "day"), help="a line for each")
     json_option(parser)
     parser.set_defaults(run=run)
+
+
+def _day(text: str) -> str:
+    """Raises `ValueError` for what is no date."""
+    from aiexport_edge.shim.usage_report import Period
+
+    Period.parse(None, text)
+    return text
 
 
 def run(args: argparse.Namespace) -> int:

@@ -120,7 +120,7 @@ def test_a_directory(models: Import, tmp_path: Path) -> None:
     target = models.state / "models" / "tiny"
     check(models, target)
     assert (target / "model.safetensors").samefile(source / "model.safetensors")  # a hard link
-    assert stat.S_IMODE(target.stat().st_mode) == 0o700
+    assert stat.S_IMODE(target.parent.stat().st_mode) == 0o700
     assert {
         "aiexport-edge: left out modeling_custom.py: code: never run here",
         "aiexport-edge: left out pytorch_model.bin: pickle: loading it could run code",

@@ -54,7 +54,7 @@ class Serve:
 
 
 @contextmanager
-def serving(state: Path, *args: str, ends: int = 0) -> Iterator[Serve]:
+def serving(state: Path, *args: str, ends: int = 0, runner: tuple[str, ...] = ()) -> Iterator[Serve]:
     """Starts `serve`, waits until it has printed a line to paste; in the end SIGTERM must bring the status `ends`."""
     port = free_port()
     ports = ("--port", str(port), "--admin-port", str(free_port()))
@@ -62,7 +62,7 @@ def serving(state: Path, *args: str, ends: int = 0) -> Iterator[Serve]:
     with (
         log.open("a") as stderr,
         subprocess.Popen(
-            [*PROGRAM, "serve", "--state", str(state), *ports, *args],
+            [*runner, *PROGRAM, "serve", "--state", str(state), *ports, *args],
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
@@ -107,6 +107,15 @@ def test_first_start_then_a_later_one(tmp_path: Path) -> None:
         assert not (state / welcome.MARKER).exists()
         assert not (state / welcome.KEY_FILE).exists()
 
+        # wherever its listeners are: the ports were not configured
+        asked = subprocess.run(
+            [*PROGRAM, "status", "--json", "--state", str(state)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            check=False,
+        )
+        assert (asked.returncode, json.loads(asked.stdout)["service"]["status"]) == (0, "operational"), asked.stdout
         second = subprocess.run(
             [*PROGRAM, "serve", "--state", str(state)], capture_output=True, text=True, cwd=tmp_path, check=False
         )
@@ -168,7 +177,9 @@ def test_with_a_configuration_nothing_is_made(tmp_path: Path) -> None:
 
 
 def test_parts_that_are_killed_come_back(tmp_path: Path) -> None:
-    with serving(tmp_path / "state", "--host", "127.0.0.1") as edge:
+    nohup = ("sh", "-c", 'trap "" HUP; exec "$@"', "sh")
+    with serving(tmp_path / "state", "--host", "127.0.0.1", runner=nohup) as edge:
+        edge.process.send_signal(signal.SIGHUP)  # its terminal is closed: nothing ends
         found = KEY.search(edge.greeting)
         assert found is not None
         [shim] = edge.children("aiexport_edge.shim.server")

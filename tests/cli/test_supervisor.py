@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,25 @@ def test_a_child_does_not_inherit_what_is_hidden_from_it(tmp_path: Path, monkeyp
     found = (tmp_path / "environment").read_text()
     assert "shown" in found
     assert "s3cret" not in found
+
+
+@pytest.mark.parametrize("stderr", ["full disk", "reader has left", "reader stands still"])
+def test_a_log_that_takes_no_lines_ends_nothing(stderr: str) -> None:
+    if stderr == "full disk":
+        descriptors = [os.open("/dev/full", os.O_WRONLY)]
+    else:
+        descriptors = list(reversed(os.pipe()))
+        os.set_blocking(descriptors[0], False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(descriptors[0], bytes(4096))
+        os.set_blocking(descriptors[0], True)
+        if stderr == "reader has left":
+            os.close(descriptors.pop())
+    code = "from aiexport_edge.shim.cli.supervisor import log; log('a line'); print('on it goes')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=descriptors[0], timeout=60, check=True
+    )
+    for descriptor in descriptors:
+        os.close(descriptor)
+    assert done.stdout == b"on it goes\n"
