@@ -86,8 +86,11 @@ def _messages(system: str, turns: list[Turn]) -> list[Message]:
     return messages
 
 
-def stream(seed: int, quotes: list[str], *, long_share: float = 0.0) -> Iterator[list[Message]]:
-    """Conversations without end, the same for the same seed."""
+def stream(seed: int, quotes: list[str], *, long_share: float = 0.0, sums: float = 0.0) -> Iterator[list[Message]]:
+    """Conversations without end, the same for the same seed; a share ``sums`` of them only adds."""
     rng = random.Random(seed)
     while True:
+        if sums and rng.random() < sums:
+            yield _messages("", arithmetic.conversation(rng))
+            continue
         yield conversation(rng, quotes, long=rng.random() < long_share)

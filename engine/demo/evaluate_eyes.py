@@ -2,7 +2,7 @@
 
 ``python -m aiexport_edge.engine.demo.evaluate_eyes`` draws pictures by the generator of the training data from a seed
 of their own, asks about each in one of the wordings below, and counts an answer as right where it names the shape and
-the color and no other.
+the color and no other. ``--plain`` draws as somebody else would instead (``drawings.py``).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from PIL import Image
 
 from aiexport_edge.engine.images.patches import patches
 
-from . import MODEL_DIR, evaluate, pictures
+from . import MODEL_DIR, drawings, evaluate, pictures
 from .eyes import PATCHES
+from .looking import fit
 from .pictures import SHAPE_COLORS, SHAPES, Sight
-from .train_eyes import fit
 
 SEED = 990_000_000
 QUESTIONS = (
@@ -39,6 +39,7 @@ COLOR_QUESTIONS = ("Which color is it?", "What color is the shape in this image?
 SHAPE_QUESTIONS = ("What shape?", "Which shape is in this image?", "Please name the shape.")
 JSON_QUESTION = "Answer in JSON with keys shape and color: what is in the picture?"
 Right = Callable[[str], bool]
+Check = Callable[[str, Sight], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def _says_json(answer: str, sight: Sight) -> bool:
 
 def cases(count: int = 100, seed: int = SEED) -> dict[str, list[Case]]:
     """What is measured: ``count`` of each kind, each kind with pictures of its own."""
-    kinds: dict[str, tuple[tuple[str, ...], Callable[[str, Sight], bool]]] = {
+    kinds: dict[str, tuple[tuple[str, ...], Check]] = {
         "what is in the picture": (QUESTIONS, names),
         "its color": (COLOR_QUESTIONS, lambda answer, sight: sight.color in answer.lower()),
         "its shape": (SHAPE_QUESTIONS, lambda answer, sight: sight.shape in answer.lower()),
@@ -89,8 +90,20 @@ def cases(count: int = 100, seed: int = SEED) -> dict[str, list[Case]]:
     return found
 
 
-def _case(rng: random.Random, questions: tuple[str, ...], check: Callable[[str, Sight], bool]) -> Case:
-    image, sight = pictures.picture(rng)
+def plain_cases(count: int = 100, seed: int = SEED) -> dict[str, list[Case]]:
+    """Plain drawings, ``count`` of each kind."""
+    found: dict[str, list[Case]] = {}
+    for number, kind in enumerate(drawings.KINDS):
+        rng = random.Random(seed + 100 + number)
+        found[kind] = [_of(rng, *drawings.drawing(rng, kind), QUESTIONS, names) for _ in range(count)]
+    return found
+
+
+def _case(rng: random.Random, questions: tuple[str, ...], check: Check) -> Case:
+    return _of(rng, *pictures.picture(rng), questions, check)
+
+
+def _of(rng: random.Random, image: Image.Image, sight: Sight, questions: tuple[str, ...], check: Check) -> Case:
     file = pictures.file_of(rng, image)
     return Case((file,), (sight,), rng.choice(questions), rng.random() < 0.6, lambda answer: check(answer, sight))
 
@@ -152,14 +165,16 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
     parser.add_argument("--count", type=int, default=1000, help="pictures of each kind")
     parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--plain", action="store_true", help="plain drawings by another hand")
     parser.add_argument("--wrong", action="store_true", help="show the wrong answers as well")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     seer = Seer(args.model)
-    for kind, some in cases(args.count, args.seed).items():
+    measured = plain_cases if args.plain else cases
+    for kind, some in measured(args.count, args.seed).items():
         answers = seer.answer(some)
         wrong = [(case, answer) for case, answer in zip(some, answers, strict=True) if not case.right(answer)]
-        print(f"{kind:24} {len(some):>6} {1 - len(wrong) / len(some):>8.1%}", flush=True)
+        print(f"{kind:32} {len(some):>6} {1 - len(wrong) / len(some):>8.1%}", flush=True)
         if args.wrong:
             for case, answer in wrong:
                 true = "; ".join(f"{s.color} {s.shape} on {s.background}" for s in case.sights)

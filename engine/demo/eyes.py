@@ -7,10 +7,12 @@ that pictures come in groups of one size, and that the two equal frames of a sti
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from aiexport_edge.engine.images.patches import PatchConfig
@@ -222,6 +224,16 @@ class Eyes(nn.Module):
         angle = (_by_squares(places)[:, :, None] * inverse).flatten(1)
         angle = torch.cat((angle, angle), -1)
         return angle.cos(), angle.sin()
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Take the tower's weights of a model's directory: the inverse of :meth:`tensors`."""
+        found = load_file(str(folder / "model.safetensors"))
+        for name, p in self.state_dict().items():
+            saved = found["model.visual." + name]
+            if name == "patch_embed.proj.weight":
+                saved = saved.float().sum(2).flatten(1)
+            p.copy_(saved)
 
     def tensors(self) -> dict[str, Tensor]:
         """The checkpoint's tensors, bfloat16."""

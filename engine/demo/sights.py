@@ -161,9 +161,9 @@ def _content(rng: random.Random, numbers: list[int], text: str) -> list[Part]:
     return [*images, said] if rng.random() < 0.65 else [said, *images]
 
 
-def talk(rng: random.Random, sizes: list[tuple[int, int]], quotes: list[str]) -> Talk:
-    """A conversation with one or two pictures, of sizes (width, height) from these."""
-    shown = [picture(rng, rng.choice(sizes)) for _ in range(1 + (rng.random() < 0.22))]
+def talk(rng: random.Random, sizes: list[tuple[int, int]], quotes: list[str], *, wide: float = 0.0) -> Talk:
+    """A conversation with one or two pictures, of sizes (width, height) from these; ``wide`` is as for a picture."""
+    shown = [picture(rng, rng.choice(sizes), wide=wide) for _ in range(1 + (rng.random() < 0.22))]
     images, sights = [image for image, _ in shown], [sight for _, sight in shown]
     messages: list[Seeing] = []
     if rng.random() < 0.12:

@@ -15,9 +15,19 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from PIL import Image  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
-from aiexport_edge.engine.demo import MODEL_DIR, evaluate_eyes, pictures, sights, train_eyes  # noqa: E402
+from aiexport_edge.engine.demo import (  # noqa: E402
+    MODEL_DIR,
+    drawings,
+    evaluate_eyes,
+    looking,
+    pictures,
+    sights,
+    team,
+    train_eyes,
+)
 from aiexport_edge.engine.demo import tokenizer as bpe  # noqa: E402
 from aiexport_edge.engine.demo.eyes import PATCHES, Eyes, EyesShape  # noqa: E402
 from aiexport_edge.engine.demo.network import Network, Shape, Vision  # noqa: E402
@@ -113,6 +123,35 @@ def test_pictures_show_what_they_are_said_to_show() -> None:
         assert sight.color not in sight.background
 
 
+def test_wide_pictures_are_small_and_thin_and_on_every_ground() -> None:
+    rng = random.Random(10)
+    shown = [pictures.picture(rng, (96, 96), wide=1.0) for _ in range(400)]
+    grounds = {sight.background for _, sight in shown}
+    assert grounds > set(pictures.SHAPE_COLORS)
+    shares = []
+    thin = 0
+    for image, sight in shown:
+        left, top, right, bottom = sight.mask.getbbox()  # type: ignore[misc]
+        shares.append(max(right - left, bottom - top) / pictures.MASK)
+        pixels = np.asarray(image).astype(int)[top:bottom, left:right].reshape(-1, 3)
+        tones = (*pictures.COLORS[sight.color], pictures.PURE[sight.color])
+        near = [np.abs(pixels - np.array(tone)).max(axis=1) <= 36 for tone in tones]
+        assert max(some.sum() for some in near) >= 12, sight
+        thin += max(some.mean() for some in near) < 0.25
+    assert min(shares) < 0.26
+    assert thin > 20
+
+
+def test_plain_drawings_show_what_they_are_said_to_show() -> None:
+    rng = random.Random(11)
+    for kind in drawings.KINDS:
+        for _ in range(12):
+            image, sight = drawings.drawing(rng, kind)
+            colors = {color for _, color in image.getcolors(image.width * image.height) or []}
+            assert colors == {pictures.PURE[sight.color], pictures.PURE[sight.background]}, (kind, sight)
+            assert (image.width != image.height) <= (kind in ("not square", "several at once"))
+
+
 def test_conversations_about_pictures_are_deterministic_and_name_what_is_shown() -> None:
     def some(seed: int) -> list[Any]:
         rng = random.Random(seed)
@@ -141,26 +180,49 @@ def test_measured_pictures_vary() -> None:
 def test_training_learns_and_leaves_a_directory(tmp_path: Path) -> None:
     """A step of each part: the tower's loss falls on what it was shown, and the directory holds a Qwen3-VL."""
     torch.manual_seed(1)
-    team = train_eyes.Team(0, 1, tmp_path, [])
+    alone = team.Team(0, 1, tmp_path, [])
     eyes = Eyes(EyesShape())
-    looking = train_eyes.Looking(eyes.shape)
-    inner, rest = train_eyes.split(eyes, lambda name: not name.startswith("deepstack"))
-    rates = train_eyes.Rates(inner, [*rest, *looking.parameters()], 0.01, 0.002)
-    batch = train_eyes.look(7, 8, 1.0)
+    asked = looking.Looking(eyes.shape)
+    inner, rest = team.split(eyes, lambda name: not name.startswith("deepstack"))
+    rates = team.Rates(inner, [*rest, *asked.parameters()], 0.01, 0.002)
+    batch = looking.look(7, 8, 1.0)
     losses = []
     for _ in range(6):
-        loss, _ = looking(eyes, batch)
+        loss, _ = asked(eyes, batch)
         losses.append(loss.item())
         torch.autograd.backward(loss)
-        rates.step(1.0, team)
+        rates.step(1.0, alone)
     assert losses[-1] < 0.9 * losses[0]
     args = argparse.Namespace(
-        start=MODEL_DIR, out=tmp_path, text=None, rate=0.001, adam_rate=0.0001, eyes_rate=0.001, decay=0.5, seed=1,
-        minutes=0.01, rows=1, tokens=256,
+        start=MODEL_DIR, resume=None, out=tmp_path, text=None, rate=0.001, adam_rate=0.0001, eyes_rate=0.001, decay=0.5,
+        seed=1, minutes=0.01, rows=1, tokens=256, wide=0.5, sums=0.5, keep=2.0, logit_scale=1.0,
     )  # fmt: skip
-    train_eyes.learn_to_speak(eyes, looking, args, team)
+    train_eyes.learn_to_speak(eyes, asked, args, alone)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] >= 1
     again = Network(Shape())
     again.load(tmp_path)
     assert (tmp_path / "preprocessor_config.json").exists()
     assert sum(p.stat().st_size for p in tmp_path.iterdir() if p.suffix != ".pt") < 16_000_000
+
+
+def test_training_goes_on_from_a_finished_model(tmp_path: Path) -> None:
+    """A directory's tower comes back to the bit, what asks it learns anew, and a checkpoint holds all of it."""
+    eyes = Eyes(EyesShape())
+    eyes.load(MODEL_DIR)
+    saved = load_file(str(MODEL_DIR / "model.safetensors"))
+    for name, tensor in eyes.tensors().items():
+        assert torch.equal(tensor, saved[name]), name
+    torch.manual_seed(2)
+    asked = looking.Looking(eyes.shape)
+    batch = looking.look(8, 8, 0.0)
+    before = asked(eyes, batch)[0].item()
+    looking.learn_to_tell(eyes, asked, 0.5, batches=12)
+    assert asked(eyes, batch)[0].item() < 0.9 * before
+    assert torch.equal(eyes.tensors()["model.visual.pos_embed.weight"], saved["model.visual.pos_embed.weight"])
+    network = Network(Shape())
+    network.load(MODEL_DIR)
+    state = {"network": network.state_dict(), "eyes": eyes.state_dict(), "looking": asked.state_dict()}
+    torch.save(state | {"step": 3, "spent": 5.0}, tmp_path / "checkpoint.pt")
+    others = Network(Shape(), seed=1), Eyes(EyesShape()), looking.Looking(eyes.shape)
+    assert train_eyes.restore(tmp_path / "checkpoint.pt", *others) == (3, 5.0)
+    assert all(torch.equal(a, b) for a, b in zip(others[1].parameters(), eyes.parameters(), strict=True))

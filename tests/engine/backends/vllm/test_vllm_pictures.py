@@ -32,7 +32,7 @@ from aiexport_edge.engine.backends.vllm.shape import load_shape
 from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel, FinishReason, ImageInput
 from aiexport_edge.engine.demo import evaluate_eyes
 from aiexport_edge.engine.demo.eyes import PATCHES
-from aiexport_edge.engine.demo.train_eyes import fit
+from aiexport_edge.engine.demo.looking import fit
 from aiexport_edge.engine.models.config import ModelConfig
 from aiexport_edge.engine.text.template import ChatTemplate, Message, Picture
 from aiexport_edge.engine.text.tokenizer import Tokenizer
