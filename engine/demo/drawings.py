@@ -13,7 +13,8 @@ from PIL import Image, ImageColor, ImageDraw
 from .pictures import SHAPE_COLORS, SHAPES, Sight
 
 KINDS = (
-    "large, on white", "small", "outlines", "colored grounds", "not square", "squares and rectangles", "several at once",
+    "large, on white", "small", "outlines", "colored grounds", "not square", "squares and rectangles",
+    "several at once",
 )  # fmt: skip
 """What differs from large, filled shapes in square pictures on white; in the last some of the second to fifth."""
 _SQUARE = (96, 128, 200, 224, 256, 400)
