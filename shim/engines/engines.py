@@ -9,9 +9,10 @@ model revision is there: the consumer of a `Generation` notices nothing but a pa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from enum import StrEnum
@@ -29,6 +30,7 @@ from aiexport_edge.shim.errors import ApiError, Overloaded, RequestTooLarge
 
 ANSWER_TIMEOUT_S = 60.0  # a prompt of 200 K tokens is encoded before it is accepted
 IMAGES_TIMEOUT_S = 120.0  # pictures are decoded before a request is sent, one after the other
+CONNECT_S = 5.0  # how long a request waits for a connection that is just being made, where no other engine can serve
 RESUME_S = 60.0  # how long a reply may pause while no engine can go on with it
 RESUME_RETRY_S = 0.25
 RESOLVE_S = 10.0
@@ -182,7 +184,8 @@ class Engines:
     async def admit(self, generation: Generation) -> pb.Accepted:
         """Places a request; returns the engine's word that it is in the queue.
 
-        Raises `ApiError` for a refusal, at once where nothing can serve it, or what `Generation.fail` was called with.
+        Raises `ApiError` for a refusal, or what `Generation.fail` was called with. Where nothing can serve it that is
+        at once; but a connection that has only just broken, or is yet to be made, is waited for.
         """
         if generation.request.ByteSize() > MAX_REQUEST_BYTES:
             raise RequestTooLarge("The prompt is too large to be sent to a model.")
@@ -190,7 +193,7 @@ class Engines:
         tried: set[Session] = set()
         lost = 0
         found = self._trail(generation)
-        while lost < MAX_LOST and (session := self._pick(generation, found, tried)) is not None:
+        while lost < MAX_LOST and (session := await self._pick_soon(generation, found, tried)) is not None:
             self.num_retried += bool(tried)
             tried.add(session)
             try:
@@ -202,6 +205,7 @@ class Engines:
                 elif not can_pass(refused.detail):
                     break
             except SessionLost:
+                tried.discard(session)  # it is another engine by then, or only the connection that broke
                 lost += 1
             except TimeoutError:
                 self.abort(generation)
@@ -258,6 +262,19 @@ class Engines:
         )
         self.routed[choice.reason] += 1
         return able[choice.index]
+
+    async def _pick_soon(self, generation: Generation, found: Trail, without: Collection[Session]) -> Session | None:
+        """`_pick`, as soon as it finds one, while a connection is awaited; for at most `CONNECT_S`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CONNECT_S):
+                while True:
+                    self._changed.clear()
+                    session = self._pick(generation, found, without)
+                    awaited = any(each.awaited for each in self.sessions if not (each.leaving or each in without))
+                    if session is not None or not awaited:
+                        return session
+                    await generation.during(self._changed.wait())
+        return None
 
     async def _submit(self, session: Session, generation: Generation) -> pb.Accepted:
         """Places it, its pictures first, and waits for the engine's answer.

@@ -68,6 +68,7 @@ class Session:
         self.endpoint = endpoint
         self.address = endpoint.address
         self.connected = False
+        self.awaited = True  # the first attempt to connect, or to connect again, has not failed yet
         self.draining = False
         self.leaving = False  # it gets nothing new, for good
         self.outlier = Outlier()
@@ -304,6 +305,7 @@ class Session:
     def _end(self) -> None:
         """The session is over: every request of it goes back to the owner."""
         was_connected, was_draining = self.connected, self.draining
+        was_awaited, self.awaited = self.awaited, was_connected and not was_draining
         self.connected = self.draining = False
         self._ask_stats = self._upload = None
         self.adapters.forget()
@@ -317,6 +319,7 @@ class Session:
             generation.session = None
         if was_connected:
             log.warning("engine %s: disconnected, %d requests to go on elsewhere", self.address, len(lost))
+        if was_connected or was_awaited:
             self._on_change()
         for generation in lost:
             self._on_lost(generation)

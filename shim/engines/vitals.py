@@ -21,6 +21,7 @@ LOADING_REFRESH_S = 0.1  # while a model is loading
 CHECK_S = 1.0  # health and load, where there are other engines; else with the models
 REFRESH_S = 5.0  # models
 CALL_TIMEOUT_S = 15.0
+LAST_CALL_S = 5.0  # after one that took too long
 
 log = logging.getLogger(__name__)
 _SERVICE = pb.DESCRIPTOR.services_by_name["Engine"].full_name
@@ -69,13 +70,25 @@ class Vitals:
                     await self._ask_models(stub, metadata)
                     refresh_at = loop.time() + REFRESH_S
             except grpc.aio.AioRpcError as error:
-                log.warning("engine %s: does not answer (%s)", self._address, error.code().name)
-                return
+                late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+                if not (late and await self._answers_after_all(stub, metadata)):
+                    log.warning("engine %s: does not answer (%s)", self._address, error.code().name)
+                    return
             if (self.models, self.serving) != before:
                 self._on_change()
 
-    async def _ask_models(self, stub: Any, metadata: Any) -> None:
-        listed = await stub.ListModels(pb.ListModelsRequest(), metadata=metadata, timeout=CALL_TIMEOUT_S)
+    async def _answers_after_all(self, stub: Any, metadata: Any) -> bool:
+        """Asks once more. On a machine with no time for this process, the answer was there and not heard; the requests
+        that run must not lose their connection for it."""
+        try:
+            await self._ask_models(stub, metadata, within_s=LAST_CALL_S)
+        except grpc.aio.AioRpcError:
+            return False
+        return True
+
+    async def _ask_models(self, stub: Any, metadata: Any, within_s: float | None = None) -> None:
+        asked = pb.ListModelsRequest()
+        listed = await stub.ListModels(asked, metadata=metadata, timeout=within_s or CALL_TIMEOUT_S)
         self.models = {model.name: model for model in listed.models}
 
     async def _ask_health(self, channel: grpc.aio.Channel, metadata: Any) -> None:

@@ -14,7 +14,7 @@ from support.scripted_engine import ScriptedEngine, Seen
 from support.shim_server import HAIKU, ShimServer, until
 
 from aiexport_edge.proto import engine_pb2 as pb
-from aiexport_edge.shim.engines import vitals
+from aiexport_edge.shim.engines import engines, vitals
 
 Engines = Callable[..., ScriptedEngine]
 Shims = Callable[..., ShimServer]
@@ -320,6 +320,7 @@ def test_an_engine_that_hangs_is_left(make_engine: Engines, make_shim: Shims, mo
     """A process that is there and does not answer is as good as dead."""
     monkeypatch.setattr(vitals, "REFRESH_S", 0.05)
     monkeypatch.setattr(vitals, "CALL_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(vitals, "LAST_CALL_S", 0.3)
     engine = make_engine()
     shim = make_shim(engine)
     engine.hang(True)
@@ -328,3 +329,63 @@ def test_an_engine_that_hangs_is_left(make_engine: Engines, make_shim: Shims, mo
     shim.wait_ready()
     with shim.client() as client:
         assert client.post("/v2/messages", json=message(3)).status_code == 200
+
+
+def test_an_answer_that_was_not_heard_in_time_costs_no_connection(
+    make_engine: Engines, make_shim: Shims, monkeypatch: Any
+) -> None:
+    """As on a machine that has no time for the shim: one call is too late, the next is not."""
+    monkeypatch.setattr(vitals, "REFRESH_S", 0.05)
+    monkeypatch.setattr(vitals, "LAST_CALL_S", 60.0)
+    engine = make_engine()
+    make_shim(engine)
+    monkeypatch.setattr(vitals, "CALL_TIMEOUT_S", 0.1)
+    for _ in range(3):
+        asked = len(engine.seen.listings)
+        engine.late_listings = 1
+        engine.wait_for(lambda seen, asked=asked: len(seen.listings) >= asked + 3, "it is asked again, and again")  # type: ignore[misc]
+    assert len(engine.seen.hellos) == 1
+
+
+def test_a_request_waits_for_a_connection_that_has_just_broken(
+    make_engine: Engines, make_shim: Shims, monkeypatch: Any
+) -> None:
+    """The engine lives: a 503 that says that there is none would be wrong."""
+    monkeypatch.setattr(engines, "CONNECT_S", 60.0)
+    engine = make_engine()
+    shim = make_shim(engine)
+    engine.hang(True)
+    engine.disconnect()
+    until(lambda: not shim.engines.sessions[0].connected, "it is noticed")
+    bodies = shim.services.bodies
+    stream = Reader(shim, 30)
+    until(lambda: bodies.used, "it has been read")
+    size, whole = bodies.used, Reader(shim, 30, "/v2/messages")
+    until(lambda: bodies.used == 2 * size, "so has the other")
+    engine.hang(False)
+    assert stream.result()[0] == text(30)
+    whole.join(60)
+    assert whole.status == 200
+
+
+def test_a_request_that_loses_its_connection_is_asked_again(
+    make_engine: Engines, make_shim: Shims, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(engines, "CONNECT_S", 60.0)
+    engine = make_engine()
+    shim = make_shim(engine)
+    engine.accept_silently = True
+    reader = Reader(shim, 30)
+    engine.wait_for(partial(_has_submitted, 1), "the request")
+    engine.accept_silently = False
+    engine.disconnect()
+    assert reader.result()[0] == text(30)
+
+
+def test_nobody_waits_for_an_engine_that_is_not_there(make_engine: Engines, make_shim: Shims, monkeypatch: Any) -> None:
+    monkeypatch.setattr(engines, "CONNECT_S", 600.0)
+    engine = make_engine()
+    shim = make_shim(engine)
+    engine.kill()
+    with shim.client() as client:
+        assert client.post("/v2/messages", json=message(3)).status_code == 503

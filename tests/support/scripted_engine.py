@@ -48,6 +48,7 @@ class Seen:
     uploads: list[list[bytes]] = field(default_factory=list)  # the files of each call that was answered
     uploads_begun: list[str] = field(default_factory=list)  # the model's name of each
     uploads_over: list[str] = field(default_factory=list)
+    listings: list[str] = field(default_factory=list)  # an element each time the models are asked for
 
 
 class ScriptedEngine(engine_pb2_grpc.EngineServicer):
@@ -71,6 +72,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         self.hang_images = False  # never answers an upload
         self.load: tuple[int, int] | None = None  # running and waiting, as Stats says; None: what there is
         self.core_pid = 0  # as Stats says
+        self.late_listings = 0  # that many times ListModels gets no answer
         self._models = models
         self._changed = threading.Condition()
         self._free = asyncio.Event()  # set: tokens come at once
@@ -96,6 +98,15 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
     def kill(self) -> None:
         """All connections break at once, as when the process dies."""
         self._call(self._stop())
+
+    def disconnect(self) -> None:
+        """The sessions end; the engine goes on."""
+
+        def end() -> None:
+            for outbox in self._sessions:
+                outbox.put_nowait(None)
+
+        self._loop.call_soon_threadsafe(end)
 
     def close(self) -> None:
         self.kill()
@@ -144,6 +155,10 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
     # ---------------------------------------------------------------------------------------- the contract
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
+        self._note(self.seen.listings, "")
+        if self.late_listings:
+            self.late_listings -= 1
+            await asyncio.Event().wait()
         await self._answers.wait()
         return pb.ListModelsResponse(
             models=[
