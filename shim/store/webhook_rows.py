@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 PURPOSE = "webhook secret"
 GRACE = timedelta(hours=24)  # in which a rotated secret still signs beside the new one
-_HOLD = timedelta(minutes=5)  # longer than any try takes
 _MAX_ERROR_CHARS = 300
 
 
@@ -114,9 +113,9 @@ class WebhookRows:
 
     # ------------------------------------------------------------------------------------------ deliveries
 
-    def take_due(self, limit: int, *, busy: Collection[str] = ()) -> list[Due]:
-        """At most `limit` deliveries whose time has come, of workspaces that are not `busy`; no other process tries
-        them meanwhile."""
+    def take_due(self, limit: int, *, hold: timedelta, busy: Collection[str] = ()) -> list[Due]:
+        """At most `limit` deliveries whose time has come, of workspaces that are not `busy`. No process tries them
+        again for `hold`, unless this one says sooner what came of them."""
         now = now_ms()
         query = (
             select(webhook_deliveries)
@@ -135,7 +134,7 @@ class WebhookRows:
             for row in found:
                 as_seen = (webhook_deliveries.c.id == row["id"]) & (webhook_deliveries.c.next_at == row["next_at"])
                 held = update(webhook_deliveries).where(as_seen, webhook_deliveries.c.state == "pending")
-                values = {"next_at": now + milliseconds(_HOLD), "attempts": row["attempts"] + 1}
+                values = {"next_at": now + milliseconds(hold), "attempts": row["attempts"] + 1}
                 if connection.execute(held.values(values)).rowcount:
                     taken.append(
                         Due(

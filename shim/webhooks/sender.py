@@ -36,6 +36,7 @@ DELAYS = tuple(  # after each try that failed; the last one again and again
 _JITTER = 0.1
 _MAX_IN_FLIGHT = 16
 _MAX_OF_WORKSPACE = 4  # a receiver that is slow holds up nobody else's
+_NOTING = timedelta(seconds=30)  # past the time of a try: the process that made it must have died
 _LOOK_S = 0.5
 _FORGET_S = 600.0
 _STORE_RETRY_S = 1.0
@@ -98,7 +99,8 @@ class WebhookSender:
         if room <= 0:
             return
         busy = [each for each, count in Counter(self._under_way.values()).items() if count >= _MAX_OF_WORKSPACE]
-        for due in await self._in_thread(lambda: self._rows.take_due(room, busy=busy)):
+        hold = self._config.timeout + _NOTING
+        for due in await self._in_thread(lambda: self._rows.take_due(room, hold=hold, busy=busy)):
             task = asyncio.create_task(self._deliver(due))
             self._under_way[task] = due.workspace_id
             task.add_done_callback(lambda done: self._under_way.pop(done, None))

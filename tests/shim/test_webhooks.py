@@ -190,8 +190,8 @@ def test_dead_after_72_hours_then_sent_again_on_demand(
 
 def test_a_delivery_outlives_its_sender_and_is_tried_by_one_at_a_time(store: Store, rows: WebhookRows) -> None:
     record(store, "http://127.0.0.1:9/")
-    (due,) = rows.take_due(10)
-    assert rows.take_due(10) == []  # another process looks
+    (due,) = rows.take_due(10, hold=HOUR)
+    assert rows.take_due(10, hold=HOUR) == []  # another process looks
     with write(store.database) as connection:  # the first one has died, and its hold is over
         connection.execute(update(webhook_deliveries).values(next_at=now_ms()))
     with receiving() as receiver:
@@ -203,12 +203,30 @@ def test_a_delivery_outlives_its_sender_and_is_tried_by_one_at_a_time(store: Sto
     assert rows.deliveries()[0].state == "delivered"
 
 
+def test_a_dead_senders_delivery_is_tried_again_within_a_minute(store: Store, rows: WebhookRows) -> None:
+    """It waited for five, whatever time a try is given."""
+    held = threading.Event()
+
+    def answer_late(handler: BaseHTTPRequestHandler) -> None:
+        held.wait(60)
+
+    with receiving(answer_late) as receiver:
+        record(store, receiver.url)
+        with sending(rows):
+            receiver.wait(1)
+            (delivery,) = rows.deliveries()
+            latest = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=60)
+        held.set()
+    assert delivery.next_at is not None
+    assert delivery.next_at < latest
+
+
 def test_a_slow_workspace_holds_up_no_other(store: Store, rows: WebhookRows) -> None:
     record(store, "http://127.0.0.1:9/", name="evt_1")
     record(store, "http://127.0.0.1:9/", name="evt_2")
     acme = store.get_workspace("acme").id
-    assert rows.take_due(10, busy=[acme]) == []
-    assert [due.id for due in rows.take_due(1, busy=["ws_other"])] == ["evt_1"]
+    assert rows.take_due(10, hold=HOUR, busy=[acme]) == []
+    assert [due.id for due in rows.take_due(1, hold=HOUR, busy=["ws_other"])] == ["evt_1"]
 
 
 def test_tries_go_on_for_72_hours() -> None:
@@ -402,7 +420,7 @@ def test_an_address_that_is_no_longer_allowed_is_not_called(store: Store, rows: 
 def test_settled_deliveries_are_forgotten(store: Store, rows: WebhookRows) -> None:
     record(store, "http://127.0.0.1:9/", name="evt_1")
     record(store, "http://127.0.0.1:9/", name="evt_2")
-    for due in rows.take_due(1):
+    for due in rows.take_due(1, hold=HOUR):
         rows.delivered(due, 200)
     rows.forget(datetime.timedelta(days=1))
     assert len(rows.deliveries()) == 2
