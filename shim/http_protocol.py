@@ -76,7 +76,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self.transport.is_closing() or not self._head_bytes:
             return
         if self._head_bytes > MAX_HEAD_BYTES:
-            self._refuse(HeadTooLarge(f"The request's headers are larger than {MAX_HEAD_BYTES:,} bytes."))
+            self._refuse(_head_too_large())
         elif self._head_timer is None:
             self._start_timer()
 
@@ -91,7 +91,10 @@ class HttpProtocol(HttpToolsProtocol):
                 data = data[upgrade.args[0] :]
                 self._decline_upgrade()
             except httptools.HttpParserError:
-                self.send_400_response("Invalid HTTP request received.")
+                if len(self.url) >= MAX_HEAD_BYTES:  # it takes none of that length
+                    self._refuse(_head_too_large())
+                else:
+                    self.send_400_response("Invalid HTTP request received.")
                 return
 
     def _decline_upgrade(self) -> None:
@@ -213,6 +216,10 @@ class HttpProtocol(HttpToolsProtocol):
     def _give_up(self) -> None:
         self._head_timer = None
         self.transport.close()
+
+
+def _head_too_large() -> HeadTooLarge:
+    return HeadTooLarge(f"The request's URL and headers are larger than {MAX_HEAD_BYTES:,} bytes.")
 
 
 def _without_chunks(cycle: RequestResponseCycle, app: ASGI3Application) -> ASGI3Application:

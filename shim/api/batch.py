@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from aiexport_edge.shim import json_body
 from aiexport_edge.shim.address_policy import Forbidden
 from aiexport_edge.shim.api.access import enter
-from aiexport_edge.shim.api.paging import limit_of, page, unknown_cursor
+from aiexport_edge.shim.api.paging import after_id_of, limit_of, page, unknown_cursor
 from aiexport_edge.shim.batches.intake import Intake
 from aiexport_edge.shim.batches.item import Item, engine_request
 from aiexport_edge.shim.body import BodyLease, BodyReader
@@ -129,7 +129,7 @@ class Batches:
 
     async def list_batches(self, request: Request) -> Response:
         principal = await enter(self._services, request.scope, "batch")
-        limit, after_id = limit_of(request), request.query_params.get("after_id")
+        limit, after_id = limit_of(request), after_id_of(request, "batch")
         rows = self._services.batch_rows
         try:
             found, has_more = await self._in_thread(
@@ -144,7 +144,7 @@ class Batches:
 
     async def cancel_batch(self, request: Request) -> Response:
         principal = await enter(self._services, request.scope, "batch")
-        batch_id = request.path_params["batch_id"]
+        batch_id = _batch_id(request)
         rows = self._services.batch_rows
         try:
             batch = await self._in_thread(lambda: rows.cancel(batch_id, principal.workspace_id))
@@ -155,7 +155,7 @@ class Batches:
 
     async def _find(self, request: Request) -> Batch:
         principal = await enter(self._services, request.scope, "batch")
-        batch_id = request.path_params["batch_id"]
+        batch_id = _batch_id(request)
         rows = self._services.batch_rows
         try:
             return await self._in_thread(lambda: rows.get(batch_id, principal.workspace_id))
@@ -205,6 +205,14 @@ def _line(result: Result) -> bytes:
     custom_id = msgspec.json.encode(result.custom_id)
     kind = result.state.encode()
     return b'{"index":%d,"custom_id":%s,"result":{"type":"%s"%s}}\n' % (result.index, custom_id, kind, what)
+
+
+def _batch_id(request: Request) -> str:
+    """The one in the path. Raises `NotFound` for one that no store can hold."""
+    batch_id: str = request.path_params["batch_id"]
+    if "\0" in batch_id:
+        raise _not_found(batch_id)
+    return batch_id
 
 
 def _not_found(batch_id: str) -> NotFound:

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from aiexport_edge.proto.units import parse_duration
 from aiexport_edge.shim import json_body
 from aiexport_edge.shim.api.access import enter
-from aiexport_edge.shim.api.paging import limit_of, page, unknown_cursor
+from aiexport_edge.shim.api.paging import after_id_of, limit_of, page, unknown_cursor
 from aiexport_edge.shim.body import read_body
 from aiexport_edge.shim.errors import InvalidRequest, NotFound, PermissionDenied
 from aiexport_edge.shim.fields import Object, Value
@@ -45,7 +45,7 @@ class Keys:
     async def list_keys(self, request: Request) -> Response:
         """Newest first, expired ones too, deleted ones not."""
         principal = await enter(self._services, request.scope, "keys")
-        limit, after_id = limit_of(request), request.query_params.get("after_id")
+        limit, after_id = limit_of(request), after_id_of(request, "key")
         try:
             found, has_more = await self._in_thread(lambda: self._rows.page(principal.workspace_id, limit, after_id))
         except NotFound:
@@ -70,7 +70,7 @@ class Keys:
         body = await self._body(request)
         seconds = body.read("grace_seconds", lambda value: value.integer(0, MAX_GRACE_S))
         grace = timedelta(seconds=DEFAULT_GRACE_S if seconds is None else seconds)
-        key_id = request.path_params["key_id"]
+        key_id = _key_id(request)
         created, rotated, key = await self._in_thread(
             lambda: self._rows.rotate(principal.workspace_id, key_id, grace, within=principal.scopes)
         )
@@ -81,7 +81,7 @@ class Keys:
     async def delete(self, request: Request) -> Response:
         """Ends a key at once: its own too, if the caller says so."""
         principal = await enter(self._services, request.scope, "keys")
-        key_id = request.path_params["key_id"]
+        key_id = _key_id(request)
         await self._in_thread(lambda: self._rows.revoke(principal.workspace_id, key_id))
         self._services.authenticator.forget()
         return Response(status_code=204)
@@ -104,6 +104,14 @@ class Keys:
             raise PermissionDenied(str(refused)) from None
         except (InvalidValue, TooMany) as refused:
             raise InvalidRequest(str(refused)) from None
+
+
+def _key_id(request: Request) -> str:
+    """The one in the path. Raises `NotFound` for one that no store can hold."""
+    key_id: str = request.path_params["key_id"]
+    if "\0" in key_id:
+        raise NotFound("There is no such key.")
+    return key_id
 
 
 def _scopes(value: Value) -> tuple[str, ...]:

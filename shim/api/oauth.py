@@ -61,7 +61,9 @@ class OAuth:
         try:
             fields = _fields(body)
             client_id, secret = _client_credentials(request.scope["headers"], fields)
-            client = await loop.run_in_executor(services.threads, self._clients.prove, client_id, secret)
+            client = None
+            if "\0" not in client_id:  # PostgreSQL's texts hold none
+                client = await loop.run_in_executor(services.threads, self._clients.prove, client_id, secret)
             if client is None:
                 raise _Refused("invalid_client", "The client id or secret is wrong, or the client is revoked.")
             facts.update(workspace=client.workspace, key=client.client_id)

@@ -23,6 +23,14 @@ def limit_of(request: Request) -> int:
     return int(text)
 
 
+def after_id_of(request: Request, what: str) -> str | None:
+    """`?after_id=`. Raises `InvalidRequest` for one that can name nothing: PostgreSQL's texts hold no U+0000."""
+    text = request.query_params.get("after_id")
+    if text is not None and "\0" in text:
+        raise unknown_cursor(text, what)
+    return text
+
+
 def unknown_cursor(after_id: str, what: str) -> InvalidRequest:
     """The error for an `after_id` that names nothing that the caller can see."""
     return InvalidRequest(f"after_id: there is no {what} {quoted(after_id)}", param="after_id")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from functools import partial
 
 import msgspec
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -37,7 +39,8 @@ class Usage:
         except BadPeriod as bad:
             given = quoted(query[bad.field]) if bad.field in query else "today"
             raise InvalidRequest(f"{bad.field}: {bad}, not {given}", param=bad.field) from None
-        await self._services.ledger.flush()  # what this process has replied counts
+        with contextlib.suppress(SQLAlchemyError):  # what can't be written yet, the ledger tells in the log, and keeps
+            await self._services.ledger.flush()  # what this process has replied counts
         loop = asyncio.get_running_loop()
         read = partial(
             report, self._services.store.database, period, workspace_id=principal.workspace_id, group_by=group_by

@@ -61,6 +61,8 @@ def _custom_id(value: Value) -> str:
     text = value.text()
     if not 0 < len(text) <= MAX_CUSTOM_ID_CHARS:
         raise value.wrong(f"must have 1 to {MAX_CUSTOM_ID_CHARS} characters")
+    if "\0" in text:  # PostgreSQL's texts hold none
+        raise value.wrong("must not hold the character U+0000")
     return text
 
 

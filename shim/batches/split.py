@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from aiexport_edge.shim import json_body
-from aiexport_edge.shim.errors import InvalidRequest, RequestTooLarge
+from aiexport_edge.shim.errors import InvalidRequest, RequestTooLarge, quoted
 
 MAX_PIECES = 20_000_000  # values, and strings and brackets in them: what bounds the time for a hostile body
 _MAX_KEY_BYTES = 64 << 10
@@ -116,7 +116,8 @@ class Splitter:
             yield from self._elements()
         else:
             yield from self._next()
-            yield Member(name, (yield from self._value(self._max_value_bytes, name[:64])))
+            shown = quoted(name)[1:-1]  # it may hold what no reply can
+            yield Member(name, (yield from self._value(self._max_value_bytes, shown)))
 
     def _elements(self) -> _Cut:
         self._at += 1

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from aiexport_edge.shim import json_body
 from aiexport_edge.shim.batches import split
 from aiexport_edge.shim.batches.split import Element, Member, Requests, Splitter
-from aiexport_edge.shim.errors import ApiError, InvalidRequest, RequestTooLarge
+from aiexport_edge.shim.errors import ApiError, InvalidRequest, RequestTooLarge, error_body
 
 JSON = st.recursive(
     st.none()
@@ -142,6 +142,14 @@ def test_an_element_over_the_limit_is_refused_before_its_end(element: bytes) -> 
     with pytest.raises(RequestTooLarge) as refused:
         read(b'{"requests":[0,' + element, [], max_value_bytes=1000)
     assert refused.value.param == "requests.1"
+
+
+def test_a_field_over_the_limit_is_named_as_far_as_it_can_be() -> None:
+    """A lone surrogate in its name made an error that could not be sent."""
+    with pytest.raises(RequestTooLarge) as refused:
+        read(b'{"\\ud800x":"' + b"x" * 2000, [], max_value_bytes=1000)
+    assert refused.value.param == "\ufffdx"
+    error_body(refused.value, "req_1")
 
 
 def test_a_hostile_body_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

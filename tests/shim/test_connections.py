@@ -47,9 +47,19 @@ def shim_with(**changes: object) -> Callable[[Config], Config]:
 # ---------------------------------------------------------------------------------------------------- bounds
 
 
-def test_headers_that_are_too_large_are_a_431(shim: ShimServer) -> None:
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET /healthz HTTP/1.1\r\nhost: x\r\nx-filler: " + b"a" * (65 << 10),
+        b"GET /v2/models?x="
+        + b"a" * (65 << 10)
+        + b" HTTP/1.1\r\nhost: x\r\n\r\n",  # the parser takes none of that length
+    ],
+    ids=["headers", "URL"],
+)
+def test_headers_that_are_too_large_are_a_431(shim: ShimServer, sent: bytes) -> None:
     with raw(shim) as connection:
-        connection.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n" + b"x-filler: " + b"a" * (65 << 10))
+        connection.sendall(sent)
         reply = until_closed(connection)
     assert reply.startswith(b"HTTP/1.1 431 Request Header Fields Too Large\r\n")
     assert b'"type":"invalid_request_error"' in reply

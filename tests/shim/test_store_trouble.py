@@ -88,6 +88,7 @@ def test_a_full_disk(make_engine: Engines, make_shim: Shims, caplog: pytest.LogC
                 text = running.read().decode()
                 assert "message_stop" in text
                 assert client.get("/v2/models").status_code == 200
+                assert client.get("/v2/usage").status_code == 200  # readers go on
             assert "free space on it" in caplog.text
         until(lambda: all(row[0] != "running" for row in _settled(shim.store)), "all usage is written", 60)
         assert client.post("/v2/messages", json=message()).status_code == 200
@@ -139,6 +140,39 @@ def test_postgresql_restarts(
         assert client.post("/v2/messages", json=message()).status_code == 200
     until(lambda: sorted(_settled(shim.store)) == [("completed", 5)] * 2 + [("completed", 9)], "all is settled", 60)
     assert "check that the database server runs" in caplog.text
+
+
+def test_what_no_text_of_the_store_can_hold(make_engine: Engines, make_shim: Shims, store_url: str) -> None:
+    """U+0000, which PostgreSQL's texts have no room for: it was a 500 wherever a client could send it."""
+
+    def in_store(config: Config) -> Config:
+        return replace(config, store=replace(config.store, url=store_url))
+
+    shim = make_shim(make_engine(), configure=in_store)
+    shim.config.state.mkdir(exist_ok=True)
+    key = shim.store.create_key("acme", scopes=["batch", "keys"]).key
+    with shim.client(key) as client:
+        batch = {"requests": [{"custom_id": "a\0", **message()}]}
+        refused = [
+            client.get("/v2/batch?after_id=%00"),
+            client.get("/v2/keys?after_id=%00"),
+            client.post("/v2/batch", json=batch),
+        ]
+        missing = [
+            client.get("/v2/batch/%00"),
+            client.get("/v2/batch/%00/results"),
+            client.delete("/v2/batch/%00/cancel"),
+            client.post("/v2/keys/%00/rotate"),
+            client.delete("/v2/keys/%00"),
+            client.get("/v2/models/%00", headers={"X-API-Key": shim.key.key}),
+        ]
+        form = {"grant_type": "client_credentials", "client_id": "\0", "client_secret": "\0"}
+        token = client.post("/v2/oauth/token", data=form)
+    assert [reply.status_code for reply in refused] == [400] * 3
+    params = [reply.json()["error"]["param"] for reply in refused]
+    assert params == ["after_id", "after_id", "requests.0.custom_id"]
+    assert [reply.status_code for reply in missing] == [404] * len(missing)
+    assert (token.status_code, token.json()["error"]) == (401, "invalid_client")
 
 
 def test_many_open_an_empty_store_at_once(store_url: str) -> None:
