@@ -12,7 +12,7 @@ from aiexport_edge.shim.store import Principal
 from aiexport_edge.shim.telemetry import trace_context
 
 DEFAULT_MAX_TOKENS = 1024
-_SMALLEST_FLOAT32 = 1.2e-38  # a smaller top_p would arrive as 0, which is none
+_SMALLEST_FLOAT32 = 1.2e-38  # a smaller top_p would arrive as 0, which the engine does not know: it is greedy
 _ROLES = {"user": pb.ROLE_USER, "assistant": pb.ROLE_ASSISTANT}
 
 

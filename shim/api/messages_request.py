@@ -5,7 +5,8 @@ What the vendor's page leaves open is decided here, after Anthropic's Messages A
 - the text blocks of one message are put together as they are; consecutive messages of one role are joined by a blank
   line; the text blocks of `system` are joined by a blank line too;
 - images stand in messages of the user; those, texts and joined messages keep their order;
-- `top_k: 0` is the same as leaving it out; `seed` is any unsigned 64-bit integer.
+- `top_k: 0` is the same as leaving it out; `top_p: 0` leaves the likeliest token alone, as any `top_p` does that is
+  smaller than that token's share; `seed` is any unsigned 64-bit integer.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class MessagesRequest:
     @property
     def images(self) -> list[ImageSource]:
         """All of them, in their order."""
-        return [part for turn in self.turns for part in turn.content if not isinstance(part, str)]
+        several = (turn.content for turn in self.turns if not isinstance(turn.content, str))  # not a text's characters
+        return [part for content in several for part in content if not isinstance(part, str)]
 
 
 def parse_messages_request(body: JsonValue, images: ImageRules = _ANY_IMAGES) -> MessagesRequest:
@@ -84,9 +86,7 @@ def parse_messages_request(body: JsonValue, images: ImageRules = _ANY_IMAGES) ->
         system=fields.read("system", _system) or None,
         max_tokens=fields.read("max_tokens", lambda value: value.integer(1)),
         temperature=1.0 if temperature is None else temperature,
-        top_p=fields.read(
-            "top_p", lambda value: value.number(lambda number: 0 < number <= 1, "a number above 0, at most 1")
-        ),
+        top_p=fields.read("top_p", lambda value: value.number(lambda number: 0 <= number <= 1, "a number from 0 to 1")),
         top_k=min(top_k, MAX_TOP_K) if top_k else None,
         stop_sequences=fields.read("stop_sequences", _stop_sequences) or (),
         seed=fields.read("seed", lambda value: value.integer(0, 2**64 - 1)),

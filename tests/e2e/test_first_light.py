@@ -191,7 +191,7 @@ BAD_BODIES: list[tuple[str, bytes | dict[str, Any] | list[Any], str | None]] = [
         b'{"model":"' + HAIKU.encode() + b'","messages":[{"role":"user","content":"\\ud800"}]}',
         "messages.0.content",
     ),
-    ("top_p 0", message("x", top_p=0), "top_p"),
+    ("top_p below 0", message("x", top_p=-0.1), "top_p"),
     ("top_k -1", message("x", top_k=-1), "top_k"),
     ("stream text", message("x", stream="yes"), "stream"),
     ("stop too many", message("x", stop_sequences=["a"] * 17), "stop_sequences"),

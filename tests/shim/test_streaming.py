@@ -139,7 +139,7 @@ def test_what_reaches_the_engine(make_engine: Engines, make_shim: Shims) -> None
         body = message("a", max_tokens=9, temperature=0.5, top_p=0.25, top_k=7, seed=2**64 - 1, system="be brief")
         body["messages"] += [{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
         first = client.post("/v2/messages", json=body | {"stop_sequences": ["é"]})
-        client.post("/v2/messages", json=message("a", top_p=1e-300))
+        client.post("/v2/messages", json=message("a", top_p=0))
         client.post("/v2/messages", json=message("a"))
     requests = [submit.request for submit in engine.seen.submitted]
     request = requests[0]
@@ -160,7 +160,7 @@ def test_what_reaches_the_engine(make_engine: Engines, make_shim: Shims) -> None
     assert request.tenant.id == shim.store.get_workspace("acme").id
     assert request.tenant.weight == shim.config.plans["enterprise"].weight
     assert len(request.tenant.cache_salt) == 16
-    assert requests[1].sampling.top_p > 0
+    assert 0 < requests[1].sampling.top_p < 1e-37  # the engine knows no 0; so little leaves the likeliest token alone
     plain = requests[2]
     assert not plain.HasField("max_tokens")
     assert not plain.sampling.HasField("top_p")

@@ -55,7 +55,7 @@ MESSAGE_FIELDS: dict[str, Any] = {
         ),
     },
     "temperature": {"type": ["number", "null"], "minimum": 0, "maximum": 1, "description": "0 is greedy. Default 1.0."},
-    "top_p": {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1},
+    "top_p": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
     "top_k": {"type": ["integer", "null"], "minimum": 0, "description": "0 is the same as leaving it out."},
     "stop_sequences": {
         "type": ["array", "null"],
