@@ -209,7 +209,7 @@ def _answers(
             pipeline.advance()
             for handle, row in runner.last_logits.items():
                 logits.setdefault(handle, []).append(row.cpu())
-            runner.last_logits = {}  # where steps overlap, the last round launches none
+            runner.last_logits.clear()  # where steps overlap, the last round launches none
 
     for handle, given in enumerate(prompts):
         message = AddRequest(

@@ -10,7 +10,8 @@ import torch
 from aiexport_edge.engine.core.plan import PENDING_ID, Chunk, ModelPlan, StepPlan
 from aiexport_edge.engine.core.protocol import Priority, Sampling
 from aiexport_edge.engine.core.request import Request
-from aiexport_edge.engine.core.runner import PendingStep, Runner
+from aiexport_edge.engine.core.runner import Runner
+from aiexport_edge.engine.core.step_sampler import PendingStep
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, seed=0)
 

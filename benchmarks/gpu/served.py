@@ -12,8 +12,9 @@ from aiexport_edge.engine.core.pipeline import Pipeline
 from aiexport_edge.engine.core.plan import StepPlan, StepResult
 from aiexport_edge.engine.core.protocol import AddRequest, Priority, Sampling, StepReport, pack_ids
 from aiexport_edge.engine.core.request import make_request
-from aiexport_edge.engine.core.runner import PendingStep, Runner
+from aiexport_edge.engine.core.runner import Runner
 from aiexport_edge.engine.core.scheduler import Scheduler
+from aiexport_edge.engine.core.step_sampler import PendingStep
 from aiexport_edge.engine.core.suspects import SUSPECTS_BYTES, Suspects
 from benchmarks.gpu.sequences import GREEDY
 

@@ -41,7 +41,7 @@ def commit(scheduler: Scheduler, plan: StepPlan, result: StepResult) -> StepRepo
             end = chunk.start + chunk.num_tokens - len(draft)
             request.num_in_flight -= 1
             if request.status is finished_status:
-                scheduler.release_late(request)
+                scheduler.admission.release_late(request)
                 continue
             if end // tokens_per_page > request.num_published_pages:
                 scheduler.prefix.publish(request, end)
@@ -67,7 +67,7 @@ def commit(scheduler: Scheduler, plan: StepPlan, result: StepResult) -> StepRepo
                     _settle_draft(scheduler, request, end, draft, ids)
                 request.probation = False
                 scheduler.num_output_tokens[model] += len(ids)
-                scheduler.charge(request, OUTPUT_COST * len(ids))
+                scheduler.ranking.charge(request, OUTPUT_COST * len(ids))
                 report.tokens.append(Tokens(request.handle, ids))
                 if reason is not None:
                     scheduler.finish(request)

@@ -24,7 +24,7 @@ from aiexport_edge.engine.core.kv_memory import (
     pool_shape,
     smallest_shape,
 )
-from aiexport_edge.engine.core.protocol import AdapterRoom, CoreConfig
+from aiexport_edge.engine.core.protocol import CoreConfig
 from aiexport_edge.engine.core.runner import Runner, untold
 from aiexport_edge.engine.core.warm_up import Progress
 from aiexport_edge.engine.models.adapter_tables import ModelAdapters
@@ -169,19 +169,19 @@ def _adapters_of(
     """Empty places for the model's adapters. Raises ModelError where there is no memory for them."""
     if is_card and not config.adapter_slots:
         return None
-    room = AdapterRoom(
-        config.adapter_slots or CPU_SLOTS, config.max_adapter_rank or (CARD_RANK if is_card else MAX_RANK)
-    )
+    num_slots = config.adapter_slots or CPU_SLOTS
+    max_rank = config.max_adapter_rank or (CARD_RANK if is_card else MAX_RANK)
     try:
         return ModelAdapters(
             model.config,
-            room=room,
+            num_slots=num_slots,
+            max_rank=max_rank,
             host_bytes=config.adapter_host_bytes,
             dtype=model.dtype,
             device=device,
         )
     except torch.OutOfMemoryError as error:
         raise ModelError(
-            f"{room.slots} adapters of rank {room.max_rank} for model {model.name} do not fit into "
+            f"{num_slots} adapters of rank {max_rank} for model {model.name} do not fit into "
             f"the memory of {device} beside the weights; lower adapters.slots or adapters.max_rank"
         ) from error

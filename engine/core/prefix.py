@@ -15,7 +15,7 @@ prompt ids.
 from __future__ import annotations
 
 import struct
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -30,7 +30,9 @@ class PrefixCache:
     def __init__(self, pool: PagePool, *, revisions: Sequence[str], tokens_per_page: Sequence[int]) -> None:
         self._pool = pool
         self._tokens_per_page = tokens_per_page
-        self._expected: Counter[bytes] = Counter()
+        self._expected: Counter[bytes] = Counter()  # pages that are being computed
+        self._planned: list[bytes] = []  # those of them that the plan in the making fills
+        self._flights: deque[list[bytes]] = deque()  # and those that plans in flight fill
         # One revision can be loaded twice, in different types: the model's number keeps their pages apart.
         self._roots = [
             b"%d %d %d %s " % (model, size, len(revision.encode()), revision.encode())
@@ -55,16 +57,21 @@ class PrefixCache:
             self._pool.publish(request.pages[index], self._hash(request, index))
         request.num_published_pages = full
 
-    def expect(self, request: Request, start: int, end: int) -> list[bytes]:
-        """Note that the pages filled by computing from `start` to `end` will be published; for `settle`, when they are
-        or will not be."""
+    def expect(self, request: Request, start: int, end: int) -> None:
+        """Note that the plan in the making fills pages by computing from `start` to `end`, which will be published."""
         size = self._tokens_per_page[request.model]
         hashes = [self._hash(request, index) for index in range(start // size, end // size)]
         self._expected.update(hashes)
-        return hashes
+        self._planned += hashes
 
-    def settle(self, hashes: list[bytes]) -> None:
-        """What was noted is over."""
+    def launch(self) -> None:
+        """The plan in the making is in flight."""
+        self._flights.append(self._planned)
+        self._planned = []
+
+    def settle(self) -> None:
+        """The oldest plan in flight is over: what it fills is published, or will not be."""
+        hashes = self._flights.popleft()
         self._expected.subtract(hashes)
         for hash_ in hashes:
             if not self._expected[hash_]:

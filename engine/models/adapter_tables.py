@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from aiexport_edge.engine.adapters.peft import AdapterError, read_adapter
-from aiexport_edge.engine.core.protocol import AdapterRoom
 from aiexport_edge.engine.models.config import ModelConfig
 from aiexport_edge.kernels.lora import LoraTable, table_dtype
 
@@ -123,7 +122,8 @@ class HostAdapters:
 
 
 class ModelAdapters:
-    """The adapters of one model: `layers` on the device, the rest in host memory or on disk.
+    """The adapters of one model: `layers` on the device, with `num_slots` places for ranks up to `max_rank`, the rest
+    in `host_bytes` of host memory or on disk. `dtype` is the model's.
 
     A card's memory is taken at once, that of a CPU by the adapters that are placed there, as much as they need.
     """
@@ -132,20 +132,22 @@ class ModelAdapters:
         self,
         config: ModelConfig,
         *,
-        room: AdapterRoom,
+        num_slots: int,
+        max_rank: int,
         host_bytes: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.room = room
+        self.num_slots = num_slots
+        self.max_rank = max_rank
         self._make_layers = partial(
-            empty_layers, config, num_slots=room.slots, max_rank=room.max_rank, dtype=dtype, device=device
+            empty_layers, config, num_slots=num_slots, max_rank=max_rank, dtype=dtype, device=device
         )
         self._layers = None if device.type == "cpu" else self._make_layers()
         self._host = HostAdapters(
-            config, capacity_bytes=host_bytes, max_rank=room.max_rank, dtype=table_dtype(dtype, device)
+            config, capacity_bytes=host_bytes, max_rank=max_rank, dtype=table_dtype(dtype, device)
         )
-        self._in_slot: list[bytes] = [b""] * room.slots
+        self._in_slot: list[bytes] = [b""] * num_slots
 
     @property
     def layers(self) -> Sequence[LayerAdapters]:

@@ -161,7 +161,7 @@ def _note_draws(accelerator: FakeAccelerator, monkeypatch: pytest.MonkeyPatch) -
         accelerator.events.append(f"draw {len(logits)}{' beside' * accelerator.is_beside}")
         return sample(logits, *parameters)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("aiexport_edge.engine.core.runner.sample", noted)
+    monkeypatch.setattr("aiexport_edge.engine.core.step_sampler.sample", noted)
 
 
 class Crowded(FakeAccelerator):

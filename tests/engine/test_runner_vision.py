@@ -20,8 +20,9 @@ from aiexport_edge.engine.core.pictures import Pictures
 from aiexport_edge.engine.core.pipeline import Pipeline
 from aiexport_edge.engine.core.protocol import AddRequest, CoreConfig, Priority, pack_ids
 from aiexport_edge.engine.core.request import Request, make_request
-from aiexport_edge.engine.core.runner import PendingStep, Runner
+from aiexport_edge.engine.core.runner import Runner
 from aiexport_edge.engine.core.scheduler import Scheduler
+from aiexport_edge.engine.core.step_sampler import PendingStep
 from aiexport_edge.engine.models.loader import load_model
 
 NUM_TOKENS = 64

@@ -511,6 +511,7 @@ class FakeCore:
         self._hear(report)
         self.pool.check()
         self.scheduler.pictures.check()
+        self.scheduler.roster.check()
         in_flight = {request for step in self.runner.in_flight for request in step.requests}
         assert set(self.suspects.handles) == {request.handle for request in in_flight}
         held = {page for request in {*self.scheduler.requests.values(), *in_flight} for page in request.pages}

@@ -60,7 +60,7 @@ def test_ids_past_the_end_are_dropped(
     assert report.tokens == [Tokens(1, kept)]
     assert report.finished == ([] if reason is None else [Finished(1, reason)])
     assert core.num_output_tokens == [len(kept)]
-    assert core._queues[Priority.INTERACTIVE].counter.counter("tenant") == len(PROMPT) + OUTPUT_COST * len(kept)
+    assert core.ranking.queues[Priority.INTERACTIVE].counter.counter("tenant") == len(PROMPT) + OUTPUT_COST * len(kept)
     assert (core.pool.num_used == 0) == (reason is not None)
 
 
@@ -94,7 +94,7 @@ def test_started_is_told_once() -> None:
     assert first.tokens == []
     second = commit(core, core.plan(), StepResult({1: [1]}))
     assert second.started == []
-    core._preempt(request)
+    core.admission.preempt(request)
     third = commit(core, core.plan(), StepResult({1: [1]}))
     assert third.started == []
     assert core.num_prompt_tokens == [40]

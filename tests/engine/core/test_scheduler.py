@@ -128,7 +128,7 @@ def test_batch_keeps_its_share_of_a_busy_core() -> None:
         while core.scheduler.num_waiting < 8:
             core.add(add_request(handle, prompt_of(rng, 8), max_tokens=10))
             handle += 1
-        if core.scheduler._num_batch < 3:
+        if core.scheduler.ranking.num_batch < 3:
             core.add(add_request(handle, prompt_of(rng, 8), max_tokens=100, priority=Priority.BATCH))
             handle += 1
         for tokens in core.step().tokens:
@@ -444,12 +444,12 @@ def test_a_resumed_request_is_charged_as_input_and_a_recompute_not_at_all() -> N
     message = add_request(0, prompt_of(rng, 9), max_tokens=12)
     output = undisturbed(message)[0]
     request = core.add(add_request(0, list(memoryview(message.prompt_ids).cast("I")), output=output[:6], max_tokens=12))
-    counter = core.scheduler._queues[Priority.INTERACTIVE].counter
+    counter = core.scheduler.ranking.queues[Priority.INTERACTIVE].counter
     charged = []
     for _ in range(3):
         core.step()
         charged.append(counter.counter("tenant"))
-    core.scheduler._preempt(request)
+    core.scheduler.admission.preempt(request)
     core.pool.release(core.pool.take(core.pool.num_available))  # nothing is found again
     for _ in range(4):
         core.step()

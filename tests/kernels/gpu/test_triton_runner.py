@@ -67,7 +67,7 @@ def _triton_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         "swiglu": swiglu.swiglu,
     }.items():
         monkeypatch.setattr(f"{decoder}.{name}", operation)
-    monkeypatch.setattr("aiexport_edge.engine.core.runner.sample", sampler.sample)
+    monkeypatch.setattr("aiexport_edge.engine.core.step_sampler.sample", sampler.sample)
 
 
 def _request(handle: int, prompt: list[int], pages: list[int]) -> Request:
