@@ -62,6 +62,8 @@ class Message:
     @property
     def pictures(self) -> list[Picture]:
         """In their order."""
+        if isinstance(self.content, str):  # not character by character
+            return []
         return [part for part in self.content if isinstance(part, Picture)]
 
 
@@ -88,6 +90,7 @@ class ChatTemplate:
         if source is not None:
             try:
                 self._template = _environment().from_string(source)
+                self._template.globals = dict(self._template.globals)  # a chain of two is walked entry by entry
             except jinja2.TemplateError as error:
                 raise TokenizerError(f"the chat template has an error ({error}); mend it or remove it.") from error
             self._wants_parts = not self._shows("user", _PROBE) and self._shows("user", _parts(_PROBE))
@@ -265,14 +268,16 @@ def _fold_system(messages: Sequence[Message]) -> list[Message]:
 
 
 def _unused_characters(count: int, text: str) -> list[str]:
-    """Distinct private-use characters, drawn at random, that `text` does not contain."""
+    """Distinct private-use characters that `text` does not contain: the first from a place drawn at random."""
     used = {character for character in text if ord(character) >= _PRIVATE.start} if not text.isascii() else set()
+    start = secrets.randbelow(len(_PRIVATE))
     found: list[str] = []
-    while len(found) < count:
-        character = chr(secrets.choice(_PRIVATE))
+    for place in range(len(_PRIVATE)):
+        character = chr(_PRIVATE[(start + place) % len(_PRIVATE)])
         if character not in used:
-            used.add(character)
             found.append(character)
+            if len(found) == count:
+                break
     return found
 
 

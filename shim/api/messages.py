@@ -53,12 +53,12 @@ class Messages:
                 request, listed, principal, services.catalog, exchange.request_id, pb.PRIORITY_INTERACTIVE
             )
             generation = Generation(asked)
-            reply = Reply(request, listed, generation, exchange)
             async with _abort_at_end(services, generation, receive):
                 if request.images:
                     fetching = services.image_fetcher.fetch_all(request.images, lease.grow)
                     generation.images = await generation.during(fetching)
                 accepted = await services.engines.admit(generation)
+                reply = Reply(request, listed, generation, exchange)
                 async with self._accounted(reply, principal, accepted):
                     if request.stream or self._always_stream:
                         await self._stream(reply, stream_of(scope), send)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime
 from typing import Any
 
@@ -51,8 +52,12 @@ class Reply:
             if text:
                 entry.first_token_at = datetime.now(UTC)
                 self.exchange.facts["first_ms"] = round(self.exchange.seconds * 1000, 1)
-                metrics.FIRST_TOKEN_SECONDS.labels(self.listed.id).observe(self.exchange.seconds)
+                # once this turn's writes are done: the client waits for them
+                asyncio.get_running_loop().call_soon(self._observe_first, self.exchange.seconds)
         return text
+
+    def _observe_first(self, seconds: float) -> None:
+        metrics.FIRST_TOKEN_SECONDS.labels(self.listed.id).observe(seconds)
 
     def events(self) -> tuple[bytes, bool]:
         """What is new as events, and whether there will be more."""
