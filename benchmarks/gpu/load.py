@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.gpu.models import SHAPES
 from benchmarks.gpu.report import ROOT, Bench
 from benchmarks.gpu.start import write_random
@@ -45,7 +47,7 @@ def run(bench: Bench) -> None:
         if not bench.dry_run:
             bench.say(f"g: writing {SHAPE}")
             source = str(Path(folder) / "model")
-            _write_model(Path(source))
+            _write_model(Path(source), bench.device)
         with _server(bench, Path(folder), source) as (url, key, seconds):
             bench.add(PART, "start", {"ready_s": seconds})
             document = _load(bench, Path(folder), url, key)
@@ -62,12 +64,12 @@ def _name(target: dict[str, Any]) -> str:
     return f"{target['tier']} {target['measure']} p{target['percentile']:g}"
 
 
-def _write_model(directory: Path) -> None:
+def _write_model(directory: Path, device: torch.device) -> None:
     """Random weights, and the tokenizer of the peers' model: as many tokens, in replies like any other."""
     from benchmarks.peers.model import make_tokenizer
 
     directory.mkdir()
-    write_random(directory, SHAPES[SHAPE])
+    write_random(directory, SHAPES[SHAPE], device)
     tokenizer = json.dumps(make_tokenizer(SHAPES[SHAPE]["vocab_size"]), ensure_ascii=False)
     (directory / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
     for name in ("tokenizer_config.json", "chat_template.jinja"):

@@ -30,14 +30,15 @@ def run(bench: Bench) -> None:
             continue  # between the other two
         with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryDirectory() as cache:
             bench.say(f"e: writing {name}")
-            write_random(Path(directory), values)
+            write_random(Path(directory), values, bench.device)
             for temperature in ("cold", "warm"):
                 row = _start(bench, Path(directory), cache)
                 bench.add(PART, f"{name} {temperature}", row)
 
 
-def write_random(directory: Path, values: dict[str, Any]) -> None:
-    """A Hugging Face directory of this config.json: a file a layer, an index, random bfloat16 weights."""
+def write_random(directory: Path, values: dict[str, Any], device: torch.device) -> None:
+    """A Hugging Face directory of this config.json: a file a layer, an index, random bfloat16 weights, drawn on
+    `device`."""
     from safetensors.torch import save_file
 
     from aiexport_edge.engine.models.config import ModelConfig
@@ -53,7 +54,7 @@ def write_random(directory: Path, values: dict[str, Any]) -> None:
         made = {}
         for name, shape in tensors.items():
             scale = shape[-1] ** -0.5 if len(shape) > 1 else 1.0
-            made[name] = torch.empty(shape, dtype=torch.bfloat16).normal_(std=scale)
+            made[name] = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(std=scale).cpu()
             weight_map[name] = file
         save_file(made, directory / file)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))

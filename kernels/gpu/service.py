@@ -7,7 +7,7 @@ that would run.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -76,7 +76,10 @@ SHAPES = (
     Shape("mistral-7b", 32, 8, 128, 4096, 14336, 32768, 16, 128, normed=False, sliding_window=4096),
     Shape("heads-of-96", 32, 32, 96, 3072, 8192, 32064, 16, 96, normed=False),
     Shape("heads-of-256", 16, 8, 256, 3840, 15360, 262144, 16, 256),
+    Shape("one-kv-head", 32, 1, 128, 4096, 16384, 32000, 16, 128, normed=False),
 )
+# What the demonstration models of other projects have: fewer dimensions than the matrix units multiply.
+STORIES = Shape("heads-of-8", 8, 4, 8, 64, 172, 512, 16, 8, normed=False)
 
 
 def _meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -167,6 +170,39 @@ def attention_cases(
             v_scale=kv_scale,
         )
         yield Case("prefill_attention", f"{detail}, {num_tokens} tokens", launch, may_spill=True)
+
+
+def deterministic_cases(architecture: Architecture, shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
+    """What differs in deterministic mode: one setting of attention for prefills and decodes, and rotation."""
+    detail = f"{shape.name} {str(dtype).removeprefix('torch.')}, deterministic"
+    k_cache, v_cache = _caches(shape, dtype)
+    heads = shape.num_q_heads + 2 * shape.num_kv_heads
+    launch, q = qk_norm_rope.qk_norm_rope_launch(
+        _meta(16, heads * shape.head_dim, dtype=dtype),
+        _meta(MAX_CONTEXT, shape.rot_dim, dtype=torch.float32),
+        _meta(3, 16, dtype=torch.int64),
+        _meta(16, dtype=torch.int64),
+        k_cache,
+        v_cache,
+        num_q_heads=shape.num_q_heads,
+        num_kv_heads=shape.num_kv_heads,
+        mrope_section=shape.mrope_section,
+        batch_invariant=True,
+    )
+    yield Case("qk_norm_rope", detail, launch)
+    launch, _ = paged_attention.paged_attention_launch(
+        q,
+        k_cache,
+        v_cache,
+        _meta(16, -(-MAX_CONTEXT // shape.tokens_per_page), dtype=torch.int32),
+        _meta(17, dtype=torch.int32),
+        _meta(16, dtype=torch.int32),
+        scale=SCALE,
+        sliding_window=shape.sliding_window,
+        batch_invariant=True,
+        architecture=architecture,
+    )
+    yield Case("prefill_attention", detail, launch, may_spill=True)
 
 
 def row_cases(shape: Shape, dtype: torch.dtype) -> Iterator[Case]:
@@ -335,6 +371,7 @@ def representative_cases(architecture: Architecture) -> Iterator[Case]:
     """Each kernel at least once, in a minute or so for three architectures."""
     for shape in REPRESENTATIVE:
         yield from attention_cases(architecture, shape, torch.bfloat16)
+    yield from deterministic_cases(architecture, QWEN3_8B, torch.bfloat16)
     yield from row_cases(QWEN3_8B, torch.bfloat16)
     yield from sampler_cases(architecture, QWEN3_8B, masked=True)
     yield from moe_cases(architecture, torch.bfloat16, num_tokens=(1, 256))
@@ -347,7 +384,10 @@ def service_cases(architecture: Architecture) -> Iterator[Case]:
     """Every shape in bfloat16; one of them in float16, with FP8 caches and in more batch sizes, too."""
     for shape in SHAPES:
         yield from attention_cases(architecture, shape, torch.bfloat16)
+        yield from deterministic_cases(architecture, shape, torch.bfloat16)
         yield from row_cases(shape, torch.bfloat16)
+    for case in attention_cases(architecture, STORIES, torch.float32):
+        yield replace(case, may_spill=True, wide=False)
     for dtype in (torch.bfloat16, torch.float16):
         yield from attention_cases(architecture, QWEN3_8B, dtype, batches=(1, 256))
         yield from attention_cases(architecture, QWEN3_8B, dtype, fp8=True)
