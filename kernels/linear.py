@@ -28,8 +28,10 @@ from aiexport_edge.kernels.quantization import (
     quantize_int8,
     stack,
 )
+from aiexport_edge.kernels.threads import sharing
 
 QUANTIZATIONS = ("none", "int8", "int4", "fp8")
+NANOSECONDS = 0.02  # for a product and a sum of floats, on one thread
 INT8_BLOCK = 64
 CARD_INT4_GROUP = 128  # inputs that share a scale where a card's weights are rounded: it is short of memory
 
@@ -79,10 +81,11 @@ def _pack(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
     """The product with this weight, which is not kept where it can be packed."""
     if weight.is_cuda or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return lambda x: torch.nn.functional.linear(x, weight, bias)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+    packed, size = torch.ops.mkldnn._reorder_linear_weight(weight), weight.numel()
 
     def product(x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        with sharing(x.shape[0] * size * NANOSECONDS):
+            out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
         return out
 
     return product

@@ -149,6 +149,25 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
+@contextmanager
+def sharing(nanoseconds: float) -> Iterator[None]:
+    """Around operations of torch's, with an estimate of the time that one thread needs: they stay on this thread where
+    that is not worth waking others. torch itself wakes all for products of a few rows; then a thread of another process
+    that has a processor holds up each of them.
+    """
+    import torch
+
+    if nanoseconds >= MIN_SHARED_NANOSECONDS:
+        yield
+        return
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
+
+
 def float_bits(value: float) -> int:
     """A float64 as kernels take it, as an int64 of the same bits: all their parameters are of one kind."""
     bits: int = struct.unpack("<q", struct.pack("<d", value))[0]

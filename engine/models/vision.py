@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from aiexport_edge.engine.models.vision_config import Grid, VisionConfig, encoding_work
-from aiexport_edge.kernels.linear import PackedLinear
+from aiexport_edge.kernels.linear import NANOSECONDS, PackedLinear
+from aiexport_edge.kernels.threads import sharing
 
 LAYER_NORM_EPS = 1e-6
 
@@ -145,6 +146,7 @@ class Encoding:
         self.grid = (pixels.shape[0] // size, pixels.shape[1] // size)
         work = encoding_work(config, self.grid, tower.block_patches)
         self.num_units, self._block = work.num_units, work.block_patches
+        self._unit_nanoseconds = NANOSECONDS / 2 * work.unit_operations
         self._tower = tower
         self._next = 0
         num_patches = self.grid[0] * self.grid[1]
@@ -175,19 +177,22 @@ class Encoding:
 
     def advance(self, num_units: int) -> None:
         """Do the next `num_units` of the work."""
-        block = self._block
-        num_blocks = -(-self._hidden.shape[0] // block)
         assert self._next + num_units <= self.num_units
-        for unit in range(self._next, self._next + num_units):
-            layer, index = divmod(unit, num_blocks)
-            rows = slice(index * block, (index + 1) * block)
-            if layer:
-                self._pass_layer(layer - 1, rows)
-            else:
-                self._hidden[rows] = self._tower.embed(self._patches[rows], self._places[rows], self.grid)
-            if layer < len(self._tower.layers):
-                self._project(layer, rows)
+        with sharing(self._unit_nanoseconds):
+            for unit in range(self._next, self._next + num_units):
+                self._do(unit)
         self._next += num_units
+
+    def _do(self, unit: int) -> None:
+        block = self._block
+        layer, index = divmod(unit, -(-self._hidden.shape[0] // block))
+        rows = slice(index * block, (index + 1) * block)
+        if layer:
+            self._pass_layer(layer - 1, rows)
+        else:
+            self._hidden[rows] = self._tower.embed(self._patches[rows], self._places[rows], self.grid)
+        if layer < len(self._tower.layers):
+            self._project(layer, rows)
 
     def _project(self, index: int, rows: slice) -> None:
         """Queries, keys and values of a layer, from what went into it."""
