@@ -66,6 +66,11 @@ class Worker:
                 raise TimeoutError from None
             raise WorkerDied from None
 
+    @property
+    def lives(self) -> bool:
+        """Whether it is there to be asked."""
+        return self._popen.poll() is None
+
     def kill(self) -> None:
         """Ends it at once; whoever waits for its answer is told."""
         self._popen.kill()

@@ -123,13 +123,11 @@ class ImagePool:
         raise ImageError("the file is broken: decoding it failed")
 
     def _take(self) -> Worker:
-        with self._lock:
-            if self._closed:
-                raise PoolError("The engine is ending.")
-            worker = self._idle.pop()[0] if self._idle else None
-            if worker is not None:
-                self._busy.add(worker)
-                return worker
+        found, dead = self._take_idle()
+        for worker in dead:
+            log.warning("a worker for pictures died (%s) while it was idle", worker.end())
+        if found is not None:
+            return found
         try:
             worker = Worker([*self._command, *_arguments(self.limits)], _ENVIRONMENT)
         except OSError as error:
@@ -140,6 +138,20 @@ class ImagePool:
             if self._closed:
                 worker.kill()
         return worker
+
+    def _take_idle(self) -> tuple[Worker | None, list[Worker]]:
+        """One that lives, and those that were found dead: no file's fault."""
+        dead: list[Worker] = []
+        with self._lock:
+            if self._closed:
+                raise PoolError("The engine is ending.")
+            while self._idle:
+                worker, _ = self._idle.pop()
+                if worker.lives:
+                    self._busy.add(worker)
+                    return worker, dead
+                dead.append(worker)
+        return None, dead
 
     def _give_back(self, worker: Worker, *, usable: bool) -> None:
         with self._lock:

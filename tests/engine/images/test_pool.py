@@ -9,16 +9,18 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from support.edge import wait_until
 
 from aiexport_edge.engine.images.limits import ImageError, ImageLimits
 from aiexport_edge.engine.images.patches import PatchConfig
-from aiexport_edge.engine.images.pool import ImagePool, PoolError
+from aiexport_edge.engine.images.pool import WORKER_COMMAND, ImagePool, PoolError
 from aiexport_edge.engine.images.resize import resize
 
 PATCHES = PatchConfig(4, 2, 2, 64, 4096, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -26,6 +28,15 @@ PICTURE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 30, 3),
 # Stand in for a worker: one dies of what it gets, one never answers.
 DIES = (sys.executable, "-c", "import os, sys; os.read(int(sys.argv[2]), 1); os._exit(9)")
 HANGS = (sys.executable, "-c", "import time; time.sleep(600)")
+# The first is killed while it has a file; those after it are as ever.
+DIES_ONCE = """\
+import os, sys
+if not os.path.exists(sys.argv[1]):
+    open(sys.argv[1], "w").close()
+    os.read(int(sys.argv[-1]), 1)
+    os.kill(os.getpid(), 9)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 def png(image: Image.Image = PICTURE) -> bytes:
@@ -91,6 +102,29 @@ def test_a_file_that_kills_its_worker_is_refused() -> None:
         assert pool.num_workers == 0
 
     run(work, command=DIES)
+
+
+def test_a_file_whose_worker_is_killed_once_is_decoded_by_another(tmp_path: Path) -> None:
+    async def work(pool: ImagePool) -> None:
+        assert (await pool.decode(png(), "image/png", PATCHES)).data == resize(PICTURE, PATCHES).tobytes()
+        assert (tmp_path / "died").exists()
+        assert pool.num_workers == 1
+
+    run(work, command=(sys.executable, "-c", DIES_ONCE, str(tmp_path / "died"), *WORKER_COMMAND))
+
+
+def test_workers_that_were_killed_while_idle_cost_no_file() -> None:
+    async def work(pool: ImagePool) -> None:
+        await asyncio.gather(*(pool.decode(png(), "image/png", PATCHES) for _ in range(9)))
+        workers = [child for child in psutil.Process().children() if "aiexport_edge.engine.images.worker" in child.cmdline()]
+        assert workers
+        for worker in workers:
+            worker.kill()
+            wait_until(lambda worker=worker: worker.status() == psutil.STATUS_ZOMBIE, "the worker has ended")
+        await pool.decode(png(), "image/png", PATCHES)
+        assert pool.num_workers == 1
+
+    run(work, num_workers=3)
 
 
 def test_a_worker_that_hangs_is_ended() -> None:
