@@ -16,7 +16,8 @@ from aiexport_edge.shim.errors import InvalidRequest
 from aiexport_edge.shim.fields import Object, Value
 
 MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif")
-_DATA_URL = re.compile(r"data:([a-z]+/[a-z.+-]+);base64,", re.ASCII)
+# RFC 2397: scheme, type and "base64" in any case, parameters of the type between them.
+_DATA_URL = re.compile(r"data:([a-z]+/[a-z.+-]+)(?:;[\w.+-]+=[^;,]*)*;base64,", re.ASCII | re.IGNORECASE)
 _BLANKS = "\r\n\t "
 _SLICE_CHARS = 256 << 10  # of base64 that are decoded at one time; between two, other threads run
 
@@ -59,7 +60,7 @@ class ImageRules:
                 data.text()
             return ImageData(block.path, media_type, self._bytes(data, data.raw))
         url = source.require("url")
-        return self._data_url(block, url) if url.text().startswith("data:") else self._link(block, source)
+        return self._data_url(block, url) if _scheme(url.text()) == "data" else self._link(block, source)
 
     def check_count(self, path: str, count: int) -> None:
         """`count` images are there with the one at `path`. Raises `InvalidRequest`."""
@@ -74,14 +75,14 @@ class ImageRules:
     def _data_url(self, block: Value, url: Value) -> ImageData:
         text = str(url.raw)
         declared = _DATA_URL.match(text)
-        if declared is None or declared[1] not in MEDIA_TYPES:
+        if declared is None or (media_type := declared[1].lower()) not in MEDIA_TYPES:
             raise url.wrong(f"a data: URL must be base64 of {', '.join(MEDIA_TYPES)}")
-        return ImageData(block.path, declared[1], self._bytes(url, text[declared.end() :]))
+        return ImageData(block.path, media_type, self._bytes(url, text[declared.end() :]))
 
     def _link(self, block: Value, source: Object) -> ImageLink:
         url = source.require("url")
         text = str(url.raw)
-        if not text.startswith(("http://", "https://")):
+        if _scheme(text) not in ("http", "https"):
             raise url.wrong("must be an http, https or data URL")
         try:
             return ImageLink(block.path, self.policy.check(text))
@@ -108,3 +109,8 @@ class ImageRules:
         if len(data) > self.max_bytes:
             raise self.too_large(field.path, len(data))
         return data
+
+
+def _scheme(url: str) -> str:
+    """What stands before its colon, as far as it is one that is known here."""
+    return url[:6].partition(":")[0].lower()

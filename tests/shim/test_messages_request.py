@@ -234,10 +234,19 @@ def test_images_keep_their_places() -> None:
     assert request.images == [first, second, third, last]
 
 
+@pytest.mark.parametrize(
+    "head", ["data:image/png;base64,", "DATA:Image/PNG;Base64,", "data:image/png;name=a%20b.png;charset=utf-8;base64,"]
+)
+def test_data_urls_as_encoders_write_them(head: str) -> None:
+    request = parse_messages_request(image(type="url", url=head + "aGk="))
+    assert request.images == [ImageData(IMAGE, "image/png", b"hi")]
+
+
 def test_the_operator_says_what_images_may_be() -> None:
     rules = ImageRules(ImagesConfig(allow=("cdn.example.com",), max_bytes=2, max_count=1))
     request = parse_messages_request(image(type="url", url="https://CDN.example.com/a.png?b"), rules)
     link = request.images[0]
+    assert parse_messages_request(image(type="url", url="HTTPS://cdn.example.com/a.png?b"), rules).images == [link]
     assert isinstance(link, ImageLink)
     assert (link.path, link.target.host, link.target.path) == (IMAGE, "cdn.example.com", "/a.png?b")
     assert parse_messages_request(image(**PNG), rules).images == [ImageData(IMAGE, "image/png", b"hi")]
