@@ -122,27 +122,31 @@ def _decimals(bounds: Bounds, *, negative: bool = False) -> list[Expression]:
     if negative and bounds.low == 0:
         bounds = replace(bounds, low_strict=True)
     assert bounds.low is not None
-    places = max(_places(bounds.low), _places(bounds.high or Fraction(0)))
-    if places > MAX_BOUND_PLACES:
-        raise ValueError(f"a bound has more than {MAX_BOUND_PLACES} decimal places")
-    if places and len(str(max(bounds.low, bounds.high or Fraction(0)) // 1)) + places > _MAX_DIGITS:
-        raise ValueError(f"a bound has more than {_MAX_DIGITS} digits")
+    places = 0
+    for bound in (bounds.low, bounds.high or Fraction(0)):
+        own = _places(bound)
+        if own > MAX_BOUND_PLACES:
+            raise ValueError(f"a bound has more than {MAX_BOUND_PLACES} decimal places")
+        if own and len(str(bound // 1)) + own > _MAX_DIGITS:
+            raise ValueError(f"a bound has more than {_MAX_DIGITS} digits")
+        places = max(places, own)
     options: list[Expression] = []
     first, last = bounds.low // 1, _LARGEST if bounds.high is None else min(bounds.high // 1, _LARGEST)
     inside_first = first if bounds.has(Fraction(first)) else first + 1
     inside_last = last if bounds.high is None else last - 1  # n with [n, n + 1) wholly inside
     if bounds.high is None:
         if inside_first <= inside_last:
-            options.append(seq(_natural(inside_first, inside_last), maybe(FRACTION)))
+            whole = _natural(inside_first, inside_last)
+            options.append(seq(whole, maybe(FRACTION)) if bounds.low < 10**_MAX_DIGITS else whole)
     else:
         most = min(inside_last, 10**_MAX_WHOLE_DIGITS - 1)
         if inside_first <= most:
             options.append(_with_fraction(_natural(inside_first, most), len(str(most))))
         if max(inside_first, most + 1) <= inside_last:
             options.append(_natural(max(inside_first, most + 1), inside_last))
-    for whole in sorted({first, last}):
-        if whole <= _LARGEST and not inside_first <= whole <= inside_last:
-            options += _cut(str(whole), Fraction(whole), Fraction(1), places + 1, bounds)
+    for edge in sorted({first, last}):
+        if edge <= _LARGEST and not inside_first <= edge <= inside_last:
+            options += _cut(str(edge), Fraction(edge), Fraction(1), places + 1, bounds)
     return options
 
 
