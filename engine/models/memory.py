@@ -21,7 +21,7 @@ GRAPH_BYTES = 512 << 20  # as `core/kv_memory.py` keeps them
 RANK_MULTIPLE = 16  # as `kernels/lora.py` has it
 TOKENS_PER_PAGE = 16  # of the model with the most bytes per token
 # Bytes a weight of a product, scales included (int4: a 32-bit scale and an 8-bit zero for each group of 128; others: by
-# row or block). The head is more sensitive: `models/loader.py` has its rules.
+# row or block). The head is more sensitive: `models/weights.py` has its rules.
 PRODUCT_BYTES = {"int8": 1.0 + 1 / 512, "int4": 0.5 + 5 / 128, "fp8": 1.0 + 1 / 512}
 HEAD_BYTES = {"int8": PRODUCT_BYTES["int8"], "int4": PRODUCT_BYTES["int8"]}
 SPARE_PICTURE_BYTES = 256 << 20  # beside the largest picture

@@ -1,7 +1,7 @@
 """Which tensors a checkpoint must hold, and what they are called.
 
 Owns the names. All are checked by the files' headers before a byte is read: what is missing, left over, or of another
-shape raises ModelError with its name. What becomes of them is `loader.py`'s.
+shape raises ModelError with its name. What becomes of them is `weights.py`'s.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 
 from aiexport_edge.engine.models.checkpoint import DTYPES, Checkpoint
 from aiexport_edge.engine.models.config import ModelConfig, ModelError
+from aiexport_edge.engine.models.formats.fp8 import FusedWeight, find_fused
 from aiexport_edge.engine.models.formats.scheme import Quantization
-from aiexport_edge.engine.models.formats.stored import FusedWeight, StoredWeight, empty_biases, find_all, find_fused
+from aiexport_edge.engine.models.formats.stored import StoredWeight, empty_biases, find_all
 from aiexport_edge.engine.models.vision_loader import PREFIX as TOWER
 from aiexport_edge.engine.models.vision_loader import tower_shapes
 

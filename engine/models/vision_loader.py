@@ -1,6 +1,6 @@
 """The vision tower's weights out of a checkpoint, which tensors they are and what they make.
 
-Owns the names under `model.visual.`. How tensors are read, checked and converted is `loader.py`'s.
+Owns the names under `model.visual.`. How tensors are read and converted is `weights.py`'s.
 """
 
 from __future__ import annotations

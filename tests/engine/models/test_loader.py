@@ -17,7 +17,8 @@ from support.tiny_models import greedy, make, prompts, save
 from aiexport_edge.engine.models import checkpoint as checkpoint_module
 from aiexport_edge.engine.models.checkpoint import open_checkpoint
 from aiexport_edge.engine.models.config import ModelError
-from aiexport_edge.engine.models.loader import load_model, serving_dtype
+from aiexport_edge.engine.models.loader import load_model
+from aiexport_edge.engine.models.weights import serving_dtype
 from aiexport_edge.kernels.linear import supports_bf16
 
 Tensors = dict[str, torch.Tensor]
