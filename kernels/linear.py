@@ -175,7 +175,7 @@ def _pack_own(
 
     if not (dot.HAS_INT8 if quantized else dot.HAS_BFLOAT16):
         return None
-    from aiexport_edge.kernels.cpu.products import PackedWeight
+    from aiexport_edge.kernels.cpu.packed_weight import PackedWeight
 
     return PackedWeight(parts, bias, quantized=quantized)
 
@@ -234,7 +234,7 @@ def _pack_bits_on_cpu(weight: QuantizedWeight, bias: torch.Tensor | None) -> Own
         from aiexport_edge.kernels.cpu import dot
 
         if dot.HAS_INT8:
-            from aiexport_edge.kernels.cpu.products import PackedWeight
+            from aiexport_edge.kernels.cpu.packed_weight import PackedWeight
 
             return PackedWeight.of_codes(weight, bias)
     return None
@@ -254,7 +254,7 @@ def _pack_quantized(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torc
         return out if bias is None else out + bias
 
     def gather(ids: torch.Tensor) -> torch.Tensor:
-        return (values[ids] * scales[ids, None])[:, :width]
+        return (values.index_select(0, ids) * scales[ids, None])[:, :width]
 
     return product, gather
 
@@ -328,7 +328,7 @@ class PackedLinear:
         return isinstance(self._own, _Gathers) or self._gather is not None
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows `ids` (int64 [T]) of W as products have them, [T, K] in `dtype`."""
+        """Rows `ids` (int64 [T]) of W as products have them, [T, K] in `dtype`. Raises IndexError beyond [0, N)."""
         if isinstance(self._own, _Gathers):
             return self._own.gather(ids, self.dtype)
         assert self._gather is not None

@@ -20,6 +20,7 @@ def warm() -> Path:
     from aiexport_edge.kernels.cpu.jit import CACHE_DIRECTORY
 
     if dot.HAS_BFLOAT16 or dot.HAS_INT8:
+        importlib.import_module("aiexport_edge.kernels.cpu.packed_weight")
         importlib.import_module("aiexport_edge.kernels.cpu.int4_products")
     return CACHE_DIRECTORY
 

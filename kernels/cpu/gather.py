@@ -8,7 +8,7 @@ from aiexport_edge.kernels.cpu.jit import kernel
 from aiexport_edge.kernels.cpu.memory import get_int32, get_int64
 from aiexport_edge.kernels.cpu.units import begin, end, next_unit
 from aiexport_edge.kernels.cpu.words import set_int32
-from aiexport_edge.kernels.threads import empty, launch
+from aiexport_edge.kernels.threads import empty, is_recording, launch
 
 ROWS_PER_UNIT = 16
 WORD = 4  # bytes
@@ -34,11 +34,24 @@ def fits(hidden: torch.Tensor) -> bool:
     return hidden.shape[1] * hidden.element_size() % WORD == 0
 
 
+def check_rows(rows: torch.Tensor, num_rows: int) -> None:
+    """Raises IndexError where one of `rows` (int64 [B]) is not in [0, `num_rows`): a kernel would read whatever lies
+    there. Not while launches are recorded, when the numbers are not there yet.
+    """
+    assert rows.dtype == torch.int64
+    if not is_recording() and rows.numel():
+        lowest, highest = (int(row) for row in rows.aminmax())
+        if lowest < 0 or highest >= num_rows:
+            raise IndexError(f"rows {lowest} to {highest} of {num_rows}")
+
+
 def gather_rows(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """See `aiexport_edge.kernels.gather.gather_rows_reference`, for rows that `fits` says yes to."""
+    """See `aiexport_edge.kernels.gather.gather_rows_reference`, for rows that `fits` says yes to. Raises IndexError as
+    `check_rows` does.
+    """
+    check_rows(rows, hidden.shape[0])
     hidden, rows = hidden.contiguous(), rows.contiguous()
     assert fits(hidden)
-    assert rows.dtype == torch.int64
     num_rows, width = rows.shape[0], hidden.shape[1]
     out = empty((num_rows, width), hidden.dtype)
     num_words = width * hidden.element_size() // WORD

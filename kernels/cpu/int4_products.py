@@ -1,4 +1,4 @@
-"""Products with weights in four bits, for processors that multiply int8 quadruples (`products.py` has the others).
+"""Products with weights in four bits, for processors that multiply int8 quadruples (`packed_weight.py` has the others).
 
     weights [N, K]  ->  panels of 32 outputs, each words [K / 8, 32]: a byte of word d holds input 8 d + i in its low
                         half and 8 d + 4 + i in its high half, so that either half, masked, is a word of four inputs
@@ -16,13 +16,9 @@ import torch
 from aiexport_edge.kernels.cpu.dot import COLUMNS, HAS_INT8, MOST_ROWS, Tile, int4_tile
 from aiexport_edge.kernels.cpu.jit import inner, kernel
 from aiexport_edge.kernels.cpu.memory import load, set_float32, store, widen
-from aiexport_edge.kernels.cpu.products import (
-    pack_words,
-    quantize_rows,
-    rows_of,
-    tile_rows,
-    write_tile,
-)
+from aiexport_edge.kernels.cpu.panels import pack_words
+from aiexport_edge.kernels.cpu.products import write_tile
+from aiexport_edge.kernels.cpu.row_tiles import quantize_rows, rows_of, tile_rows
 from aiexport_edge.kernels.cpu.simd import LANES, add, fma, max_lanes, maximum, multiply, negate, splat, sum_lanes
 from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
 from aiexport_edge.kernels.cpu.words import int4_codes, store_octets

@@ -95,6 +95,17 @@ def test_bfloat16_rows_are_gathered_unchanged() -> None:
         assert torch.equal(product.gather(ids), weight[ids])
 
 
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+@pytest.mark.parametrize("wrong", [-1, 100, 1 << 40])
+def test_a_row_that_is_not_there_is_an_error_and_not_whatever_lies_there(wrong: int, quantize: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    product = PackedLinear(randn(generator, 100, 70), dtype=torch.bfloat16, deterministic=True, quantize=quantize)
+    if not product.gathers:
+        pytest.skip("this processor's products are a library's, which keeps the embedding")
+    with pytest.raises(IndexError):
+        product.gather(torch.tensor([3, wrong, 99]))
+
+
 def test_quantization_is_within_half_a_step() -> None:
     generator = torch.Generator().manual_seed(5)
     weight = randn(generator, 50, 333)
