@@ -1,10 +1,10 @@
-"""Pick the rows whose logits are wanted. Knows nothing of what the rows are."""
+"""Pick the rows whose logits are wanted, add to rows that stand for pictures. Knows nothing of what the rows are."""
 
 from __future__ import annotations
 
 import torch
 
-from aiexport_edge.kernels.threads import is_recording
+from aiexport_edge.kernels.threads import is_recording, sharing
 
 
 def gather_rows_reference(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -27,3 +27,9 @@ def gather_rows(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         if lowest < 0 or highest >= hidden.shape[0]:
             raise IndexError(f"rows {lowest} to {highest} of {hidden.shape[0]}")
     return cpu.gather_rows(hidden, rows)
+
+
+def add_to_rows(hidden: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """hidden[rows[i]] += values[i], in place. hidden [T, H]; rows int64 [B], each once; values [B, H] of its dtype."""
+    with sharing(float(values.numel())):  # a nanosecond for each
+        hidden.index_add_(0, rows, values)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aiexport_edge.engine.models.config import ModelConfig
 from aiexport_edge.kernels.decode_attention import decode_attention, plan_decode
-from aiexport_edge.kernels.gather import gather_rows
+from aiexport_edge.kernels.gather import add_to_rows, gather_rows
 from aiexport_edge.kernels.linear import PackedLinear
 from aiexport_edge.kernels.moe import Experts, route
 from aiexport_edge.kernels.paged_attention import paged_attention, plan_attention
@@ -185,7 +185,7 @@ class Decoder:
             hidden = layer.o(self._attend(layer, q, batch, kv_cache, plans))
             hidden, residual = self._mlp(layer, hidden, residual)
             if images is not None and index < len(images.deepstack):
-                hidden.index_add_(0, images.rows, images.deepstack[index])
+                add_to_rows(hidden, images.rows, images.deepstack[index])
         layer, kv_cache = self._last_layer(adapters), kv_caches[-1]
         hidden, residual = self._norm(hidden, residual, layer.input_norm)
         q = self._project(layer, hidden, batch, kv_cache)
