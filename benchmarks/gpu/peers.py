@@ -9,6 +9,7 @@ batching's start takes seconds and varies, so there they come from its tokens' t
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -54,6 +55,9 @@ def run_transformers(bench: Bench, part: str, name: str, values: dict[str, Any],
             return _step_seconds(generate, steps, bench.synchronize)
 
         _add(bench, part, f"{name} transformers decode B{batch} {context}", batch, step)
+    cache_config: Any = transformers.ContinuousBatchingConfig
+    names = {field.name for field in dataclasses.fields(cache_config)}
+    page_size = "page_size" if "page_size" in names else "block_size"  # as older releases call it
     for batch, context in points:
         prompts = torch.randint(3, 200, (batch, context)).tolist()
 
@@ -64,7 +68,7 @@ def run_transformers(bench: Bench, part: str, name: str, values: dict[str, Any],
         num_blocks = batch * (-(-(context + 1 + steps) // PAGE_SIZE) + 1)
 
         def decode(prompts: list[list[int]] = prompts, options: Any = options, num_blocks: int = num_blocks) -> float:
-            cache = transformers.ContinuousBatchingConfig(page_size=PAGE_SIZE, num_blocks=num_blocks)
+            cache = cache_config(**{page_size: PAGE_SIZE, "num_blocks": num_blocks})
             replies = model.generate_batch(
                 prompts, generation_config=options, continuous_batching_config=cache, record_timestamps=True
             ).values()
