@@ -27,8 +27,9 @@ SMALL_PATCHES = 4096  # what may be half done beside the largest picture
 class Eyes:
     """What there is to know of a model's vision tower without a tensor.
 
-    `block_patches` go through a layer in one unit of work. `token_operations` are the decoder's for one token,
-    `token_bytes` those of one token's features; `largest_patches` is the size of the largest picture.
+    `block_patches` go through a layer in one unit of work, which takes as long as `unit_operations` besides its own,
+    however few they are. `token_operations` are the decoder's for one token, `token_bytes` those of one token's
+    features; `largest_patches` is the size of the largest picture.
     """
 
     config: VisionConfig
@@ -36,11 +37,12 @@ class Eyes:
     token_operations: float
     token_bytes: int
     largest_patches: int
+    unit_operations: float = 0.0
 
     def cost(self, grid: Grid) -> tuple[int, float]:
         """Units of work that a picture takes, and what one of them costs in tokens of the decoder."""
         work = encoding_work(self.config, grid, self.block_patches)
-        return work.num_units, work.unit_operations / self.token_operations
+        return work.num_units, (work.unit_operations + self.unit_operations) / self.token_operations
 
     def num_bytes(self, grid: Grid) -> int:
         """Bytes of a picture's features."""
