@@ -116,7 +116,9 @@ def test_a_file_whose_worker_is_killed_once_is_decoded_by_another(tmp_path: Path
 def test_workers_that_were_killed_while_idle_cost_no_file() -> None:
     async def work(pool: ImagePool) -> None:
         await asyncio.gather(*(pool.decode(png(), "image/png", PATCHES) for _ in range(9)))
-        workers = [child for child in psutil.Process().children() if "aiexport_edge.engine.images.worker" in child.cmdline()]
+        workers = [
+            child for child in psutil.Process().children() if "aiexport_edge.engine.images.worker" in child.cmdline()
+        ]
         assert workers
         for worker in workers:
             worker.kill()
