@@ -231,8 +231,9 @@ def stack(parts: Sequence[Weight], dtype: torch.dtype) -> Weight:
     if isinstance(first, Fp8Weight):
         own8 = [part for part in parts if isinstance(part, Fp8Weight) and _same_blocks(part, first)]
         if len(own8) == len(parts):
-            codes, scales = torch.cat([part.codes for part in own8]), torch.cat([part.scales for part in own8])
-            return Fp8Weight(codes, scales, first.block)
+            codes = torch.cat([part.codes.view(torch.uint8) for part in own8])  # not every torch stacks FP8 on a card
+            scales = torch.cat([part.scales for part in own8])
+            return Fp8Weight(codes.view(torch.float8_e4m3fn), scales, first.block)
     return torch.cat([dequantized(part, dtype) for part in parts])
 
 
