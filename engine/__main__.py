@@ -17,8 +17,8 @@ from aiexport_edge.proto.lifetime import die_with_parent
 
 if TYPE_CHECKING:
     from aiexport_edge.engine.backends.spawn import Spawned
+    from aiexport_edge.engine.models.facts import ModelFacts, Vision
     from aiexport_edge.engine.models.vision_config import VisionConfig
-    from aiexport_edge.engine.server.facts import ModelFacts, Vision
     from aiexport_edge.engine.server.process import ImageConfig
     from aiexport_edge.proto.config import Config, WeightsSpec
     from aiexport_edge.proto.config_images import ImagesConfig
@@ -150,9 +150,9 @@ def _facts(config: Config) -> list[ModelFacts]:
     """What the directories say. Raises `ModelError` and `ConfigError`."""
     from aiexport_edge.engine.backends.vllm.shape import load_shape
     from aiexport_edge.engine.models.config import ModelConfig
+    from aiexport_edge.engine.models.facts import ModelFacts
     from aiexport_edge.engine.models.revision import model_revision
     from aiexport_edge.engine.models.window import served_window, yarn_of
-    from aiexport_edge.engine.server.facts import ModelFacts
     from aiexport_edge.proto.config import check_sources, source_directory
 
     check_sources(config)
@@ -189,7 +189,7 @@ def _rounding(weights: WeightsSpec) -> str:
 def _vision(directory: Path, vision: VisionConfig, max_tokens: int) -> Vision:
     """How the model's pictures are to be made. Raises `ModelError` where the files disagree."""
     from aiexport_edge.engine.images.preprocessor import load_patch_config
-    from aiexport_edge.engine.server.facts import Vision
+    from aiexport_edge.engine.models.facts import Vision
 
     return Vision(load_patch_config(directory, vision).with_at_most(max_tokens), vision.image_token_id)
 

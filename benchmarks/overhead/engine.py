@@ -14,8 +14,8 @@ import uvloop
 
 from aiexport_edge.engine.backends.native import NativeBackend
 from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel
+from aiexport_edge.engine.models.facts import ModelFacts
 from aiexport_edge.engine.server import logs
-from aiexport_edge.engine.server.facts import ModelFacts
 from aiexport_edge.engine.server.listener import ListenerConfig
 from aiexport_edge.engine.server.process import ServerConfig, serve
 from aiexport_edge.proto.lifetime import die_with_parent

@@ -12,7 +12,7 @@ from aiexport_edge.engine.backends.composite import CompositeBackend, Part, Part
 from aiexport_edge.engine.backends.core_process import CoreProcess
 from aiexport_edge.engine.backends.native import NativeBackend
 from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel
-from aiexport_edge.engine.server.facts import ModelFacts
+from aiexport_edge.engine.models.facts import ModelFacts
 from aiexport_edge.proto.config import Config, WeightsSpec
 from aiexport_edge.proto.config_vllm import VllmConfig
 

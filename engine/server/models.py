@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from aiexport_edge.engine.backends.base import Backend, ModelState, ModelStatus
-from aiexport_edge.engine.server.facts import ModelFacts
+from aiexport_edge.engine.models.facts import ModelFacts
 from aiexport_edge.engine.text.template import ChatTemplate
 from aiexport_edge.engine.text.tokenizer import Tokenizer, TokenizerError
 

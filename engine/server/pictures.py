@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from aiexport_edge.engine.core.protocol import ImageInput
 from aiexport_edge.engine.images.limits import ImageError
 from aiexport_edge.engine.images.pool import ImagePool, PoolError
+from aiexport_edge.engine.models.facts import Vision
 from aiexport_edge.engine.server.errors import InvalidRequest, RequestError
-from aiexport_edge.engine.server.facts import Vision
 from aiexport_edge.engine.server.models import Model
 from aiexport_edge.engine.server.prompt import too_long
 from aiexport_edge.engine.text.template import Picture

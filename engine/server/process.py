@@ -17,9 +17,9 @@ from pathlib import Path
 from aiexport_edge.engine.backends.base import Backend, ModelState
 from aiexport_edge.engine.images.limits import ImageLimits
 from aiexport_edge.engine.images.pool import ImagePool
+from aiexport_edge.engine.models.facts import ModelFacts
 from aiexport_edge.engine.server.adapters import AdapterRegistry
 from aiexport_edge.engine.server.admission import Admission
-from aiexport_edge.engine.server.facts import ModelFacts
 from aiexport_edge.engine.server.generations import Generations
 from aiexport_edge.engine.server.listener import Listener, ListenerConfig, open_listener
 from aiexport_edge.engine.server.models import Model, any_ready, load_text

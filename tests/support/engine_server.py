@@ -15,7 +15,7 @@ import grpc.aio
 from support.scripted_core import command, core_config, undisturbed
 
 from aiexport_edge.engine.backends.native import NativeBackend
-from aiexport_edge.engine.server.facts import ModelFacts, Vision
+from aiexport_edge.engine.models.facts import ModelFacts, Vision
 from aiexport_edge.engine.server.listener import ListenerConfig
 from aiexport_edge.engine.server.outbox import DEFAULT_BOUND, OutboxBound
 from aiexport_edge.engine.server.process import ImageConfig, Server, ServerConfig

@@ -20,8 +20,8 @@ from support.tiny_tokenizers import save_tokenizer
 
 from aiexport_edge.engine.backends.native import NativeBackend
 from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel
+from aiexport_edge.engine.models.facts import ModelFacts
 from aiexport_edge.engine.server.errors import DETAIL_TRAILER
-from aiexport_edge.engine.server.facts import ModelFacts
 from aiexport_edge.engine.server.listener import ListenerConfig
 from aiexport_edge.engine.server.process import Server, ServerConfig
 from aiexport_edge.proto import engine_pb2 as pb

@@ -18,8 +18,8 @@ from support.seeing import plain, save_text
 
 from aiexport_edge.engine.images.limits import ImageLimits
 from aiexport_edge.engine.images.preprocessor import load_patch_config
+from aiexport_edge.engine.models.facts import Vision
 from aiexport_edge.engine.server.errors import DETAIL_TRAILER
-from aiexport_edge.engine.server.facts import Vision
 from aiexport_edge.engine.server.process import ImageConfig
 from aiexport_edge.engine.text.template import ChatTemplate, Message, Picture
 from aiexport_edge.engine.text.tokenizer import Tokenizer

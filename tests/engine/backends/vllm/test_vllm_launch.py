@@ -17,7 +17,7 @@ from aiexport_edge.engine.backends.vllm.launch import VllmBackend, worker_enviro
 from aiexport_edge.engine.backends.vllm.shape import Shape, load_shape
 from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel
 from aiexport_edge.engine.models.config import ModelError
-from aiexport_edge.engine.server.facts import ModelFacts
+from aiexport_edge.engine.models.facts import ModelFacts
 from aiexport_edge.engine.server.progress import StartProgress
 from aiexport_edge.proto.config import load, source_directory
 
