@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,18 @@ TENSOR_FREE = (
 )
 
 
+# What each of the engine's folders may not know: those above it.
+ABOVE = {
+    "adapters": ("backends", "core", "server", "structured", "text"),
+    "images": ("backends", "core", "server", "structured", "text"),
+    "models": ("backends", "core", "server", "structured", "text"),
+    "structured": ("adapters", "backends", "core", "images", "models", "server", "text"),
+    "text": ("adapters", "backends", "core", "images", "models", "server", "structured"),
+    "core": ("backends", "server", "text"),
+    "backends": ("server", "text"),
+}
+
+
 def sources(part: str) -> list[Path]:
     found = sorted(path for path in (ROOT / part).rglob("*.py") if "_pb2" not in path.name)
     assert found
@@ -66,6 +79,16 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             yield node.lineno, base
             for alias in node.names:
                 yield node.lineno, f"{base}.{alias.name}"
+
+
+def needed(path: Path) -> Iterator[str]:
+    """What a file imports at module level, and so before it can be imported itself."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def within(name: str, packages: tuple[str, ...]) -> bool:
@@ -110,11 +133,30 @@ def test_scheduling_knows_no_tensors() -> None:
 
 
 def test_core_knows_no_text_and_no_grpc() -> None:
-    text_and_wire = ("grpc", "jinja2", "tokenizers", "aiexport_edge.proto.engine_pb2")
-    assert (
-        offences(sources("engine/core"), (*text_and_wire, "aiexport_edge.engine.text", "aiexport_edge.engine.server"))
-        == []
-    )
+    assert offences(sources("engine/core"), ("grpc", "jinja2", "tokenizers", "aiexport_edge.proto.engine_pb2")) == []
+
+
+@pytest.mark.parametrize("folder", ABOVE)
+def test_the_engine_has_floors(folder: str) -> None:
+    above = tuple(f"aiexport_edge.engine.{name}" for name in ABOVE[folder])
+    assert offences(sources(f"engine/{folder}"), above) == []
+
+
+def test_kernels_of_one_device_know_no_other() -> None:
+    assert offences(sources("kernels/cpu"), ("triton", "aiexport_edge.kernels.gpu")) == []
+    assert offences(sources("kernels/gpu"), ("llvmlite", "numba", "aiexport_edge.kernels.cpu")) == []
+
+
+def test_files_can_be_read_in_an_order() -> None:
+    """No file needs, by way of others, one that needs it."""
+    paths = {
+        ".".join(("aiexport_edge", *path.relative_to(ROOT).with_suffix("").parts)): path
+        for part in PARTS
+        for path in sources(part)
+    }
+    graph = {name: {other for other in needed(path) if other in paths} for name, path in paths.items()}
+    assert sum(map(len, graph.values())) > len(graph)
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names them
 
 
 def test_nothing_goes_by_a_bare_name() -> None:
