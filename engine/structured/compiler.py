@@ -35,7 +35,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 WORKER_COMMAND = (sys.executable, "-m", "aiexport_edge.engine.structured.worker")
-TIMEOUT_S = 10.0  # of the clock: twenty times what the largest takes on a machine that has nothing else to do
+TIMEOUT_S = 10.0  # of the processor: twenty times what the largest takes
+PATIENCE = 12.0  # times as long by the clock: the process is nice, and a busy machine leaves it little
 IDLE_S = 60.0  # then the process ends
 DEATHS = 2  # of the process that one schema may cost: the first may have been no fault of it
 MAX_WAITING = 64  # grammars to compile at once, over all tenants
@@ -72,7 +73,7 @@ class Compiler:
         check_size(grammar)
         for _ in range(DEATHS):
             try:
-                (answer,) = self._started().ask([grammar], self._timeout_s)
+                (answer,) = self._started().ask([grammar], self._timeout_s, patience=PATIENCE)
             except WorkerDied:
                 log.warning("the process that compiles schemas died (%d) of one of %d bytes", self.end(), len(grammar))
                 continue

@@ -21,6 +21,7 @@ from aiexport_edge.engine.structured.compile import ANY_OBJECT, MAX_SCHEMA_BYTES
 from aiexport_edge.engine.structured.compiler import MAX_TENANT_WAITING, Busy, Compiler, GrammarCache, Unavailable
 from aiexport_edge.engine.structured.packed import pack, unpack
 from aiexport_edge.engine.structured.resolve import UnsupportedSchema
+from aiexport_edge.engine.workers import Worker
 
 SCHEMA = {
     "type": "object",
@@ -119,6 +120,17 @@ def test_a_schema_that_takes_too_long_is_refused_and_its_process_ended() -> None
     with pytest.raises(UnsupportedSchema, match="too long"):
         stuck.compile(member(1))
     assert stuck.pid is None
+
+
+def test_a_busy_machine_is_no_fault_of_a_schema() -> None:
+    """The clock goes on while the process is not given the processor."""
+    late = "import socket, sys, time; time.sleep(3); s = socket.socket(fileno=int(sys.argv[-1])); s.recv(9); "
+    late += "s.sendall(b'\\1\\0\\0\\0\\2\\0\\0\\0hi'); s.recv(1)"
+    worker = Worker([sys.executable, "-S", "-c", late])
+    try:
+        assert worker.ask([b"x"], 1.5, patience=1000.0) == [b"hi"]
+    finally:
+        worker.end()
 
 
 def test_without_a_process_it_is_said_to_be_so() -> None:
