@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aiexport_edge.proto import grpc_polling
 from aiexport_edge.proto.lifetime import die_with_parent
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """Runs the process; the exit status."""
     die_with_parent()
+    grpc_polling.settle()
     gc.disable()  # until all is imported: collections would walk over it again and again
     parser = argparse.ArgumentParser(prog="python -m aiexport_edge.engine", description="The gRPC engine.")
     parser.add_argument("--config", type=Path, help="configuration file (default ./aiexport-edge.toml if it is there)")

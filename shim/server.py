@@ -25,6 +25,7 @@ import uvloop
 from starlette.applications import Starlette
 
 from aiexport_edge.proto import config as configuration
+from aiexport_edge.proto import grpc_polling
 from aiexport_edge.proto.lifetime import die_with_parent
 from aiexport_edge.proto.units import is_loopback
 from aiexport_edge.shim import memory
@@ -70,6 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     directory = run_directory(config.state)
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)  # read when prometheus_client is imported
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read when grpc is imported; it writes its own lines to stderr
+    grpc_polling.settle()
     listener = logs.set_up(config.telemetry.log_level, config.telemetry.log_format)
     forget_dead_workers(directory)
     try:

@@ -7,8 +7,13 @@ windows so large that a reply can go on for as long as a measurement.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
+
+from aiexport_edge.proto import grpc_polling
+
+os.environ.update(grpc_polling.ENVIRONMENT)  # before gRPC is imported
 
 import uvloop
 

@@ -52,8 +52,8 @@ class Stack:
 
 
 @contextmanager
-def stack() -> Iterator[Stack]:
-    """One engine process and one shim worker, ready."""
+def stack(*, through: str = "") -> Iterator[Stack]:
+    """One engine process and one shim worker, ready; begun by `python -m THROUGH --run MODULE`, where that is given."""
     with ExitStack() as cleanup:
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
         file = folder / "aiexport-edge.toml"
@@ -70,7 +70,7 @@ def stack() -> Iterator[Stack]:
         engine_address = f"unix:{folder / 'engine.sock'}"
         engine = cleanup.enter_context(
             process(
-                "benchmarks.overhead.engine",
+                *_command("benchmarks.overhead.engine", through),
                 *("--listen", engine_address, "--directory", directory),
                 *("--ids", folder / "ids", "--reports", folder / "reports"),
                 log=folder / "engine.log",
@@ -79,7 +79,7 @@ def stack() -> Iterator[Stack]:
         listener = cleanup.enter_context(socket.create_server(("127.0.0.1", 0), backlog=2048))
         shim = cleanup.enter_context(
             process(
-                "aiexport_edge.shim.server",
+                *_command("aiexport_edge.shim.server", through),
                 *("--config", file, "--state", folder / "state"),
                 *("--fd", listener.fileno(), "--engine", engine_address),
                 fds=(listener.fileno(),),
@@ -93,6 +93,10 @@ def stack() -> Iterator[Stack]:
             logs = (folder / "engine.log").read_text() + (folder / "shim.log").read_text()
             raise SystemExit(f"the stack did not start:\n{logs}") from None
         yield Stack((address[0], address[1]), key, shim.pid, engine.pid, reports)
+
+
+def _command(module: str, through: str) -> tuple[str, ...]:
+    return (through, "--run", module) if through else (module,)
 
 
 @contextmanager
