@@ -16,7 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from aiexport_edge.shim import logs
 from aiexport_edge.shim.errors import ApiError, HeadTooLarge, InvalidRequest, Overloaded, error_body
-from aiexport_edge.shim.response_stream import EXTENSION, ConnectionStream, PlainStream
+from aiexport_edge.shim.response_stream import EXTENSION, ConnectionStream, PlainStream, TurnWriter
 from aiexport_edge.shim.store.keys import new_id
 
 MAX_HEAD_BYTES = 64 << 10
@@ -43,6 +43,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._upgrade_offered = False  # by the head that has just been read
         self._reading_copy = False  # of a head that has been read already
         self._replying: RequestResponseCycle | None = None  # `cycle` is the last that has arrived
+        self._stream: ConnectionStream | None = None  # of that reply
+        self._turn = TurnWriter.of(self.loop)
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -63,6 +65,8 @@ class HttpProtocol(HttpToolsProtocol):
             self._replying.disconnected = True
             self._replying.message_event.set()
         super().connection_lost(exc)
+        if self._stream is not None:
+            self._stream.lost()
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -127,10 +131,6 @@ class HttpProtocol(HttpToolsProtocol):
             return
         self._upgrade_offered = self.parser.should_upgrade()
         super().on_headers_complete()
-        if self.cycle.scope is self.scope:
-            stream = ConnectionStream if self.scope["http_version"] != "1.0" else PlainStream
-            extensions: dict[Any, Any] = {EXTENSION: stream(self.cycle, self.loop)}
-            self.scope["extensions"] = extensions
         if len(self.pipeline) > MAX_PIPELINED:
             raise InvalidRequest("Too many requests were sent before their replies.")  # ends the parser's work, too
 
@@ -150,18 +150,27 @@ class HttpProtocol(HttpToolsProtocol):
         self._replying = cycle
         if cycle.scope["http_version"] == "1.0":
             app = _without_chunks(cycle, app)
+            self._stream = PlainStream(cycle, self._turn)
+        else:
+            self._stream = ConnectionStream(cycle, self._turn)
+        extensions: dict[Any, Any] = {EXTENSION: self._stream}
+        cycle.scope["extensions"] = extensions
         super()._start_asgi_task(cycle, app)
 
     # ------------------------------------------------------------------------------------------ what takes no bytes
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        if self._stream is not None:
+            self._stream.set_full(True)
         if self._stall_timer is None:
             self._stall_timer = self.loop.call_later(STALL_S, self.transport.abort)
 
     def resume_writing(self) -> None:
         self._stop_stall_timer()
         super().resume_writing()
+        if self._stream is not None:
+            self._stream.set_full(False)
 
     def timeout_keep_alive_handler(self) -> None:
         """Closing waits until all is written, for ever where nobody reads."""

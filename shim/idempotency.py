@@ -197,6 +197,9 @@ class _Attempt:
     async def room(self) -> None:
         await self._stream.room()
 
+    def on_gone(self, callback: Callable[[], None] | None) -> None:
+        self._stream.on_gone(callback)
+
     async def release(self) -> None:
         """Frees the key, if this attempt holds it."""
         claim, self._claim = self._claim, None

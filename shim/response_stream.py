@@ -30,10 +30,15 @@ class ResponseStream(Protocol):
         """A piece of the body, not empty, between its start and its last. Goes nowhere once the client has left."""
 
     def offer(self, piece: bytes) -> bool:
-        """As `write`, unless it is full; whether it has taken it. One call where a token costs what its calls cost."""
+        """As `write`, unless it is full or the client has left; whether it has taken it. One call where a token costs
+        what its calls cost."""
 
     def room(self) -> Awaitable[None]:
         """Until the client has read on, or left."""
+
+    def on_gone(self, callback: Callable[[], None] | None) -> None:
+        """`callback` is called, on the event loop, where the client leaves before the reply's end, or has left already.
+        For when the request's body has been read: no task has to wait for it. None: nobody wants to know any more."""
 
 
 class TurnWriter:
@@ -73,15 +78,28 @@ class TurnWriter:
 
 
 class ConnectionStream:
-    """The server's end of it, for one response."""
+    """The server's end of it, for one response. The server says what becomes of the connection: `set_full`, `lost`."""
 
-    __slots__ = ("_cycle", "_flow", "_turn", "_write")
+    __slots__ = ("_cycle", "_flow", "_gone", "_takes", "_turn", "_write")
 
-    def __init__(self, cycle: RequestResponseCycle, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, cycle: RequestResponseCycle, turn: TurnWriter) -> None:
         self._cycle = cycle
         self._flow = cycle.flow
-        self._turn = TurnWriter.of(loop).write
+        self._turn = turn.write
         self._write = cycle.transport.write
+        # What a token looks at: the cycle's and the flow's own states are each two objects further away.
+        self._takes = not (cycle.flow.write_paused or cycle.disconnected)
+        self._gone: Callable[[], None] | None = None
+
+    def set_full(self, full: bool) -> None:
+        """The client leaves too much unread, or reads on."""
+        self._takes = not (full or self._cycle.disconnected)
+
+    def lost(self) -> None:
+        """The connection is no more."""
+        self._takes = False
+        if self._gone is not None and not self._cycle.response_complete:
+            self._gone()
 
     @property
     def is_full(self) -> bool:
@@ -94,14 +112,22 @@ class ConnectionStream:
             self._turn(self._write, b"%x\r\n%b\r\n" % (len(piece), piece))  # a chunk: RFC 9112, section 7.1
 
     def offer(self, piece: bytes) -> bool:
-        if self._flow.write_paused:
+        if not self._takes:
             return False
-        if not self._cycle.disconnected:
-            self._turn(self._write, b"%x\r\n%b\r\n" % (len(piece), piece))
+        self._turn(self._write, b"%x\r\n%b\r\n" % (len(piece), piece))
         return True
 
     async def room(self) -> None:
         await self._flow.drain()
+
+    def on_gone(self, callback: Callable[[], None] | None) -> None:
+        self._gone = callback
+        if callback is None:
+            return
+        if self._cycle.disconnected:
+            asyncio.get_running_loop().call_soon(callback)
+        else:
+            self._flow.resume_reading()  # a large body has it paused, and then nothing is heard of an end
 
 
 class PlainStream(ConnectionStream):
@@ -114,9 +140,9 @@ class PlainStream(ConnectionStream):
             self._turn(self._write, piece)
 
     def offer(self, piece: bytes) -> bool:
-        if self._flow.write_paused:
+        if not self._takes:
             return False
-        self.write(piece)
+        self._turn(self._write, piece)
         return True
 
 

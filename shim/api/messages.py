@@ -7,8 +7,8 @@ engine's queue, and the usage row. The unary reply is a fold over the stream.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -53,7 +53,8 @@ class Messages:
                 request, listed, principal, services.catalog, exchange.request_id, pb.PRIORITY_INTERACTIVE
             )
             generation = Generation(asked)
-            async with _abort_at_end(services, generation, receive):
+            stream = stream_of(scope)
+            with _abort_at_end(services, generation, stream):
                 if request.images:
                     fetching = services.image_fetcher.fetch_all(request.images, lease.grow)
                     generation.images = await generation.during(fetching)
@@ -61,7 +62,7 @@ class Messages:
                 reply = Reply(request, listed, generation, exchange)
                 async with self._accounted(reply, principal, accepted):
                     if request.stream or self._always_stream:
-                        await self._stream(reply, stream_of(scope), send)
+                        await self._stream(reply, stream, send)
                     else:
                         await self._whole(reply, send)
 
@@ -131,19 +132,17 @@ class Messages:
         await send({"type": "http.response.body", "body": last})
 
 
-@asynccontextmanager
-async def _abort_at_end(services: Services, generation: Generation, receive: Receive) -> AsyncIterator[None]:
-    """Watches the connection: a client that leaves ends the generation. At the end no engine has any of it left."""
+@contextmanager
+def _abort_at_end(services: Services, generation: Generation, stream: ResponseStream) -> Iterator[None]:
+    """A client that leaves ends the generation. At the end no engine has any of it left."""
 
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+    def gone() -> None:
         generation.fail(ClientGone())
         services.engines.abort(generation)
 
-    watcher = asyncio.create_task(watch())
+    stream.on_gone(gone)
     try:
         yield
     finally:
-        watcher.cancel()
+        stream.on_gone(None)
         services.engines.abort(generation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,9 @@ class Connection:
 
     async def room(self) -> None:
         await self._room.wait()
+
+    def on_gone(self, callback: Callable[[], None] | None) -> None:
+        raise AssertionError("it is the endpoint that asks for this")
 
     def fill(self) -> None:
         self.is_full = True

@@ -40,12 +40,14 @@ def text_of(found: list[dict[str, Any]]) -> str:
     return "".join(e["delta"]["text"] for e in found if e["type"] == "content_block_delta")
 
 
-def raw_post(shim: ShimServer, body: dict[str, Any], path: str = "/v2/messages/stream") -> socket.socket:
+def raw_post(
+    shim: ShimServer, body: dict[str, Any], path: str = "/v2/messages/stream", *, headers: str = ""
+) -> socket.socket:
     """A connection on which a request has been sent and nothing been read."""
     content = json.dumps(body).encode()
     connection = socket.create_connection(shim.address(), timeout=60)
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nX-API-Key: {shim.key.key}\r\nContent-Length: {len(content)}\r\n\r\n"
-    connection.sendall(head.encode() + content)
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nX-API-Key: {shim.key.key}\r\nContent-Length: {len(content)}\r\n"
+    connection.sendall(f"{head}{headers}\r\n".encode() + content)
     return connection
 
 
@@ -259,6 +261,21 @@ def test_a_client_that_leaves_is_aborted(make_engine: Engines, make_shim: Shims,
     connection.close()
     engine.wait_for(lambda seen: seen.aborted == [seen.submitted[0].tag], "the abort")
     until(lambda: not any(session.live for session in shim.engines.sessions), "nothing of it is left")
+    until(lambda: shim.services.bodies.used == 0, "its body is let go")
+
+
+@pytest.mark.parametrize("headers", ["", "Idempotency-Key: left\r\n"], ids=["plain", "idempotent"])
+def test_a_client_that_leaves_after_a_large_body(make_engine: Engines, make_shim: Shims, headers: str) -> None:
+    """So large that the connection was paused while it came: what is not read any more tells of no end."""
+    engine = make_engine()
+    shim = make_shim(engine)
+    engine.pause()
+    connection = raw_post(shim, message("COUNT 500", system="x" * 400_000), headers=headers)
+    engine.wait_for(lambda seen: len(seen.submitted) == 1, "the request")
+    engine.permit(2)
+    read_until(connection, b'1 "')
+    connection.close()
+    engine.wait_for(lambda seen: seen.aborted == [seen.submitted[0].tag], "the abort")
     until(lambda: shim.services.bodies.used == 0, "its body is let go")
 
 
