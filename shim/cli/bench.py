@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from aiexport_edge.proto.config import Config, check_sources
+from aiexport_edge.proto.config import Config
 from aiexport_edge.proto.units import parse_duration
 from aiexport_edge.shim.cli import machine, measuring, own_server, processes
 from aiexport_edge.shim.cli.command import (
@@ -97,7 +97,7 @@ def _measured(config: Config, args: argparse.Namespace) -> Iterator[tuple[Server
                 )
         else:
             processes.require_engine_packages()
-            check_sources(config)
+            processes.check_models(config)
             own = stack.enter_context(own_server.own_state(config))
             key = stack.enter_context(own_server.temporary_key(own))
             _say("starting a server: none runs here")

@@ -161,6 +161,8 @@ def _user_error(error: Exception) -> str | None:
 
     if isinstance(error, ConfigError):
         return str(error)
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's, of a path with ~
+        return "a path begins with a home directory that is not there; write the whole path"
     if isinstance(error, PermissionError) and error.filename:
         return f"{error.filename}: {error.strerror}; run as the user who owns it, or name another place"
     if isinstance(error, OSError) and error.errno in _FULL:

@@ -74,6 +74,18 @@ def require_engine_packages() -> None:
         )
 
 
+def check_models(config: Config) -> None:
+    """Raises `ConfigError` or `CommandError` for a model that can't be loaded, by its files' names and headers."""
+    from aiexport_edge.proto.config import check_sources, source_directory
+    from aiexport_edge.shim.cli.weights import inspect_weights
+
+    check_sources(config)
+    for weights in config.weights:
+        problem = None if weights.vllm is not None else inspect_weights(source_directory(weights.source)).problem
+        if problem is not None:
+            raise CommandError(problem)
+
+
 def engine_command(config: Config, listen: str) -> tuple[str, ...]:
     return (*_python("aiexport_edge.engine"), *_places(config), "--listen", listen)
 
@@ -96,11 +108,9 @@ def _places(config: Config) -> tuple[str, ...]:
 
 
 def _engine(args: argparse.Namespace) -> int:
-    from aiexport_edge.proto.config import check_sources
-
     config = load_config(args)
     require_engine_packages()
-    check_sources(config)
+    check_models(config)
     make_state(config.state)
     command = engine_command(config, args.listen or config.engine.listen)
     os.execv(command[0], command)  # the engine becomes this process: its supervisor signals it directly

@@ -17,7 +17,7 @@ from collections.abc import Coroutine
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
-from aiexport_edge.proto.config import Config, check_sources
+from aiexport_edge.proto.config import Config
 from aiexport_edge.proto.units import join_address, split_address
 from aiexport_edge.shim.cli import processes, serve_lock, welcome
 from aiexport_edge.shim.cli.admin import admin_url, require_login
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     """`serve`: engine and shims."""
     config = _with_options(load_config(args), args)
     processes.require_engine_packages()
-    check_sources(config)
+    processes.check_models(config)
     make_state(config.state)
     os.umask(0o077)
     require_login(config)
@@ -140,6 +140,8 @@ class _Installation:
             return 0
         except StartFailed as error:
             raise CommandError(str(error)) from None
+        except welcome.NothingServes:
+            raise CommandError("no model could be loaded; the engine's messages above say why") from None
         finally:
             serving.cancel()
             stopping.cancel()
@@ -167,7 +169,10 @@ class _Installation:
             asyncio.to_thread(welcome.prepare, self._config, demo=bool(self._engine))
         )
         self._shims = [Child(spec, log) for spec in self._shim_specs]
-        await self._unless_given_up(welcome.until_ready(self._rest, tls=self._config.tls.cert is not None))
+        elsewhere = self._engine_spec is None or bool(self._config.shim.engines)
+        await self._unless_given_up(
+            welcome.until_ready(self._rest, tls=self._config.tls.cert is not None, elsewhere=elsewhere)
+        )
         for child in self._shims + self._engine:
             child.proven = True
         await asyncio.to_thread(welcome.show, greeting, self._config, self._rest)

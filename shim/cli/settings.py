@@ -7,9 +7,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiexport_edge.shim.cli.command import CommandError, common_options, json_option, load_config, print_json
+from aiexport_edge.shim.cli.processes import check_models
+
+if TYPE_CHECKING:
+    from aiexport_edge.proto.config import Config
 
 EPILOG = """\
 example:
@@ -60,19 +64,18 @@ def add_arguments(_name: str, parser: argparse.ArgumentParser) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from aiexport_edge.proto.config import check_sources
-
     if args.file is not None:
         args.config = args.file
     if args.card is not None and args.card < 1:
         raise CommandError(f"--card is the card's memory in GB, such as 24, not {args.card}")
     config = load_config(args)
-    if args.card is None:
-        check_sources(config)
+    elsewhere = _not_here(config) if args.card is None else []
     options = [] if config.path is None else ["--config", str(config.path)]
     if args.card is not None:
         options += ["--card", str(args.card)]
-    memory = _ask_engine(*options)
+    elif not elsewhere:
+        check_models(config)
+    memory = {"models": [], "card": None} if elsewhere else _ask_engine(*options)
     if args.json:
         ids = [model_id for model in config.models for model_id in model.ids]
         print_json(
@@ -81,6 +84,8 @@ def _check(args: argparse.Namespace) -> int:
         return 0
     what = str(config.path) if config.path is not None else "no configuration file, the defaults"
     print(f"{what}: right; {len(config.models)} models from {len(config.weights)} sets of weights")
+    for name in elsewhere:
+        print(f"  {name}: not on this machine; the engines of [shim] engines have it")
     for model in memory["models"]:
         print(f"  {_sentence(model)}")
     card = memory["card"]
@@ -88,6 +93,15 @@ def _check(args: argparse.Namespace) -> int:
         parts = ", ".join(f"{part} {card[f'{part}_bytes'] / GIB:.1f}" for part in ("weight", "step", "picture", "pool"))
         print(f"  a card of {card['gb']} GB: {card['bytes'] / GIB:.1f} GiB, by parts: {parts}")
     return 0
+
+
+def _not_here(config: Config) -> list[str]:
+    """The models that only engines on other machines have: a front needs no weights."""
+    from aiexport_edge.proto.config import source_directory
+
+    if not config.shim.engines:
+        return []
+    return [weights.name for weights in config.weights if not source_directory(weights.source).is_dir()]
 
 
 def _preset(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import shlex
 import shutil
@@ -32,6 +33,7 @@ MARKER = "first-start"
 KEY_FILE = "demo-key"
 PROBE_SECONDS = 0.05  # between two questions for readiness
 PROBE_TIMEOUT = 10.0
+READY, FAILED = "ready", "failed"  # of a model, as /readyz says it
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +68,22 @@ def _demo_key(store: Store, names: tuple[str, ...], marker: Path) -> str:
     return created.key
 
 
-async def until_ready(rest: socket.socket, *, tls: bool) -> None:
-    """Returns when the installation answers `GET /readyz` with 200 on its own listener."""
+class NothingServes(Exception):
+    """Every model has failed: trying again would change nothing."""
+
+
+async def until_ready(rest: socket.socket, *, tls: bool, elsewhere: bool) -> None:
+    """Returns when the installation says on its own listener that it serves a model. Raises `NothingServes`, but for
+    engines `elsewhere`, which may be mended meanwhile.
+    """
     host, port = reachable_host(rest), rest.getsockname()[1]
     while True:
-        with contextlib.suppress(OSError, asyncio.TimeoutError):
-            if await asyncio.wait_for(_readyz(host, port, own_tls() if tls else None), PROBE_TIMEOUT):
+        with contextlib.suppress(OSError, asyncio.TimeoutError, ValueError, LookupError):
+            states = await asyncio.wait_for(_readyz(host, port, own_tls() if tls else None), PROBE_TIMEOUT)
+            if READY in states:
                 return
+            if states == {FAILED} and not elsewhere:
+                raise NothingServes
         await asyncio.sleep(PROBE_SECONDS)
 
 
@@ -84,12 +95,13 @@ def own_tls() -> ssl.SSLContext:
     return context
 
 
-async def _readyz(host: str, port: int, tls: ssl.SSLContext | None) -> bool:
+async def _readyz(host: str, port: int, tls: ssl.SSLContext | None) -> set[str]:
+    """The states of the models."""
     reader, writer = await asyncio.open_connection(host, port, ssl=tls)
     try:
         writer.write(f"GET /readyz HTTP/1.1\r\nHost: {join_address(host, port)}\r\nConnection: close\r\n\r\n".encode())
-        status_line = await reader.readline()
-        return status_line.split()[1:2] == [b"200"]
+        _, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        return {tier["state"] for tier in json.loads(body)["tiers"]}
     finally:
         writer.close()
 

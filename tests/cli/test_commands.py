@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from support.edge import free_port
 
+from aiexport_edge.proto.config import source_directory
 from aiexport_edge.shim.cli.main import COMMANDS, main
 
 KEY = re.compile(r"axp_live_[A-Za-z0-9_-]{43}")
@@ -50,6 +52,14 @@ class Cli:
 @pytest.fixture
 def cli(state: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
     return Cli(state, capsys)
+
+
+def model(directory: Path, weights: bytes = (2).to_bytes(8, "little") + b"{}") -> None:
+    """A model's files: of the right names, with nothing in them."""
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text("{}")
+    (directory / "tokenizer.json").touch()
+    (directory / "model.safetensors").write_bytes(weights)
 
 
 def usage_error(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -229,6 +239,11 @@ def test_config_check_looks_for_the_models(cli: Cli, tmp_path: Path) -> None:
     file = tmp_path / "edge.toml"
     file.write_text('[[models]]\nids = ["a"]\nfamily = "opus"\nsource = "nowhere"\n')
     assert f"there is no directory {tmp_path}/nowhere" in cli("config", "check", str(file), status=1)[1]
+    file.write_text('[shim]\nengines = ["e.internal:50051"]\n' + file.read_text())
+    assert "nowhere: not on this machine" in cli("config", "check", str(file))[0]
+    model(tmp_path / "cut", b"not yet all of it")
+    file.write_text('[[models]]\nids = ["a"]\nfamily = "opus"\nsource = "cut"\n')
+    assert "cut/model.safetensors is cut short" in cli("config", "check", str(file), status=1)[1]
 
 
 def test_models(cli: Cli) -> None:
@@ -332,11 +347,22 @@ def test_a_busy_port_is_one_sentence(tmp_path: Path) -> None:
 
 def test_an_engine_that_cannot_start_ends_serve(tmp_path: Path) -> None:
     """What no restart can mend is said once; `serve` does not go on trying."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    model(tmp_path / "model")
     (tmp_path / "edge.toml").write_text('[[models]]\nids = ["a"]\nfamily = "opus"\nsource = "model"\n')
     ports = ("--port", str(free_port()), "--admin-port", str(free_port()))
     done = run("serve", "--state", "s", "--config", "edge.toml", *ports, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.endswith("the engine could not start; its last message above says why\n")
     assert "Traceback" not in done.stderr
+
+
+def test_weights_that_cannot_be_loaded_end_serve(tmp_path: Path) -> None:
+    """Found only when the core reads them: nothing would ever be served."""
+    shutil.copytree(source_directory("demo"), tmp_path / "model")
+    model(tmp_path / "model")  # no tensor in it
+    shutil.copy(source_directory("demo") / "config.json", tmp_path / "model")
+    (tmp_path / "edge.toml").write_text('[[models]]\nids = ["a"]\nfamily = "opus"\nsource = "model"\n')
+    ports = ("--port", str(free_port()), "--admin-port", str(free_port()))
+    done = run("serve", "--state", "s", "--config", "edge.toml", *ports, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "aiexport-edge: no model could be loaded; the engine's messages above say why\n" in done.stderr
