@@ -195,10 +195,12 @@ class UsageLedger:
             batch, closing = self._collect(next_checkpoint)
             now = time.monotonic()
             due = now >= next_checkpoint
-            if batch or due or closing:
-                self._save(batch, checkpoint=due or closing)
+            saved = self._save(batch, checkpoint=due or closing) if batch or due or closing else True
             if due:
                 next_checkpoint = now + CHECKPOINT_S
+            if not saved:  # what follows would wait for the same lock, and whoever asks next for all of it
+                self._rows.doubt()
+                continue
             if now >= next_sweep:
                 self._sweep()
                 next_sweep = now + _SWEEP_S
@@ -224,7 +226,8 @@ class UsageLedger:
             return batch, False
         return batch, True
 
-    def _save(self, batch: list[_Item], *, checkpoint: bool) -> None:
+    def _save(self, batch: list[_Item], *, checkpoint: bool) -> bool:
+        """One transaction; whether the store took it. What it did not take is kept for the next."""
         asked = [item for item in batch if isinstance(item, _Reserve | _Flush)]
         reserves = [item for item in batch if isinstance(item, _Reserve)]
         flushes = [item for item in batch if isinstance(item, _Flush)]
@@ -261,12 +264,14 @@ class UsageLedger:
             for row in reserved:
                 self._running.pop(row.request_id, None)
             _resolve(asked, error)
+            return False
         else:
             self._unsaved, self._unreleased = {}, set()
             for refused in saved.refused:
                 if self._running.pop(refused, None) is not None:
                     self._refused.add(refused)
             _resolve(asked, saved)
+            return True
 
     def _sweep(self) -> None:
         try:

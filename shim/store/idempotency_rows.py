@@ -21,7 +21,7 @@ from aiexport_edge.shim.store.schema import idempotency, processes
 from aiexport_edge.shim.store.store import now_ms
 
 KEPT_MS = timedelta(hours=24) // timedelta(milliseconds=1)
-SILENCE_MS = 15_000  # of a process, after which it is dead; as `shim/usage.py` has it
+FIRST_BEAT_MS = 15_000  # in which a new process has long shown life for the first time
 SWEEP_ROWS = 500  # of those that have expired, in one transaction: others wait to write
 
 
@@ -107,7 +107,7 @@ class IdempotencyRows:
             mine = select(*columns).where(
                 idempotency.c.state == State.RUNNING,
                 idempotency.c.process_id == self._process_id,
-                idempotency.c.created_at < now - SILENCE_MS,
+                idempotency.c.created_at < now - FIRST_BEAT_MS,
             )
             rows += [claim for claim in (Claim(*row) for row in connection.execute(mine)) if claim.claim_id not in live]
             for claim in rows:
@@ -157,13 +157,15 @@ def _is(claim: Claim) -> Any:
 
 
 def _holds(connection: Connection, row: Any, now: int) -> bool:
-    """Whether the row still stands for a kept reply or for a request that runs."""
+    """Whether the row still stands for a kept reply or for a request that runs.
+
+    Whether its process lives is not judged here: one that is dead has been taken out of `processes` (`usage_rows.py`),
+    by who knows a process that is silent from a clock that has jumped or a store that took no writes.
+    """
     if row["expires_at"] < now:
         return False
     if row["state"] != State.RUNNING:
         return True
-    if row["created_at"] > now - SILENCE_MS:
+    if row["created_at"] > now - FIRST_BEAT_MS:
         return True  # its process may not have had its first heartbeat yet
-    beat = select(processes.c.heartbeat_at).where(processes.c.id == row["process_id"])
-    heartbeat_at = connection.execute(beat).scalar_one_or_none()
-    return heartbeat_at is not None and heartbeat_at >= now - SILENCE_MS
+    return connection.execute(select(processes.c.id).where(processes.c.id == row["process_id"])).first() is not None

@@ -145,6 +145,10 @@ class UsageRows:
         if connection.execute(_BEAT, beat).rowcount == 0:
             connection.execute(insert(processes).values(id=self.process_id, started_at=now, heartbeat_at=now))
 
+    def doubt(self) -> None:
+        """The store takes no writes: that another process is silent says nothing of it, from now on it must be anew."""
+        self._heard = {}
+
     def settle_dead(self, silence: timedelta) -> int:
         """Settles the running rows of processes without a heartbeat for `silence` as aborted; returns how many.
 

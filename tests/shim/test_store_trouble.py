@@ -240,6 +240,27 @@ def test_a_clock_that_jumps_kills_nobody(tmp_path: Path, clocks: dict[str, float
     store.close()
 
 
+def test_a_store_that_takes_no_writes_kills_nobody(tmp_path: Path, clocks: dict[str, float]) -> None:
+    """Two processes wait for a lock longer than a dead one may be silent: whoever is first finds the other alive."""
+    store = open_store(f"sqlite:///{tmp_path}/store.db")
+    ledger, alive = (UsageRows(store.database, f"proc_{name}") for name in ("first", "alive"))
+    for rows in (ledger, alive):
+        rows.save([], [])
+    ledger.settle_dead(timedelta(seconds=15))
+    for _ in range(5):
+        clocks["wall"] += 5
+        clocks["monotonic"] += 5
+        ledger.doubt()  # its own write has failed
+    ledger.save([], [])
+    assert ledger.settle_dead(timedelta(seconds=15)) == 0
+    clocks["wall"] += 3
+    clocks["monotonic"] += 3
+    assert ledger.settle_dead(timedelta(seconds=15)) == 0
+    with store.database.connect() as connection:
+        assert connection.execute(sql("SELECT count(*) FROM processes")).scalar() == 2
+    store.close()
+
+
 # ---------------------------------------------------------------------------------------------- addresses and words
 
 
