@@ -19,8 +19,26 @@ SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
 AT_ONCE = 1 << 21  # numbers; what is made of them on the way stays in the cache
 
 
+class _Coded:
+    """A weight W [N, K] with a code for each number."""
+
+    __slots__ = ()
+
+    codes: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.codes.device
+
+
 @dataclass(frozen=True, slots=True)
-class Int4Weight:
+class Int4Weight(_Coded):
     """W [N, K] in four bits: W[n, k] = (codes[n, k] - zeros[n, g]) * scales[n, g], with g = k // group.
 
     codes uint8 [N, K], 0 to 15; scales float32 and zeros uint8 [N, ceil(K / group)]. With `order` (int64 [K]) the
@@ -32,16 +50,6 @@ class Int4Weight:
     zeros: Tensor
     group: int
     order: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K)."""
-        return self.codes.shape[0], self.codes.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where it lies."""
-        return self.codes.device
 
     def to(self, device: torch.device) -> Int4Weight:
         """The same there."""
@@ -59,7 +67,7 @@ class Int4Weight:
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8Weight:
+class Fp8Weight(_Coded):
     """W [N, K] in E4M3: W[n, k] = codes[n, k] * scales[n // block[0], k // block[1]].
 
     codes float8_e4m3fn [N, K]; scales float32, of whole blocks and those begun: a scale per output is a block of
@@ -69,16 +77,6 @@ class Fp8Weight:
     codes: Tensor
     scales: Tensor
     block: tuple[int, int]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K)."""
-        return self.codes.shape[0], self.codes.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where it lies."""
-        return self.codes.device
 
     @property
     def is_per_output(self) -> bool:
@@ -99,7 +97,7 @@ class Fp8Weight:
 
 
 @dataclass(frozen=True, slots=True)
-class Int8Weight:
+class Int8Weight(_Coded):
     """W [N, K] in eight bits: W[n, k] = codes[n, k] * scales[n, k // group].
 
     codes int8 [N, K], scales float32 [N, ceil(K / group)]; `group` 0: all inputs share one. `order` as `Int4Weight` has
@@ -110,16 +108,6 @@ class Int8Weight:
     scales: Tensor
     group: int = 0
     order: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K)."""
-        return self.codes.shape[0], self.codes.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where it lies."""
-        return self.codes.device
 
     @property
     def is_per_output(self) -> bool:
