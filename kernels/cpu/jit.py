@@ -64,7 +64,8 @@ def _places(beside: Path) -> Iterator[Path]:
     yield beside
     import platformdirs  # vLLM's environment, where some of these kernels run too, does not have it
 
-    yield platformdirs.user_cache_path("aiexport-edge")
+    with contextlib.suppress(RuntimeError):  # of a user without a home
+        yield platformdirs.user_cache_path("aiexport-edge")
 
 
 def host_features() -> str:

@@ -55,14 +55,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         config = load_config(args)
     except ConfigError as error:
-        checks.append(
-            Check(
-                "configuration",
-                PROBLEM,
-                str(error).removeprefix("configuration: "),
-                "correct the file, then run doctor again",
-            )
-        )
+        problem = str(error).removeprefix("configuration: ")
+        checks.append(Check("configuration", PROBLEM, problem, "correct it, then run doctor again"))
     else:
         where = str(config.path) if config.path is not None else "none: the defaults hold"
         checks.append(Check("configuration", OK, where))

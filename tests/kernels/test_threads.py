@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,15 @@ def test_cache_of_a_read_only_installation(monkeypatch: pytest.MonkeyPatch, tmp_
     own = jit.find_cache_directory()
     assert (own / "norm.nbc").read_text() == "code"
     assert own.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_cache_of_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("NUMBA_CACHE_DIR", "HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: (_ for _ in ()).throw(KeyError))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    writable(monkeypatch)
+    assert jit.find_cache_directory().parent.parent == tmp_path
 
 
 def test_operations_are_imported_without_numba() -> None:
