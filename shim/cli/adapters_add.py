@@ -35,6 +35,7 @@ from aiexport_edge.shim.cli.command import (
     print_record,
 )
 from aiexport_edge.shim.cli.models_import import Progress
+from aiexport_edge.shim.cli.ownership import hand_over
 
 if TYPE_CHECKING:
     from aiexport_edge.shim.engines.access import Endpoint, EngineAccess
@@ -138,6 +139,7 @@ def _placed(config: Config, directory: Path, rows: AdapterRows, *, in_root: bool
     try:
         with copies.locked(wait=True):
             path = str(copies.take(directory, Progress().add))
+            hand_over(config.state)
             try:
                 yield path
             finally:

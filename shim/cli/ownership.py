@@ -22,9 +22,8 @@ def state_keeps_its_owner(args: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     finally:
-        if os.geteuid() == 0:
-            with contextlib.suppress(OSError):
-                _hand_over(_state(args))
+        with contextlib.suppress(OSError):
+            hand_over(_state(args))
 
 
 def _state(args: argparse.Namespace) -> Path:
@@ -36,7 +35,12 @@ def _state(args: argparse.Namespace) -> Path:
         raise FileNotFoundError from None
 
 
-def _hand_over(state: Path) -> None:
+def hand_over(state: Path) -> None:
+    """What is root's there gets the directory's owner; a command calls this itself where a running service is to see at
+    once what it has made. Does nothing for other users.
+    """
+    if os.geteuid() != 0:
+        return
     owner = state.stat()
     if owner.st_uid == 0:
         return

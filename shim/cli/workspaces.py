@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -96,8 +97,14 @@ def _create(args: argparse.Namespace) -> int:
         print_json(workspace)
     else:
         print(f"made workspace {args.name} on plan {args.plan}; give it a key with:")
-        print(f"aiexport-edge keys create --workspace {args.name}")
+        print(f"aiexport-edge keys create --workspace {args.name}{_places(args)}")
     return 0
+
+
+def _places(args: argparse.Namespace) -> str:
+    """The options that say which installation is meant, for a line to paste."""
+    named = ((name, getattr(args, name, None)) for name in ("config", "state"))
+    return "".join(f" --{name} {shlex.quote(str(path))}" for name, path in named if path is not None)
 
 
 def _list(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,9 +31,11 @@ class Refusing(EngineServicer):
         self.refusal = ""
         self.loaded: list[pb.LoadAdapterRequest] = []
         self.unloaded: list[str] = []
+        self.owners: set[int] = set()  # of the files that it was asked to load
 
     def LoadAdapter(self, request: pb.LoadAdapterRequest, context: grpc.ServicerContext) -> pb.Adapter:
         self.loaded.append(request)
+        self.owners = {path.stat().st_uid for path in (Path(request.path), *Path(request.path).iterdir())}
         if self.refusal:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, self.refusal)
         return pb.Adapter(name=request.name)
@@ -129,6 +132,17 @@ def test_without_an_engine(run: Any, adapter: Path, tmp_path: Path) -> None:
     code, _, said = run("adapters", "add", *given(adapter)[2:-2], "other", str(adapter), engines=nobody, more=in_place)
     assert code == 1
     assert "use_dora True is not served" in said
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make what belongs to others")
+def test_the_engine_of_another_user_can_read_what_root_adds(
+    run: Any, engine: tuple[Refusing, int], adapter: Path, tmp_path: Path
+) -> None:
+    servicer, port = engine
+    os.chown(tmp_path / "state", 12345, 12345)
+    code, _, said = run(*given(adapter), engines=f'["127.0.0.1:{port}"]')
+    assert (code, said) == (0, "")
+    assert servicer.owners == {12345}
 
 
 def test_what_is_said_of_an_engine_elsewhere(tmp_path: Path) -> None:

@@ -93,6 +93,13 @@ def test_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "example:" in capsys.readouterr().out
 
 
+def test_a_line_to_paste_is_for_the_same_installation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = str(tmp_path / "a state")
+    assert main(["workspaces", "create", "acme", "--plan", "pro", "--state", state]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert main([*shlex.split(line)[1:], "--json"]) == 0
+
+
 def test_spaces_and_letters_in_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
