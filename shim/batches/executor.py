@@ -12,7 +12,7 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +27,7 @@ from aiexport_edge.shim.catalog import Catalog
 from aiexport_edge.shim.engines.engines import Engines, ModelState
 from aiexport_edge.shim.errors import ApiError, internal_error
 from aiexport_edge.shim.limits.limits import Reservation
+from aiexport_edge.shim.recurring import forever
 from aiexport_edge.shim.store.batch_leases import BatchLeases, Waiting
 from aiexport_edge.shim.store.batch_values import Answer, Leased
 from aiexport_edge.shim.store.errors import remedy
@@ -38,7 +39,6 @@ _LOOK_S = 0.5  # for work that another process has accepted, and for cancellatio
 _GROUP_S = 0.02  # what comes together is leased, and written, together
 _SWEEP_S = 2.0
 _FORGET_S = 60.0
-_STORE_RETRY_S = 1.0
 _QUOTA_LOOK_S = 2.0  # between looks at a spent quota, which the operator may raise at any time
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ class Executor:
     async def run(self) -> None:
         """Works until cancelled; then gives back what it holds."""
         loops = [
-            asyncio.create_task(self._forever(work, pause))
+            asyncio.create_task(forever(work, pause_s=pause, what="batches"))
             for work, pause in (
                 (self._lease, 0.0),
                 (self._watch, _LOOK_S),
@@ -110,24 +110,6 @@ class Executor:
                 task.cancel()
             await asyncio.gather(*loops, return_exceptions=True)
             await self._give_back()
-
-    async def _forever(self, work: Callable[[], Awaitable[None]], pause: float) -> None:
-        """`work` again and again. A store that fails is tried again, and named in the log once."""
-        failing = False
-        while True:
-            try:
-                await work()
-            except SQLAlchemyError as error:
-                if not failing:
-                    log.error("batches wait, the store does not answer: %s", remedy(error))
-                failing = True
-                await asyncio.sleep(_STORE_RETRY_S)
-            except Exception:
-                log.exception("a part of the executor of batches failed and is tried again")
-                await asyncio.sleep(_STORE_RETRY_S)
-            else:
-                failing = False
-                await asyncio.sleep(pause)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

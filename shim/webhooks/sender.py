@@ -22,6 +22,7 @@ from aiexport_edge.proto.config_webhooks import WebhooksConfig
 from aiexport_edge.proto.version import product_version
 from aiexport_edge.shim.address_policy import AddressPolicy, Forbidden
 from aiexport_edge.shim.outgoing import tls_context
+from aiexport_edge.shim.recurring import forever
 from aiexport_edge.shim.secrets import SecretError
 from aiexport_edge.shim.store.errors import remedy
 from aiexport_edge.shim.store.webhook_rows import Due, WebhookRows
@@ -39,7 +40,6 @@ _MAX_OF_WORKSPACE = 4  # a receiver that is slow holds up nobody else's
 _NOTING = timedelta(seconds=30)  # past the time of a try: the process that made it must have died
 _LOOK_S = 0.5
 _FORGET_S = 600.0
-_STORE_RETRY_S = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -64,35 +64,24 @@ class WebhookSender:
         self._retention = retention
         self._threads = ThreadPoolExecutor(2, "webhooks")
         self._tls: ssl.SSLContext | None = None
+        self._forget_at = 0.0  # when to look for what is past its time
         self._under_way: dict[asyncio.Task[None], str] = {}  # the workspace of each
 
     async def run(self) -> None:
         """Looks for what is due until cancelled. What is under way then is tried again later, by whoever is there."""
-        forget_at = 0.0
-        failing = False
         try:
-            while True:
-                try:
-                    await self._look()
-                    if time.monotonic() >= forget_at:
-                        await self._in_thread(lambda: self._rows.forget(self._retention))
-                        forget_at = time.monotonic() + _FORGET_S
-                except SQLAlchemyError as error:
-                    if not failing:
-                        log.error("webhooks wait, the store does not answer: %s", remedy(error))
-                    failing = True
-                    await asyncio.sleep(_STORE_RETRY_S)
-                except Exception:
-                    log.exception("a look for webhooks that are due failed")
-                    await asyncio.sleep(_STORE_RETRY_S)
-                else:
-                    failing = False
-                    await asyncio.sleep(_LOOK_S)
+            await forever(self._look_and_forget, pause_s=_LOOK_S, what="webhooks")
         finally:
             for task in list(self._under_way):
                 task.cancel()
             await asyncio.gather(*self._under_way, return_exceptions=True)
             self._threads.shutdown()
+
+    async def _look_and_forget(self) -> None:
+        await self._look()
+        if time.monotonic() >= self._forget_at:
+            await self._in_thread(lambda: self._rows.forget(self._retention))
+            self._forget_at = time.monotonic() + _FORGET_S
 
     async def _look(self) -> None:
         room = min(_MAX_IN_FLIGHT - len(self._under_way), _MAX_OF_WORKSPACE)
