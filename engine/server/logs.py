@@ -1,23 +1,60 @@
-"""Log lines on stderr, as text or JSON. Owns their form; what a prompt or a reply says is never given to it."""
+"""Log lines on stderr, as text or JSON. Owns their form; what a prompt or a reply says is never given to it.
+
+A reader of stderr that stands still, or a disk that is full, loses lines and holds up no request.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import sys
+import os
+import queue
+import threading
 from datetime import UTC, datetime
 from typing import Any
 
 MAX_CHARACTERS = 200
+MAX_LINES = 10_000  # that wait to be written
+LAST_LINES_S = 1.0  # for them at the end of the process
+STDERR = 2
 
 
-def set_up(level: str, format: str) -> None:
+class Lines(logging.Handler):
+    """Writes from a thread of its own. `close` waits a moment for what is not yet written; logging calls it at exit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: queue.Queue[str | None] = queue.Queue(MAX_LINES)
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(self.format(record))
+
+    def close(self) -> None:
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait(None)
+        self._thread.join(LAST_LINES_S)
+        super().close()
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            left = f"{line}\n".encode(errors="backslashreplace")
+            with contextlib.suppress(OSError):
+                while left:  # not through sys.stderr, whose lock a thread that stands still would keep
+                    left = left[os.write(STDERR, left) :]
+
+
+def set_up(level: str, format: str) -> Lines:
     """`level` is debug, info, warning or error; `format` is text or json."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = Lines()
     handler.setFormatter(_Json() if format == "json" else _Text())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    return handler
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -12,11 +15,11 @@ from aiexport_edge.engine.server import logs
 
 @pytest.mark.parametrize("format", ["text", "json"])
 def test_one_line_for_one_record(
-    format: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    format: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     monkeypatch.setattr(logging.getLogger(), "level", logging.WARNING)
-    logs.set_up("info", format)
+    lines = logs.set_up("info", format)
     fields = {
         "request_id": 'r\n2026 error engine "forged" \x1b[2J' + "x" * 5000,
         "output_tokens": 7,
@@ -24,7 +27,8 @@ def test_one_line_for_one_record(
     }
     logging.getLogger("engine.test").info("request ended", extra={"fields": fields})
     logging.getLogger("engine.test").debug("not shown")
-    (line,) = capsys.readouterr().err.splitlines()
+    lines.close()
+    (line,) = capfd.readouterr().err.splitlines()
     assert "\x1b" not in line
     assert len(line) < 600
     assert "output_tokens" in line
@@ -38,12 +42,28 @@ def test_one_line_for_one_record(
         assert "output_tokens=7" in line
 
 
-def test_exceptions_are_in_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exceptions_are_in_it(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     for format in ("text", "json"):
-        logs.set_up("warning", format)
+        lines = logs.set_up("warning", format)
         try:
             raise ValueError("what happened")
         except ValueError:
             logging.getLogger("engine.test").exception("it failed")
-        assert "what happened" in capsys.readouterr().err
+        lines.close()
+        assert "what happened" in capfd.readouterr().err
+
+
+def test_a_reader_that_stands_still_holds_up_nothing() -> None:
+    """The pipe is full and nobody reads; nor does the end of the process wait."""
+    code = (
+        "import logging\nfrom aiexport_edge.engine.server import logs\nlogs.set_up('info', 'text')\n"
+        "for number in range(20_000):\n    logging.getLogger('engine.test').info('line %d', number)\n"
+        "print('on it goes')"
+    )
+    reader, writer = os.pipe()
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=writer, timeout=120, check=True)
+    assert done.stdout == b"on it goes\n"
+    os.close(writer)
+    with os.fdopen(reader) as lines:
+        assert lines.readline().endswith("info    engine line 0\n")
