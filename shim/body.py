@@ -101,11 +101,21 @@ class BodyReader:
 
 
 async def read_body(headers: list[tuple[bytes, bytes]], receive: Receive, *, max_bytes: int, lease: BodyLease) -> bytes:
-    """The whole body. Raises what `BodyReader` raises, and `Overloaded` where the budget is spent."""
+    """The whole body. Raises what `read_pieces` raises."""
+    return b"".join(await read_pieces(headers, receive, max_bytes=max_bytes, lease=lease))
+
+
+async def read_pieces(
+    headers: list[tuple[bytes, bytes]], receive: Receive, *, max_bytes: int, lease: BodyLease
+) -> list[bytes]:
+    """The body as it came, for who joins it elsewhere: for a large one that takes milliseconds.
+
+    Raises what `BodyReader` raises, and `Overloaded` where the budget is spent.
+    """
     reader = BodyReader(headers, receive, max_bytes=max_bytes)
     pieces: list[bytes] = []
     while not reader.ended:
         piece = await reader.next()
         lease.grow(len(piece))
         pieces.append(piece)
-    return b"".join(pieces)
+    return pieces

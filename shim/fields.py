@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from aiexport_edge.shim.errors import InvalidRequest, quoted
+from aiexport_edge.shim.long_strings import LongString
 
 T = TypeVar("T")
 
@@ -49,6 +50,8 @@ class Value:
 
     def text(self) -> str:
         """A string that can go on to a model: one that UTF-8 can hold."""
+        if isinstance(self.raw, LongString):
+            return self.raw.text
         if not isinstance(self.raw, str):
             raise self.wrong(f"must be a string, not {_kind(self.raw)}")
         try:
@@ -123,7 +126,7 @@ def _kind(raw: object) -> str:
         return "a boolean"
     kinds: tuple[tuple[Any, str], ...] = (
         (int | float, "a number"),
-        (str, "a string"),
+        (str | LongString, "a string"),
         (list, "an array"),
         (dict, "an object"),
     )

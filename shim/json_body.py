@@ -2,21 +2,25 @@
 
 Survives any bytes: each ends as a Python value or as `InvalidRequest`. RFC 8259, strictly: no NaN, no comments, no
 byte order mark, nothing after the document; duplicate keys are allowed and the last one wins; lone surrogates are
-allowed here (`fields.py` refuses them where text goes on to a model). Knows no field.
+allowed here (`fields.py` refuses them where text goes on to a model). Knows no field, but where pictures are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from typing import NoReturn, TypeAlias
 
+from aiexport_edge.shim import long_strings
 from aiexport_edge.shim.errors import InvalidRequest, UnsupportedMediaType
+from aiexport_edge.shim.long_strings import LongString
 
-JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, JsonValue] | None"
+JsonValue: TypeAlias = "bool | int | float | str | LongString | list[JsonValue] | dict[str, JsonValue] | None"
 
 MAX_VALUES = 250_000  # a body of 32 MiB can spell 11 million empty objects, which is 700 MB once parsed
 MAX_DEPTH = 200  # what the messages API allows has six levels
+PICTURE_KEYS = ("data", "url")  # under which a long string of base64 comes decoded
 MAX_INTEGER_DIGITS = 400  # longer ones are out of any field's range, and `int` is quadratic
 _STRING_OR_BRACKET = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[][{}]', re.DOTALL)  # possessive: no backtracking
 
@@ -34,10 +38,21 @@ def require_json(content_type: bytes | None, content_encoding: bytes | None) -> 
 
 
 def parse(body: bytes) -> JsonValue:
-    """The value that `body` spells. Integers of more than `MAX_INTEGER_DIGITS` digits come back as an infinite float.
+    """The value that `body` spells. Integers of more than `MAX_INTEGER_DIGITS` digits come back as an infinite float,
+    base64 of `LEAST_BYTES` or more under `PICTURE_KEYS` as a `LongString`.
 
     Raises `InvalidRequest` for anything else.
     """
+    if len(body) >= long_strings.LEAST_BYTES:
+        shorter, strings = long_strings.cut(body)
+        if strings:
+            with contextlib.suppress(InvalidRequest):  # which would name places of what is left
+                value: JsonValue = long_strings.put_back(_parse(shorter), strings, PICTURE_KEYS)
+                return value
+    return _parse(body)
+
+
+def _parse(body: bytes) -> JsonValue:
     if not body.strip(b" \t\r\n"):
         raise InvalidRequest("The request body is empty; it must be a JSON object.")
     _check_structure(body)

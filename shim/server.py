@@ -51,6 +51,7 @@ class _Server(uvicorn.Server):
 
 def main(arguments: list[str] | None = None) -> int:
     die_with_parent()
+    sys.setswitchinterval(0.0005)  # threads read large bodies: the event loop waits a tenth of the usual 5 ms
     memory.set_up()
     _raise_file_limit()
     parser = argparse.ArgumentParser(prog="aiexport_edge.shim.server", description=__doc__)

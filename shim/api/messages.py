@@ -20,7 +20,7 @@ from aiexport_edge.shim.api.event_stream import EventStream
 from aiexport_edge.shim.api.generate_request import generate_request
 from aiexport_edge.shim.api.messages_request import MessagesRequest, parse_messages_request
 from aiexport_edge.shim.api.reply import Reply
-from aiexport_edge.shim.body import BodyLease, read_body
+from aiexport_edge.shim.body import BodyLease, read_pieces
 from aiexport_edge.shim.engines.generation import ClientGone, Generation
 from aiexport_edge.shim.exchange import exchange_of
 from aiexport_edge.shim.prices import Price
@@ -72,13 +72,14 @@ class Messages:
         headers = dict(scope["headers"])
         json_body.require_json(headers.get(b"content-type"), headers.get(b"content-encoding"))
         max_bytes = self._services.config.shim.max_body_bytes
-        body = await read_body(scope["headers"], receive, max_bytes=max_bytes, lease=lease)
-        images = self._services.image_rules
-        if len(body) < PARSE_IN_THREAD_BYTES:
-            return parse_messages_request(json_body.parse(body), images)
-        loop = asyncio.get_running_loop()
-        threads = self._services.threads
-        return await loop.run_in_executor(threads, lambda: parse_messages_request(json_body.parse(body), images))
+        pieces = await read_pieces(scope["headers"], receive, max_bytes=max_bytes, lease=lease)
+
+        def parse() -> MessagesRequest:
+            return parse_messages_request(json_body.parse(b"".join(pieces)), self._services.image_rules)
+
+        if lease.size < PARSE_IN_THREAD_BYTES:
+            return parse()
+        return await asyncio.get_running_loop().run_in_executor(self._services.threads, parse)
 
     @asynccontextmanager
     async def _accounted(self, reply: Reply, principal: Principal, accepted: pb.Accepted) -> AsyncIterator[None]:

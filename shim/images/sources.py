@@ -14,6 +14,7 @@ from aiexport_edge.proto.config_images import ImagesConfig
 from aiexport_edge.shim.address_policy import AddressPolicy, Forbidden, Target
 from aiexport_edge.shim.errors import InvalidRequest
 from aiexport_edge.shim.fields import Object, Value
+from aiexport_edge.shim.long_strings import LongString
 
 MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif")
 # RFC 2397: scheme, type and "base64" in any case, parameters of the type between them.
@@ -56,11 +57,14 @@ class ImageRules:
         if source.require("type").choice("base64", "url") == "base64":
             media_type = source.require("media_type").choice(*MEDIA_TYPES)
             data = source.require("data")
-            if not isinstance(data.raw, str):
-                data.text()
-            return ImageData(block.path, media_type, self._bytes(data, data.raw))
+            if isinstance(data.raw, LongString) and not data.raw.head:
+                return ImageData(block.path, media_type, self._checked(data, data.raw.data))
+            return ImageData(
+                block.path, media_type, self._bytes(data, data.raw if isinstance(data.raw, str) else data.text())
+            )
         url = source.require("url")
-        return self._data_url(block, url) if _scheme(url.text()) == "data" else self._link(block, source)
+        head = url.raw.head if isinstance(url.raw, LongString) else url.text()
+        return self._data_url(block, url) if _scheme(head) == "data" else self._link(block, source)
 
     def check_count(self, path: str, count: int) -> None:
         """`count` images are there with the one at `path`. Raises `InvalidRequest`."""
@@ -73,15 +77,17 @@ class ImageRules:
         return InvalidRequest(f"{path}: {said}", param=path)
 
     def _data_url(self, block: Value, url: Value) -> ImageData:
-        text = str(url.raw)
+        long = url.raw if isinstance(url.raw, LongString) else None
+        text = url.text() if long is None else long.head
         declared = _DATA_URL.match(text)
         if declared is None or (media_type := declared[1].lower()) not in MEDIA_TYPES:
             raise url.wrong(f"a data: URL must be base64 of {', '.join(MEDIA_TYPES)}")
-        return ImageData(block.path, media_type, self._bytes(url, text[declared.end() :]))
+        data = self._bytes(url, text[declared.end() :]) if long is None else self._checked(url, long.data)
+        return ImageData(block.path, media_type, data)
 
     def _link(self, block: Value, source: Object) -> ImageLink:
         url = source.require("url")
-        text = str(url.raw)
+        text = url.text()
         if _scheme(text) not in ("http", "https"):
             raise url.wrong("must be an http, https or data URL")
         try:
@@ -105,7 +111,9 @@ class ImageRules:
             ]
         except ValueError:  # binascii.Error is one
             raise field.wrong("is not valid base64 (RFC 4648, with padding)") from None
-        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        return self._checked(field, parts[0] if len(parts) == 1 else b"".join(parts))
+
+    def _checked(self, field: Value, data: bytes) -> bytes:
         if len(data) > self.max_bytes:
             raise self.too_large(field.path, len(data))
         return data
