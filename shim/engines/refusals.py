@@ -21,9 +21,11 @@ def api_error(detail: pb.ErrorDetail) -> ApiError:
     retry_after = detail.retry_after_ms / 1000 or RETRY_AFTER_S
     match detail.code:
         case pb.ERROR_CONTEXT_LENGTH:
+            # An engine stops counting where it is too much.
+            length = f"at least {detail.actual}" if detail.actual > detail.limit else str(detail.actual)
             return InvalidRequest(
-                f"messages: the prompt has {detail.actual} tokens and the context window of this model {detail.limit}; "
-                "shorten the conversation",
+                f"messages: the prompt has {length} tokens and the context window of this model {detail.limit}, "
+                "of which the reply needs at least one; shorten the conversation",
                 param="messages",
             )
         case pb.ERROR_INVALID:
