@@ -22,6 +22,7 @@ from aiexport_edge.shim.store.keys import new_id
 MAX_HEAD_BYTES = 64 << 10
 HEAD_S = 30.0  # from a connection's, or a further request's, first byte to the end of its head
 MAX_PIPELINED = 32  # requests that wait for an earlier one's reply; what else has arrived is read and held, too
+REST_S = 120.0  # for the rest of a body whose reply is out: a client may look for that only when it has sent all
 STALL_S = 120.0  # a client that has not made room for more bytes for so long is given up
 MAX_CONNECTIONS = 4096
 
@@ -135,8 +136,13 @@ class HttpProtocol(HttpToolsProtocol):
             raise InvalidRequest("Too many requests were sent before their replies.")  # ends the parser's work, too
 
     def on_body(self, body: bytes) -> None:
-        self._end_of_head()
-        super().on_body(body)
+        if not self.cycle.response_complete:
+            self._end_of_head()
+            super().on_body(body)
+            return
+        self._head_bytes = 0  # what nobody reads any more may come for a while, however slowly
+        if self._head_timer is None:
+            self._start_timer(REST_S)
 
     def on_message_complete(self) -> None:
         self._end_of_head()
@@ -214,8 +220,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._stop_timer()
 
-    def _start_timer(self) -> None:
-        self._head_timer = self.loop.call_later(HEAD_S, self._give_up)
+    def _start_timer(self, seconds: float | None = None) -> None:
+        self._head_timer = self.loop.call_later(HEAD_S if seconds is None else seconds, self._give_up)
 
     def _stop_timer(self) -> None:
         if self._head_timer is not None:

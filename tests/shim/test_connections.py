@@ -114,6 +114,27 @@ def test_a_body_that_trickles_is_given_up(shim: ShimServer, monkeypatch: pytest.
     assert b"connection: close" in received
 
 
+def test_the_rest_of_a_body_that_nobody_wants_is_given_up(shim: ShimServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without credentials, a byte now and then held a connection for ever."""
+    monkeypatch.setattr(http_protocol, "REST_S", 0.3)
+    with raw(shim) as connection:
+        connection.sendall(b"POST /v2/messages HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n{")
+        received = b""
+        while b'"request_id"' not in received:
+            received += connection.recv(65536)
+        assert received.startswith(b"HTTP/1.1 401 ")
+        connection.settimeout(0.02)
+        closed = False
+        while not closed:
+            try:
+                connection.sendall(b"{")
+                closed = not connection.recv(65536)
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                closed = True
+
+
 def test_a_client_that_does_not_read_is_given_up(
     make_engine: Engines, make_shim: Shims, monkeypatch: pytest.MonkeyPatch
 ) -> None:
