@@ -67,7 +67,10 @@ def run(args: argparse.Namespace) -> int:
     model = args.model or next((each for each in config.models if each.family == "haiku"), config.models[0]).id
     document: dict[str, Any] = {"machine": machine.facts()}
     _say("the machine's limits")
-    document["limits"] = machine.limits(config.state)
+    try:
+        document["limits"] = machine.limits(config.state)
+    except OSError as error:
+        raise CommandError(f"{config.state} can't be written ({error.strerror}); make room there") from None
     with _measured(config, args) as (server, key, note):
         document |= {"server": server.url, "note": note, "model": model}
         document |= measuring.measure(

@@ -38,8 +38,13 @@ def held(state: Path) -> Iterator[Callable[[str, str], None]]:
 
     def say(*lines: str) -> None:
         text = "".join(f"{line}\n" for line in (str(os.getpid()), *lines)).encode()
-        os.pwrite(descriptor, text, 0)
-        os.ftruncate(descriptor, len(text))
+        try:
+            os.pwrite(descriptor, text, 0)
+            os.ftruncate(descriptor, len(text))
+        except OSError as error:
+            raise CommandError(
+                f"{state / NAME} can't be written ({error.strerror}); make room on its disk, or use another --state"
+            ) from None
 
     try:
         try:

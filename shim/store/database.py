@@ -20,7 +20,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, m
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
 from aiexport_edge.proto.config_store import POSTGRES
-from aiexport_edge.shim.store.errors import StoreError, WrongSchema
+from aiexport_edge.shim.store.errors import StoreError, WrongSchema, remedy
 from aiexport_edge.shim.store.schema import REVISION
 
 BUSY_TIMEOUT_MS = 5_000
@@ -75,7 +75,7 @@ def open_database(url: str) -> Engine:
                 _migrate(engine)
     except DBAPIError as error:
         engine.dispose()
-        raise StoreError(f"The store can't be opened: {error.orig}.") from None
+        raise StoreError(f"The store can't be opened: {remedy(error)}.") from None
     except StoreError:
         engine.dispose()
         raise

@@ -44,6 +44,7 @@ _REMEDIES = {
     sqlite3.SQLITE_IOERR: "the disk of the store fails or is full; see the system's log, check its free space",
     sqlite3.SQLITE_CANTOPEN: "the store's file can't be opened; check that its directory is there and writable",
     sqlite3.SQLITE_CORRUPT: "the store's file is damaged; restore it from a backup",
+    sqlite3.SQLITE_NOTADB: "the store's file is no database; restore it from a backup, or name another",
 }
 
 

@@ -120,6 +120,14 @@ def test_a_path_that_sqlite_cannot_open(tmp_path: Path, capsys: pytest.CaptureFi
     assert "is longer than SQLite's 500 bytes; name a shorter --state or [store] url" in capsys.readouterr().err
 
 
+def test_a_store_that_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "store.db").write_bytes(b"not a database" * 1000)
+    (tmp_path / "store.db").chmod(0o600)
+    assert main(["workspaces", "list", "--state", str(tmp_path)]) == 1
+    assert "is no database; restore it from a backup" in capsys.readouterr().err
+    assert "restore it from a backup" in doctor(capsys, "--state", str(tmp_path))["store"]["remedy"]
+
+
 def test_a_working_directory_that_is_gone(tmp_path: Path) -> None:
     done = shell(f"mkdir gone && cd gone && rmdir ../gone && EDGE models list --state {tmp_path}/state", tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
