@@ -3,17 +3,15 @@
 On a CPU they are our own (`kernels.cpu`) where it multiplies bfloat16 pairs but has no tile unit, and for weights in
 eight and four bits; else oneDNN's, through torch. A library chooses its loops by the number of rows, so a row's bits
 change with the batch that it is in. In deterministic mode a library's rows are cut and padded into tiles of a few
-sizes; which sizes give a row the same bits is found by trial, once per shape, since it differs between processors,
-dtypes and shapes. Our own products need none of that. Knows nothing of models.
+sizes, found by trial once per shape (`tiling.py`). Our own products need none of that. Knows nothing of models.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-import numpy as np
 import torch
 
 from aiexport_edge.kernels.quantization import (
@@ -29,25 +27,12 @@ from aiexport_edge.kernels.quantization import (
     stack,
 )
 from aiexport_edge.kernels.threads import sharing
+from aiexport_edge.kernels.tiling import Product, find_tiling, trial_operands
 
 QUANTIZATIONS = ("none", "int8", "int4", "fp8")
 NANOSECONDS = 0.02  # for a product and a sum of floats, on one thread
 INT8_BLOCK = 64
 CARD_INT4_GROUP = 128  # inputs that share a scale where a card's weights are rounded: it is short of memory
-
-Product = Callable[[torch.Tensor], torch.Tensor]
-
-# Sets of tile sizes to try, the fastest first. A row by itself is always its own equal.
-TILINGS = (
-    (1, 2, 4, 8, 16, 32, 64, 128),
-    (2, 4, 8, 16, 32, 64, 128),
-    (1, 2, 4, 8, 16, 32),
-    (2, 4, 8, 16, 32),
-    (4, 8, 16, 32),
-    (32,),
-    (16,),
-    (1,),
-)
 
 
 def supports_bf16() -> bool:
@@ -91,63 +76,15 @@ def _pack(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
     return product
 
 
-def _trial_operands(
-    out_features: int, in_features: int, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight and rows whose products cancel: what is left is rounding, and shows any other order of the sums."""
-    generator = np.random.default_rng(0)
-    half = in_features // 2
-    order = torch.from_numpy(generator.permutation(in_features))
-
-    def draw(number: int, width: int) -> torch.Tensor:
-        return torch.from_numpy(generator.standard_normal((number, width), dtype=np.float32)).to(dtype)
-
-    def rows(number: int, sign: float) -> torch.Tensor:
-        first = draw(number, half)
-        rest = draw(number, in_features - 2 * half) * 1e-6
-        return torch.cat((first, sign * first, rest), dim=1)[:, order].contiguous().to(device)
-
-    return rows(out_features, -1.0), rows(max(max(tiling) for tiling in TILINGS), 1.0)
-
-
-def _agree(product: Product, rows: torch.Tensor, tiling: tuple[int, ...]) -> bool:
-    """Whether tiles of these sizes give each row the same bits, wherever it stands in them."""
-    largest = tiling[-1]
-    expected = product(rows[:largest])
-    moved = product(rows[:largest].roll(largest // 3, dims=0)).roll(-(largest // 3), dims=0)
-    if not torch.equal(moved, expected):
-        return False
-    for size in tiling[:-1]:
-        for start in {0, largest // 3, largest - size}:
-            if start + size <= largest and not torch.equal(
-                product(rows[start : start + size]), expected[start : start + size]
-            ):
-                return False
-    return True
-
-
 @functools.cache
 def _find_tiling(
     out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool, num_threads: int, device: torch.device
 ) -> tuple[int, ...]:
-    """The fastest tiling that is right for products of this shape, with one thread and with `num_threads` alike."""
-    weight, rows = _trial_operands(out_features, in_features, dtype, device)
+    """`find_tiling` of products of this shape."""
+    weight, rows = trial_operands(out_features, in_features, dtype, device)
     product = _pack(weight, torch.zeros(out_features, dtype=dtype, device=device) if has_bias else None)
     del weight
-
-    def agrees(tiling: tuple[int, ...]) -> bool:
-        if not _agree(product, rows, tiling):
-            return False
-        if num_threads == 1:
-            return True
-        several = product(rows[: tiling[-1]])
-        torch.set_num_threads(1)
-        try:
-            return _agree(product, rows, tiling) and torch.equal(product(rows[: tiling[-1]]), several)
-        finally:
-            torch.set_num_threads(num_threads)
-
-    return next((tiling for tiling in TILINGS[:-1] if agrees(tiling)), TILINGS[-1])
+    return find_tiling(product, rows, num_threads)
 
 
 class OwnProduct(Protocol):

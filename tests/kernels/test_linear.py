@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.kernel_cases import DTYPES, assert_close, randn
 
-from aiexport_edge.kernels import linear, threads
+from aiexport_edge.kernels import threads, tiling
 from aiexport_edge.kernels.linear import PackedLinear, linear_reference, supports_bf16
 
 SHAPES = [(64, 64), (192, 64), (512, 172), (1000, 300), (33, 2500), (1, 7), (3, 1)]
@@ -75,27 +75,27 @@ def test_the_weight_is_not_kept(dtype: torch.dtype) -> None:
 
 def test_trial_finds_what_depends_on_the_number_of_rows() -> None:
     """A library that adds in another order above 32 rows, and in yet another for a single one."""
-    weight, rows = linear._trial_operands(48, 200, torch.float32, torch.device("cpu"))
+    weight, rows = tiling.trial_operands(48, 200, torch.float32, torch.device("cpu"))
 
     def product(x: torch.Tensor) -> torch.Tensor:
         pieces = 4 if x.shape[0] > 32 else 2 if x.shape[0] > 1 else 1
         columns = torch.arange(200).chunk(pieces)
         return sum((x[:, piece, None].mul(weight.t()[None, piece]).sum(1) for piece in columns), torch.zeros(()))
 
-    agreeing = [tiling for tiling in linear.TILINGS if linear._agree(product, rows, tiling)]
+    agreeing = [sizes for sizes in tiling.TILINGS if tiling.agree(product, rows, sizes)]
     assert agreeing[0] == (2, 4, 8, 16, 32)
     assert (1,) in agreeing
 
 
 def test_trial_finds_what_depends_on_the_place_of_a_row() -> None:
-    weight, rows = linear._trial_operands(48, 200, torch.float32, torch.device("cpu"))
+    weight, rows = tiling.trial_operands(48, 200, torch.float32, torch.device("cpu"))
 
     def product(x: torch.Tensor) -> torch.Tensor:
         out = x @ weight.t()
         out[5:6] += 1e-3
         return out
 
-    assert not any(linear._agree(product, rows, tiling) for tiling in linear.TILINGS if tiling[-1] > 5)
+    assert not any(tiling.agree(product, rows, sizes) for sizes in tiling.TILINGS if sizes[-1] > 5)
 
 
 def test_support_of_bf16_is_known() -> None:
