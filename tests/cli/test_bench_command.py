@@ -126,6 +126,8 @@ def test_without_a_server_one_is_started(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_server_that_does_not_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "tokenizer.json").touch()
+    (tmp_path / "model" / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     config = tmp_path / "edge.toml"
     config.write_text('[[models]]\nids = ["a"]\nfamily = "opus"\nsource = "model"\n')
     _, err = bench(capsys, "--state", str(tmp_path / "state"), "--config", str(config), status=1)
