@@ -14,7 +14,7 @@ from typing import Any
 from aiexport_edge.engine.models.config_values import ModelError as ModelError
 from aiexport_edge.engine.models.config_values import Values, read_json
 from aiexport_edge.engine.models.formats.scheme import Quantization, read_quantization
-from aiexport_edge.engine.models.registry import ARCHITECTURE_OF_MODEL_TYPE, FAMILIES, Family
+from aiexport_edge.engine.models.registry import FAMILIES, Family
 from aiexport_edge.engine.models.vision_config import VisionConfig, read_vision_config
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
@@ -148,11 +148,14 @@ def _family(raw: Mapping[str, Any], values: Mapping[str, Any], file: Path) -> tu
     names = raw.get("architectures") or values.get("architectures")
     if names is None:
         model_type = raw.get("model_type") or values.get("model_type")
-        names = [ARCHITECTURE_OF_MODEL_TYPE.get(str(model_type), model_type)]
+        names = [next((name for name, family in FAMILIES.items() if family.model_type == model_type), model_type)]
     if not isinstance(names, list):
         raise ModelError(f"{file}: architectures is {names!r}; a list with one of {supported} is needed")
     for name in names:
         if name in FAMILIES:
+            model_type, own = raw.get("model_type"), FAMILIES[name].model_type
+            if model_type not in (None, own):  # transformers goes by this one
+                raise ModelError(f"{file}: model_type is {model_type!r}, but that of {name} is {own!r}; one is wrong")
             return name, FAMILIES[name]
     raise ModelError(f"{file}: architecture {', '.join(map(str, names))} is not supported; supported are {supported}")
 
@@ -175,7 +178,9 @@ def _stop_ids(directory: Path, values: Mapping[str, Any], file: Path) -> tuple[i
 
 
 def _model_config(values: Values, architecture: str, family: Family, stop_ids: tuple[int, ...]) -> ModelConfig:
-    values.choice("hidden_act", ("silu",), default="silu")
+    values.choice("hidden_act", ("silu", "swish"), default="silu")  # two names of one
+    if not values.flag("is_causal", default=True):
+        raise values.error("is_causal", "is false; a model that sees what is still to come writes no text")
     hidden_size = values.integer("hidden_size")
     num_layers = values.integer("num_hidden_layers")
     num_q_heads = values.integer("num_attention_heads")

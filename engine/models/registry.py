@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One architecture.
+    """One architecture, which a config.json may name by its `model_type` alone.
 
     A bias is fixed (True, False) or named by the configuration key that decides it. `windowed` says whether layers
     may attend to a sliding window: "no", "all" (every layer, where `sliding_window` is set), "all if used" (the same,
@@ -22,6 +22,7 @@ class Family:
     this family leave out; any other missing key is an error. None stands for what follows from the other sizes.
     """
 
+    model_type: str
     qkv_bias: bool | str
     o_bias: bool | str
     mlp_bias: bool | str
@@ -34,6 +35,7 @@ class Family:
 
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(
+        model_type="llama",
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         mlp_bias="mlp_bias",
@@ -42,6 +44,7 @@ FAMILIES: Mapping[str, Family] = {
         defaults={"num_key_value_heads": None},
     ),
     "MistralForCausalLM": Family(
+        model_type="mistral",
         qkv_bias=False,
         o_bias=False,
         mlp_bias=False,
@@ -50,6 +53,7 @@ FAMILIES: Mapping[str, Family] = {
         defaults={"sliding_window": 4096},
     ),
     "Qwen2ForCausalLM": Family(
+        model_type="qwen2",
         qkv_bias=True,
         o_bias=False,
         mlp_bias=False,
@@ -58,6 +62,7 @@ FAMILIES: Mapping[str, Family] = {
         defaults={"sliding_window": 4096, "max_window_layers": 28},
     ),
     "Qwen3ForCausalLM": Family(
+        model_type="qwen3",
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         mlp_bias=False,
@@ -66,6 +71,7 @@ FAMILIES: Mapping[str, Family] = {
         defaults={"sliding_window": 4096, "max_window_layers": 28},
     ),
     "Qwen3MoeForCausalLM": Family(
+        model_type="qwen3_moe",
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         mlp_bias=False,
@@ -75,6 +81,7 @@ FAMILIES: Mapping[str, Family] = {
         defaults={"sliding_window": 4096, "head_dim": None},
     ),
     "Qwen3VLForConditionalGeneration": Family(
+        model_type="qwen3_vl",
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         mlp_bias=False,
@@ -83,6 +90,7 @@ FAMILIES: Mapping[str, Family] = {
         vision=True,
     ),
     "Qwen3VLMoeForConditionalGeneration": Family(
+        model_type="qwen3_vl_moe",
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         mlp_bias=False,
@@ -92,15 +100,4 @@ FAMILIES: Mapping[str, Family] = {
         vision=True,
         defaults={"norm_topk_prob": True, "head_dim": None},
     ),
-}
-
-# For directories whose config.json names only the model type.
-ARCHITECTURE_OF_MODEL_TYPE: Mapping[str, str] = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "qwen3_vl": "Qwen3VLForConditionalGeneration",
-    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
 }

@@ -180,6 +180,8 @@ def test_stop_ids(tmp_path: Path) -> None:
         (LLAMA, {"rms_norm_eps": GONE}, "rms_norm_eps is missing"),
         (LLAMA, {"rms_norm_eps": -1}, "rms_norm_eps is -1; a positive number"),
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported are silu"),
+        (LLAMA, {"is_causal": False}, "is_causal is false"),
+        (MISTRAL, {"model_type": "llama"}, "model_type is 'llama', but that of MistralForCausalLM is 'mistral'"),
         (LLAMA, {"num_key_value_heads": 3}, "num_attention_heads is 8, not a multiple of num_key_value_heads 3"),
         (LLAMA, {"head_dim": 7}, "head_dim is 7"),
         (LLAMA, {"torch_dtype": "int8"}, "torch_dtype is 'int8'; supported are float32"),

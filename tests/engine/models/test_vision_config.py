@@ -150,7 +150,7 @@ def test_a_longer_context_by_yarn_keeps_its_axes(tmp_path: Path) -> None:
         (
             MIXTURE | {"norm_topk_prob": False},
             {},
-            {"architectures": ["Qwen3VLMoeForConditionalGeneration"]},
+            {"architectures": None, "model_type": "qwen3_vl_moe"},
             "norm_topk_prob is false",
         ),
         ({}, {"hidden_act": "quick_gelu"}, {}, "vision_config.hidden_act is 'quick_gelu'; supported are"),
