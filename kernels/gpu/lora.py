@@ -143,7 +143,7 @@ def _shrink_tile(
         mine = own == slot
         if tl.min(rows, 0) < tl.load(ranks + slot):
             factors = a + ((slot.to(tl.int64) * NUM_PARTS + part) * MAX_RANK + rows)[None, :] * K
-            product = total
+            product = tl.zeros([BLOCK_T, BLOCK_RANK], tl.float32)
             for start in range(0, K, BLOCK_K):
                 inputs = start + tl.arange(0, BLOCK_K)
                 inside = inputs < K
@@ -189,19 +189,20 @@ def _expand_tile(
     inside = columns < end
     low = inner + (tokens.to(tl.int64)[:, None] * NUM_PARTS + part) * MAX_RANK
     places = out + tokens.to(tl.int64)[:, None] * out_stride + columns[None, :]
-    total = tl.load(places, mask=touched[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    added = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     while slot >= 0:
         mine = own == slot
-        product = total
+        product = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
         for first in range(0, tl.load(ranks + slot), BLOCK_RANK):
             rows = first + tl.arange(0, BLOCK_RANK)
             factors = b + (slot.to(tl.int64) * MAX_RANK + rows)[:, None] * N + columns[None, :]
             weights = tl.load(factors, mask=inside[None, :], other=0.0)
             values = tl.load(low + rows[None, :], mask=mine[:, None], other=0.0).to(weights.dtype)
             product = tl.dot(values, weights, product, input_precision="ieee")
-        total = tl.where(mine[:, None], product, total)
+        added = tl.where(mine[:, None], product, added)
         own = tl.where(mine, -1, own)
         slot = tl.max(own, 0)
+    total = tl.load(places, mask=touched[:, None] & inside[None, :], other=0.0).to(tl.float32) + added
     tl.store(places, total.to(out.dtype.element_ty), mask=touched[:, None] & inside[None, :])
 
 
