@@ -205,7 +205,8 @@ class Engines:
                 elif not can_pass(refused.detail):
                     break
             except SessionLost:
-                tried.discard(session)  # it is another engine by then, or only the connection that broke
+                if not session.connected:  # else an upload has heard of it first: nothing more is begun on this channel
+                    tried.discard(session)  # it is another engine by then, or only the connection that broke
                 lost += 1
             except TimeoutError:
                 self.abort(generation)
