@@ -74,8 +74,8 @@ class ImagePool:
         with self._lock:
             return len(self._idle) + len(self._busy)
 
-    async def decode(self, data: bytes, media_type: str, patches: PatchConfig) -> Pixels:
-        """Raises `ImageError`, and `PoolError` where no process can be started."""
+    async def decode(self, data: bytes | Sequence[bytes], media_type: str, patches: PatchConfig) -> Pixels:
+        """A file, whole or in pieces. Raises `ImageError`, and `PoolError` where no process can be started."""
         if media_type not in FORMATS:
             raise ImageError(f"the media type must be one of {', '.join(FORMATS)}")
         loop = asyncio.get_running_loop()
@@ -100,7 +100,9 @@ class ImagePool:
 
     # ------------------------------------------------------------------------------------------ in a thread
 
-    def _decode(self, data: bytes, media_type: str, patches: PatchConfig) -> Pixels:
+    def _decode(self, data: bytes | Sequence[bytes], media_type: str, patches: PatchConfig) -> Pixels:
+        if not isinstance(data, bytes):
+            data = b"".join(data)
         question = [msgspec.msgpack.encode(Job(media_type, self.limits, patches)), data]
         for _ in range(DEATHS):
             worker = self._take()

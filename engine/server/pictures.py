@@ -81,8 +81,8 @@ class Pictures:
         finally:
             self._free(num_bytes)
 
-    async def decode(self, data: bytes, media_type: str, vision: Vision, field: str) -> HeldPicture:
-        """Raises `RequestError` naming `field`. The caller holds the picture."""
+    async def decode(self, data: bytes | Sequence[bytes], media_type: str, vision: Vision, field: str) -> HeldPicture:
+        """A file, whole or in pieces. Raises `RequestError` naming `field`. The caller holds the picture."""
         try:
             pixels = await self._pool.decode(data, media_type, vision.patches)
         except ImageError as error:
@@ -315,9 +315,8 @@ async def _receive_file(header: pb.ImageHeader, events: UploadEvents, pictures: 
 async def _decode_file(file: _File, model: Model, pictures: Pictures, tokens: list[int]) -> HeldPicture:
     """Raises `RequestError`, also where the pictures of an upload, `tokens` with it, can't stand in a prompt."""
     assert model.facts.vision is not None
-    data = b"".join(file.chunks)
+    held = await pictures.decode(file.chunks, file.media_type, model.facts.vision, file.field)
     file.chunks.clear()
-    held = await pictures.decode(data, file.media_type, model.facts.vision, file.field)
     tokens.append(held.num_tokens)
     if sum(tokens) >= model.context_window:
         held.release()
