@@ -35,7 +35,7 @@ from benchmarks.overhead.processes import machine, write
 from benchmarks.quick import server
 
 TEXT_MODEL, JSON_MODEL = "apex-haiku-4-20250401", "apex-sonnet-4-20250501"
-TEXT_TOKENS, JSON_TOKENS = 400, 60
+TEXT_TOKENS, JSON_TOKENS = 400, 120
 ALLOWED = frozenset({200, 400, 429})
 SETTLE_S = 1.0  # of a window, not counted: what went before it ends
 _DELTA = b"content_block_delta\n"
@@ -62,13 +62,21 @@ def _nested(number: int, depth: int) -> Schema:
     return schema
 
 
+def _enum(number: int, size: int) -> Schema:
+    return _object(e={"enum": [f"value {number} {index:05}" for index in range(size)]})
+
+
+def _members(number: int, size: int) -> Schema:
+    return {"type": "object", "properties": {f"m{number}-{index}": {"type": "integer"} for index in range(size)}}
+
+
 def _pattern(pattern: str) -> Callable[[int], Schema]:
     return lambda number: _object(**{f"text{number}": {"type": "string", "pattern": pattern}})
 
 
-def _recursion(number: int) -> Schema:
-    """Thirty definitions, each of which may be any of the others in three places."""
-    names = [f"d{number}-{index}" for index in range(30)]
+def _recursion(number: int, size: int) -> Schema:
+    """Definitions each of which may be any of the others in three places."""
+    names = [f"d{number}-{index}" for index in range(size)]
     every = {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in names]}
     defs = {
         name: {"type": "object", "properties": {"kind": {"const": name}, "a": every, "b": every, "c": every}}
@@ -85,32 +93,35 @@ def _doubling(number: int, union: str, depth: int) -> Schema:
     return {"$defs": defs, "$ref": "#/$defs/d0"}
 
 
-def _ambiguous(number: int) -> Schema:
-    """Forty options that all begin alike: each stays possible for as long as the text is."""
+def _alike(number: int, size: int) -> Schema:
+    """Options that all begin alike: each stays possible for as long as the text is."""
     options = [
         _object(text={"type": "string", "maxLength": 200}, **{f"only{number}-{index}": {"type": "integer"}})
-        for index in range(40)
+        for index in range(size)
     ]
     return {"type": "object", "properties": {"any": {"anyOf": options}}, "required": ["any"]}
 
 
 KINDS: dict[str, Callable[[int], Schema]] = {
-    "nested to the limit": lambda number: _nested(number, 50),
-    "nested past it": lambda number: _nested(number, 90),
-    "an enum of 3,000": lambda number: _object(e={"enum": [f"value {number} {index:05}" for index in range(3000)]}),
-    "1,000 optional members": lambda number: {
-        "type": "object",
-        "properties": {f"m{number}-{index}": {"type": "integer"} for index in range(1000)},
-    },
+    "20 levels deep": lambda number: _nested(number, 20),
+    "50 levels deep": lambda number: _nested(number, 50),
+    "90 levels deep": lambda number: _nested(number, 90),
+    "an enum of 300": lambda number: _enum(number, 300),
+    "an enum of 3,000": lambda number: _enum(number, 3000),
+    "100 optional members": lambda number: _members(number, 100),
+    "1,000 optional members": lambda number: _members(number, 1000),
     "nested stars": _pattern("^((a*)*b*)*c$"),
     "alternatives that overlap": _pattern("^((a|aa|aaa|ab|aba|b|bb|ba)+(a|ab|b)?)+$"),
-    "counted repetition": _pattern("^(.{0,900}x){1,3}$"),
+    "counted repetition": _pattern("^(a{0,400}b{0,400}){1,3}$"),
+    "counts of any character": _pattern("^(.{0,900}x){1,3}$"),
     "powers of repetition": _pattern("^((a{0,1000}){0,1000}){0,1000}$"),
     "a pattern that counts back": _pattern(".*a.{0,12}b"),
-    "recursion through 30 definitions": _recursion,
+    "recursion, 6 definitions": lambda number: _recursion(number, 6),
+    "recursion, 24 definitions": lambda number: _recursion(number, 24),
     "anyOf twice, 50 deep": lambda number: _doubling(number, "anyOf", 50),
     "allOf twice, 50 deep": lambda number: _doubling(number, "allOf", 50),
-    "40 options alike": _ambiguous,
+    "8 options alike": lambda number: _alike(number, 8),
+    "40 options alike": lambda number: _alike(number, 40),
     "arrays of 2,000 in arrays": lambda number: _object(
         **{f"a{number}": {"type": "array", "minItems": 2000, "items": {"type": "array", "minItems": 2000}}}
     ),

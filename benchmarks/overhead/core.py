@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import select
 import socket
 import sys
@@ -41,7 +40,7 @@ from aiexport_edge.engine.core.protocol import (
 )
 from aiexport_edge.proto.lifetime import die_with_parent
 
-_PR_SET_TIMERSLACK = 29  # prctl(2), in nanoseconds; 50,000 by default
+AWAKE_S = 0.0003  # before a prompt's end: a core that computes does not sleep when it is done
 
 
 class FakeCore:
@@ -65,12 +64,15 @@ class FakeCore:
         due = 0.0
         while True:
             now = time.monotonic()
-            while self._prompts and self._prompts[0][0] <= now:
-                self._start(self._prompts.pop(0)[1])
+            while self._prompts and self._prompts[0][0] - AWAKE_S <= now:
+                ends_at, request = self._prompts.pop(0)
+                while now < ends_at:
+                    now = time.monotonic()
+                self._start(request)
                 due = now
             times = [due] if self._left else []
             if self._prompts:
-                times.append(self._prompts[0][0])
+                times.append(self._prompts[0][0] - AWAKE_S)
             wait_s = min(times) - now if times else None
             if wait_s is None or wait_s > 0 or self._is_readable():
                 if not select.select([self._parent], [], [], None if wait_s is None else max(0.0, wait_s))[0]:
@@ -159,7 +161,6 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--shared-fd", type=int, required=True)
     arguments = parser.parse_args()
-    ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1)  # a core that computes is not late to its own end
     reports = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     reports.connect(arguments.reports)
     reports.setblocking(False)
