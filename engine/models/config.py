@@ -199,7 +199,7 @@ def _model_config(values: Values, architecture: str, family: Family, stop_ids: t
     max_position_embeddings = values.integer("max_position_embeddings")
     rope = _rope(values, max_position_embeddings, axes=family.vision)
     if family.vision:
-        rope = replace(rope, mrope_section=_mrope_section(values, head_dim))
+        rope = replace(rope, mrope_section=_mrope_section(values))
     context_window = max_position_embeddings
     if rope.kind == "yarn":  # directories may give the length before or after the extension
         context_window = max(context_window, int(rope.factor * rope.original_max_position_embeddings))
@@ -323,16 +323,16 @@ def _spelled_out(parameters: Mapping[str, Any], values: Values) -> str:
     return repr(sorted({"rope_type": kind, "rope_theta": values.values.get("rope_theta"), **said}.items()))
 
 
-def _mrope_section(values: Values, head_dim: int) -> tuple[int, int, int]:
+def _mrope_section(values: Values) -> tuple[int, int, int]:
+    """They need not sum to the half head: what is too much counts for nothing, what is left turns by time."""
     inner = _rope_parameters(values)
     section = inner.values.get("mrope_section", [24, 20, 20])
     if (
         not isinstance(section, list)
         or len(section) != 3
-        or not all(isinstance(size, int) and size >= 0 for size in section)
-        or sum(section) != head_dim // 2
+        or not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in section)
     ):
-        raise inner.error("mrope_section", f"is {section!r}; three sizes that sum to {head_dim // 2} are needed")
+        raise inner.error("mrope_section", f"is {section!r}; three sizes are needed")
     if not inner.flag("mrope_interleaved", default=True):
         raise inner.error("mrope_interleaved", "is false; axes in blocks are not supported")
     time, height, width = section

@@ -117,6 +117,11 @@ def test_a_mixture(tmp_path: Path) -> None:
     assert shapes["lm_head.weight"] == (151936, 2560)
 
 
+def test_sections_of_axes_need_not_fill_the_head(tmp_path: Path) -> None:
+    config = load(tmp_path, RELEASED, text={"head_dim": 8, "rope_scaling": {"mrope_section": [16, 8, 8]}})
+    assert config.rope.mrope_section == (16, 8, 8)
+
+
 def test_the_model_type_is_enough(tmp_path: Path) -> None:
     assert load(tmp_path, RELEASED | {"architectures": None}).vision is not None
 
@@ -138,7 +143,7 @@ def test_a_longer_context_by_yarn_keeps_its_axes(tmp_path: Path) -> None:
     ("text", "vision", "changes", "message"),
     [
         ({"rope_scaling": {"mrope_section": [24, 20]}}, {}, {}, "rope_scaling.mrope_section is .24, 20.; three sizes"),
-        ({"rope_scaling": {"mrope_section": [24, 20, 24]}}, {}, {}, "three sizes that sum to 64"),
+        ({"rope_scaling": {"mrope_section": [24, 20, -1]}}, {}, {}, "is .24, 20, -1.; three sizes are needed"),
         (
             {"rope_scaling": {"mrope_section": [24, 20, 20], "mrope_interleaved": False}},
             {},
