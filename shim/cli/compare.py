@@ -11,8 +11,8 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from aiexport_edge.shim.cli.shapes import (
     sequence,
     shape_of,
 )
+from aiexport_edge.shim.cli.threads import in_thread
 
 EPILOG = f"""\
 Each line of the file is a body for POST /v2/messages, or {{"path": "/v2/…", "body": {{…}}}}; without a body it is a
@@ -118,19 +119,18 @@ def run(args: argparse.Namespace) -> int:
     requests = read_requests(args.file)
     found: list[dict[str, Any]] = []
     timeout = args.timeout.total_seconds()
-    with ThreadPoolExecutor(2) as pool:
-        for number, request in enumerate(requests, 1):
-            asked = [pool.submit(ask, side, request, timeout) for side in (here, there)]
-            try:
-                mine, theirs = (future.result() for future in asked)
-            except Unreachable as error:
-                raise CommandError(str(error)) from None
-            for difference in compared(mine, theirs):
-                entry = {"line": request.line, **plain(difference)}
-                found.append({name: _without_keys(value, here, there) for name, value in entry.items()})
-                if not args.json:
-                    print("line {line}: {path}: here {here}; there {there}".format(**found[-1]), flush=True)
-            _progress(number, len(requests))
+    for number, request in enumerate(requests, 1):
+        asked = [in_thread(partial(ask, side, request, timeout)) for side in (here, there)]
+        try:
+            mine, theirs = (future.result() for future in asked)
+        except Unreachable as error:
+            raise CommandError(str(error)) from None
+        for difference in compared(mine, theirs):
+            entry = {"line": request.line, **plain(difference)}
+            found.append({name: _without_keys(value, here, there) for name, value in entry.items()})
+            if not args.json:
+                print("line {line}: {path}: here {here}; there {there}".format(**found[-1]), flush=True)
+        _progress(number, len(requests))
     if args.json:
         document = {"here": here.server.url, "there": there.server.url, "requests": len(requests)}
         print_json({**document, "differences": found})

@@ -10,12 +10,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from aiexport_edge.shim.cli.command import CommandError
 from aiexport_edge.shim.cli.rest_client import NoReply, Server, Unreachable, events, exchange
+from aiexport_edge.shim.cli.threads import in_thread
 
 REPLY_TIMEOUT = 120.0  # seconds
 SHORT, LONG = 16, 200  # tokens of a reply
@@ -132,8 +133,8 @@ def _together(
             timings.append(one(server, key, model, prompt, length))
         return timings
 
-    with ThreadPoolExecutor(streams) as pool:
-        timings = [timing for each in pool.map(keep_asking, range(streams)) for timing in each]
+    asking = [in_thread(partial(keep_asking, number)) for number in range(streams)]
+    timings = [timing for each in asking for timing in each.result()]
     return timings, time.monotonic() - started
 
 

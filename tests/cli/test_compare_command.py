@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -271,6 +274,28 @@ def test_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
         assert expected in capsys.readouterr().err
     assert main(["compare", "/no/such.jsonl", "--against", "http://h", "--key", "k", "--own-key", "k"]) == 1
     assert "cannot be read (No such file or directory)" in capsys.readouterr().err
+
+
+def test_ctrl_c_does_not_wait_for_a_server(tmp_path: Path) -> None:
+    """Both have taken the request, and neither answers."""
+    (tmp_path / "requests.jsonl").write_text('{"model":"a"}\n')
+    code = (
+        "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"  # also in a background job
+        "from aiexport_edge.shim.cli.main import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        words = ["compare", "--url", url, "--against", url, "--key", "k", "--own-key", "k", "--timeout", "1h"]
+        with subprocess.Popen([sys.executable, "-c", code, *words, "requests.jsonl"], cwd=tmp_path) as process:
+            taken = [silent.accept()[0] for _ in range(2)]
+            assert all(connection.recv(1) for connection in taken)
+            process.send_signal(signal.SIGINT)
+            try:
+                assert process.wait(60) == 130
+            finally:
+                process.kill()
+                for connection in taken:
+                    connection.close()
 
 
 # ---------------------------------------------------------------------------------------------------- shapes
