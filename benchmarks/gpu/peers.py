@@ -28,6 +28,7 @@ POINTS = ((1, 1024), (32, 1024))  # batch, context
 DRY_POINTS = ((1, 20),)
 STEPS = 32
 PAGE_SIZE = 256  # tokens, transformers' own default
+BATCH_TOKENS = 4096  # of a step of its continuous batching
 VLLM_TIMEOUT_S = 240
 
 
@@ -68,7 +69,7 @@ def run_transformers(bench: Bench, part: str, name: str, values: dict[str, Any],
         num_blocks = batch * (-(-(context + 1 + steps) // PAGE_SIZE) + 1)
 
         def decode(prompts: list[list[int]] = prompts, options: Any = options, num_blocks: int = num_blocks) -> float:
-            cache = cache_config(**{page_size: PAGE_SIZE, "num_blocks": num_blocks})
+            cache = cache_config(**{page_size: PAGE_SIZE, "num_blocks": num_blocks, "max_batch_tokens": BATCH_TOKENS})
             replies = model.generate_batch(
                 prompts, generation_config=options, continuous_batching_config=cache, record_timestamps=True
             ).values()
