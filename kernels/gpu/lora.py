@@ -134,14 +134,15 @@ def _shrink_tile(
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     there = tokens < num_tokens
     part = tl.program_id(1) // (MAX_RANK // BLOCK_RANK)
-    rows = tl.program_id(1) % (MAX_RANK // BLOCK_RANK) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
+    first = tl.program_id(1) % (MAX_RANK // BLOCK_RANK) * BLOCK_RANK
+    rows = first + tl.arange(0, BLOCK_RANK)
     own = tl.load(slots + tokens, mask=there, other=-1)
     inputs_of = x + tokens.to(tl.int64)[:, None] * x_stride
     total = tl.zeros([BLOCK_T, BLOCK_RANK], tl.float32)
     slot = tl.max(own, 0)
     while slot >= 0:
         mine = own == slot
-        if tl.min(rows, 0) < tl.load(ranks + slot):
+        if first < tl.load(ranks + slot):
             factors = a + ((slot.to(tl.int64) * NUM_PARTS + part) * MAX_RANK + rows)[None, :] * K
             product = tl.zeros([BLOCK_T, BLOCK_RANK], tl.float32)
             for start in range(0, K, BLOCK_K):
