@@ -171,10 +171,10 @@ def _reading_ahead(files: list[Path]) -> Iterator[None]:
 
 def _files(directory: Path) -> dict[Path, list[str]]:
     """The files to open, each with the names that the index promises in it (none for a single file)."""
+    if (directory / SINGLE).exists():  # before the index of an older save, as transformers has it
+        return {directory / SINGLE: []}
     if (directory / INDEX).exists():
         return _read_index(directory)
-    if (directory / SINGLE).exists():
-        return {directory / SINGLE: []}
     if not directory.is_dir():
         raise ModelError(f"{directory} is not a directory")
     pickled = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in directory.glob(suffix))

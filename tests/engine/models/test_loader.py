@@ -149,6 +149,16 @@ def test_files_that_are_absent_or_broken(tmp_path: Path) -> None:
         load_model(tmp_path / "nowhere")
 
 
+def test_one_file_goes_before_the_shards_of_an_older_save(tmp_path: Path) -> None:
+    save("llama2", tmp_path, max_shard_size="50KB")
+    save("llama2", tmp_path / "new")
+    edit(tmp_path / "new", lambda t: t["lm_head.weight"].neg_())
+    expected = generate(tmp_path / "new", prompts([20])[0])
+    assert generate(tmp_path, prompts([20])[0]) != expected
+    (tmp_path / "new" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    assert generate(tmp_path, prompts([20])[0]) == expected
+
+
 def test_an_index_that_does_not_match(tmp_path: Path) -> None:
     save("llama2", tmp_path, max_shard_size="50KB")
     index = tmp_path / "model.safetensors.index.json"
