@@ -16,6 +16,11 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from aiexport_edge.engine.images.limits import FORMATS, ImageError, ImageLimits
 
 MEDIA_TYPES = {name: media_type for media_type, name in FORMATS.items()}
+# Phones write JPEG files with a second picture behind the first (CIPA DC-007; of gain maps, of depth).
+_VARIANTS = {"MPO": "image/jpeg"}
+# Of a JPEG, which may be cut into any number of scans, each over all its pixels: 10 MB of them take minutes.
+MOST_SCANNED_PIXELS = 20_000_000_000
+_SCAN = b"\xff\xda"  # compressed data never holds it (ITU-T T.81, B.1.1.5)
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -60,10 +65,13 @@ def _decode(data: bytes, media_type: str, limits: ImageLimits) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=list(MEDIA_TYPES))
     except UnidentifiedImageError:
         raise ImageError("the file is not a PNG, JPEG, WebP or GIF image, or it is broken") from None
-    found = MEDIA_TYPES.get(image.format or "", "another kind")
+    kind = image.format or ""
+    found = MEDIA_TYPES.get(kind) or _VARIANTS.get(kind, "another kind")
     if found != media_type:
         raise ImageError(f"the file is {found}, not {media_type} as declared")
     _check_size(*image.size, limits)
+    if media_type == "image/jpeg" and data.count(_SCAN) * image.width * image.height > MOST_SCANNED_PIXELS:
+        raise ImageError("the image is stored in too many scans; save it anew")
     image.seek(0)
     image.load()
     orientation = _orientation(image)

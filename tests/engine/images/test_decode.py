@@ -88,6 +88,22 @@ def test_the_first_frame_stands_for_an_animation(media_type: str) -> None:
     np.testing.assert_allclose(decode(data, media_type, LIMITS)[3, 3], [255, 0, 0], atol=3)
 
 
+def test_a_jpeg_with_another_behind_it_is_a_jpeg() -> None:
+    data = encoded(halves(), "MPO", save_all=True, append_images=[Image.new("RGB", (40, 20), "green")])
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    np.testing.assert_allclose(decode(data, "image/jpeg", LIMITS)[10, 5], [255, 0, 0], atol=12)
+
+
+def test_a_jpeg_of_very_many_scans_is_refused() -> None:
+    """Each goes over the whole picture, and takes a hundred bytes of the file."""
+    data = encoded(Image.new("L", (4000, 4000), 128), "JPEG", progressive=True)
+    end = data.rfind(b"\xff\xd9")
+    scan = data[data.rfind(b"\xff\xda") : end]
+    assert decode(data[:end] + scan * 3 + data[end:], "image/jpeg", LIMITS).shape == (4000, 4000, 3)
+    with pytest.raises(ImageError, match="too many scans"):
+        decode(data[:end] + scan * 2000 + data[end:], "image/jpeg", LIMITS)
+
+
 def test_a_mislabelled_file_is_refused() -> None:
     with pytest.raises(ImageError, match="is image/png, not image/jpeg as declared"):
         decode(encoded(halves()), "image/jpeg", LIMITS)
