@@ -199,14 +199,15 @@ class Tokenizer:
 
 
 def _add_named(special: dict[str, str], spec: dict[str, Any], whole: HFTokenizer) -> None:
-    """Beginning and end are special where the directory names them, though `spec` may not say so; not what text can
-    reach, since some directories name a word there.
+    """Beginning and end are special where the directory names them, though `spec` may not say so; unless it is a word
+    that it names there, as some do.
     """
     added = spec["added_tokens"] = list(spec.get("added_tokens") or [])
     known = {token["content"] for token in added}
     for text in {special[name]: None for name in ("bos_token", "eos_token") if special.get(name)}:
         id_ = whole.token_to_id(text)
-        if text in known or id_ is None or id_ in whole.encode(text, add_special_tokens=False).ids:
+        is_word = not _is_markup(text) and id_ in whole.encode(text, add_special_tokens=False).ids
+        if text in known or id_ is None or is_word:
             continue
         marks = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         added.append({"id": id_, "content": text, "special": True, **marks})

@@ -186,6 +186,12 @@ def test_a_vocabulary_that_lets_text_reach_control_tokens(tmp_path: Path) -> Non
     assert 1 not in tokenizer.encode("a</s>b")
     assert decode(tokenizer.encode("a</s>b</s>"), tokenizer.decode_bytes) == "a</s>b</s>"
     assert tokenizer.encode(tokenizer.alias("</s>") + "a</s>")[0] == 1
+    spec["added_tokens"] = []  # named by the configuration alone
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    tokenizer = Tokenizer.load(tmp_path)
+    assert 1 not in tokenizer.encode("a</s>b")
+    assert tokenizer.encode(tokenizer.alias("</s>"))[0] == 1
 
 
 def test_over_long_texts_are_recognised_by_their_beginning(loaded: LoadedTokenizers) -> None:
