@@ -70,7 +70,7 @@ def _check(args: argparse.Namespace) -> int:
         raise CommandError(f"--card is the card's memory in GB, such as 24, not {args.card}")
     config = load_config(args)
     elsewhere = _not_here(config) if args.card is None else []
-    options = [] if config.path is None else ["--config", str(config.path)]
+    options = ["--state", str(config.state)] + ([] if config.path is None else ["--config", str(config.path)])
     if args.card is not None:
         options += ["--card", str(args.card)]
     elif not elsewhere:

@@ -56,6 +56,19 @@ def test_modules_of_the_working_directory_are_not_taken(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_what_a_command_starts_has_the_streams_that_were_closed(tmp_path: Path) -> None:
+    """Else a socket of its own would be what the engine logs to."""
+    code = (
+        "import subprocess, sys; from aiexport_edge.shim.cli.main import main; main(['models', 'list']); "
+        "asked = 'import os; [os.fstat(number) for number in range(3)]'; "
+        "sys.exit(subprocess.run([sys.executable, '-c', asked]).returncode)"
+    )
+    done = subprocess.run(
+        ["/bin/sh", "-c", f"{shlex.join([sys.executable, '-c', code])} <&- >&- 2>&-"], cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0
+
+
 def test_other_encodings(tmp_path: Path) -> None:
     (tmp_path / "edge.toml").write_text(
         '[[models]]\nids = ["a"]\nfamily = "opus"\nsource = "demo"\ndisplay_name = "é"\n'
