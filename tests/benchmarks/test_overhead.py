@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.overhead import client
+import itertools
+
+from benchmarks.overhead import client, hops
 from benchmarks.overhead.__main__ import Row, Window, aborts_ms, first_tokens_ms, streams, table
 from benchmarks.overhead.processes import stack
 
@@ -19,6 +21,12 @@ def test_a_small_measurement() -> None:
         sent = client.request(running.key, max_tokens=3, stream=False)
         count, times = client.unary(running.address, sent, num_connections=2, seconds=0.5)
         assert count == len(times) > 0
+
+
+def test_a_first_token_comes_by_every_hop() -> None:
+    rows = hops.measure(3, 5)
+    assert [row[:2] for row in rows] == list(itertools.pairwise(hops.HOPS))
+    assert all(median >= 0 for _, _, median, _ in rows)
 
 
 def test_events_and_tokens_are_told_apart() -> None:
