@@ -45,6 +45,16 @@ def test_message_and_stream_agree(edge: Edge) -> None:
         ]
 
 
+def test_top_p_0_is_greedy(edge: Edge) -> None:
+    story = "Tell me a story about a fox."
+    with edge.client() as client:
+        texts = {
+            client.post("/v2/messages", json=message(story, **fields)).json()["content"][0]["text"]
+            for fields in ({"temperature": 0}, {"top_p": 0, "seed": 1}, {"top_p": 0, "seed": 2})
+        }
+    assert len(texts) == 1
+
+
 @pytest.mark.slow
 def test_sixty_four_streams_equal_their_runs_alone(edge: Edge) -> None:
     """Sampled at temperature 1: what a stream says does not depend on its company."""
