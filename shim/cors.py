@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from aiexport_edge.shim import logs
+from aiexport_edge.shim.errors import InvalidRequest, error_body
 from aiexport_edge.shim.store.keys import new_id
 
 MAX_AGE_S = 600
@@ -34,6 +35,11 @@ class Cors(CORSMiddleware):
     def preflight_response(self, request_headers: Headers) -> Response:
         response = super().preflight_response(request_headers)
         request_id = new_id("req_")
+        if response.status_code != 200:
+            refused = InvalidRequest("A script of this page may not make this call; the operator names those that may.")
+            headers = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+            body = error_body(refused, request_id)
+            response = Response(body, refused.status, headers=headers, media_type="application/json")
         response.headers["request-id"] = response.headers["x-request-id"] = request_id
         logs.access(f"OPTIONS (preflight) {response.status_code}", {"request_id": request_id})
         return response

@@ -330,6 +330,8 @@ def test_a_configured_origin_may_call(open_shim: ShimServer) -> None:
         refused = preflight(client, "https://evil.example")
         assert refused.status_code == 400
         assert "access-control-allow-origin" not in refused.headers
+        assert refused.json()["error"]["type"] == "invalid_request_error"
+        assert refused.json()["request_id"] == refused.headers["request-id"]
         for path, status in (("/v2/models", 200), ("/v2/nothing", 404)):
             reply = client.get(path, headers={"Origin": PAGE})
             assert reply.status_code == status
