@@ -1,6 +1,6 @@
 """Pictures on a CPU: decoding, the vision tower, and what share of its time its products need.
 
-    python -m benchmarks.images [--model Qwen3-VL-2B-Instruct] [--sides 256 512 1024] [--dry-run]
+    python -m benchmarks.images [--model Qwen3-VL-2B-Instruct] [--sides 256 512] [--serve] [--dry-run]
 
 Towers of published shapes with random weights, one picture at a time, one thread, processor time; tower and products
 take turns, medians. *Floor*: the tower's packed products alone, on inputs of the same shapes, one after the other with
@@ -157,8 +157,8 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m benchmarks.images", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", nargs="+", default=["Qwen3-VL-2B-Instruct"], help="whose tower's shapes")
-    parser.add_argument("--sides", type=int, nargs="+", default=[256, 512, 1024], help="of square pictures, in pixels")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sides", type=int, nargs="+", default=[256, 512], help="of square pictures, in pixels")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--serve", type=Path, nargs="?", const=DEMO, help="a model with eyes, for whole requests")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--requests", type=int, default=40)
