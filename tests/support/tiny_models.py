@@ -72,6 +72,8 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
         num_experts_per_tok=2,
         moe_intermediate_size=36,
         mlp_only_layers=[1],
+        use_sliding_window=True,
+        sliding_window=12,
     ),
 }
 
