@@ -229,6 +229,8 @@ class Ticket:
             await self._window.give_back(self._workspace_id, mark)
         except SQLAlchemyError as error:
             log.error("a refused call stays counted for a minute: %s", remedy(error))
+        except OSError as error:
+            log.error("a refused call stays counted for a minute: %s; make room in /dev/shm", error.strerror)
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """`X-RateLimit-…` as of now."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import given, settings
@@ -22,6 +23,7 @@ from support.postgres import PostgresServer
 from support.redis import RedisServer
 
 from aiexport_edge.shim.limits import shared_window
+from aiexport_edge.shim.limits.limits import Limits, Ticket
 from aiexport_edge.shim.limits.postgres_window import PostgresWindow
 from aiexport_edge.shim.limits.redis_window import RedisWindow
 from aiexport_edge.shim.limits.shared_window import SharedWindow, shared_directory
@@ -324,3 +326,20 @@ def test_a_call_takes_microseconds(tmp_path: Path) -> None:
         return spent / 20_000
 
     assert asyncio.run(run()) < 1e-3
+
+
+def test_memory_that_is_gone_breaks_no_refusal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A reply is under way when a refused call is given back: an error there would have taken it."""
+    directory = tmp_path / "memory"
+
+    async def refused() -> None:
+        window = SharedWindow(directory)
+        ticket = Ticket(cast(Limits, None), window, "ws_1", 5, None)  # without a limit of tokens it asks nothing more
+        await ticket.take()
+        shutil.rmtree(directory)
+        directory.write_text("something else")
+        await ticket.give_back()
+        await window.close()
+
+    asyncio.run(refused())
+    assert "stays counted" in caplog.text
