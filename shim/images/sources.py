@@ -20,7 +20,7 @@ MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp", "image/gif")
 # RFC 2397: scheme, type and "base64" in any case, parameters of the type between them.
 _DATA_URL = re.compile(r"data:([a-z]+/[a-z.+-]+)(?:;[\w.+-]+=[^;,]*)*;base64,", re.ASCII | re.IGNORECASE)
 _BLANKS = "\r\n\t "
-_SLICE_CHARS = 256 << 10  # of base64 that are decoded at one time; between two, other threads run
+_SLICE_CHARS = 128 << 10  # of base64 that are decoded at one time; between two, other threads run
 
 
 @dataclass(frozen=True, slots=True)
