@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import random
+import struct
 import time
+import zlib
 from dataclasses import dataclass, field
 
 TIMEOUT_S = 120.0
@@ -37,6 +40,26 @@ def prompt(num_tokens: int, seed: int) -> str:
     """Words, about as many as tokens, that no earlier prompt began with."""
     draw = random.Random(seed)
     return " ".join(draw.choices(_WORDS, k=num_tokens))
+
+
+def picture(side: int, seed: int) -> bytes:
+    """A PNG of two colours, unlike those of other seeds: a shape's upper left and the ground around it."""
+    draw = random.Random(seed)
+    ground, shape = (bytes(draw.randrange(256) for _ in range(3)) for _ in range(2))
+    edge = draw.randrange(side // 4, side)
+    upper, lower = b"\0" + shape * edge + ground * (side - edge), b"\0" + ground * side
+    pixels = zlib.compress(upper * edge + lower * (side - edge), 1)
+    head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"IDAT", pixels), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+
+
+def with_picture(text: str, data: bytes) -> list[dict[str, object]]:
+    """The content of a message that asks about a picture."""
+    source = {"type": "base64", "media_type": "image/png", "data": base64.b64encode(data).decode()}
+    return [{"type": "image", "source": source}, {"type": "text", "text": text}]
 
 
 def stream(host: str, key: str, body: dict[str, object]) -> Chat:

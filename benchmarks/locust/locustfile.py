@@ -1,4 +1,5 @@
-"""Streaming chats as they come, over all tiers, with a batch beside them; for any server of this API.
+"""Streaming chats as they come, over all tiers, some about a picture, with a batch beside them; for any server of this
+API.
 
     python -m locust -f benchmarks/locust/locustfile.py --headless -u 2 --host http://HOST:PORT --key KEY
 
@@ -15,7 +16,7 @@ import random
 import sys
 import time
 from argparse import ArgumentParser
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ BEAT_S = 0.02  # of the loop's own pulse
 MAX_CHATS = 2000  # open at once; more come late, which the figures show
 TIERS = {"haiku": 0.6, "sonnet": 0.3, "opus": 0.1}  # shares of the chats
 BATCH_TOKENS = 32
+PICTURES = "pictures"  # the chats about one, of whatever tier, by themselves
+QUESTION = "What is in this picture?"
+SIDE = 224  # of a picture, in pixels
 
 
 class Run:
@@ -54,8 +58,10 @@ def _options(parser: ArgumentParser) -> None:
     group.add_argument("--pattern", choices=("trace", "synthetic", "fixed"), default="synthetic")
     group.add_argument("--rate", type=float, default=2.0, help="chats a second, on average")
     group.add_argument("--seconds", type=float, default=60.0, help="for how long chats are sent")
+    group.add_argument("--patience", type=float, default=chats.TIMEOUT_S, help="seconds for the replies still to come")
     group.add_argument("--max-prompt", type=int, default=2000, help="tokens; longer ones of the pattern are cut")
     group.add_argument("--max-output", type=int, default=200, help="tokens; likewise")
+    group.add_argument("--pictures", type=float, default=0.1, help="share of the chats that are about a picture")
     group.add_argument("--batch", type=int, default=20, help="requests of a batch; 0: no batches")
     group.add_argument("--targets", default=str(measures.TARGETS), help="file of the targets")
     group.add_argument("--measures", default="", help="JSON file for what has been measured")
@@ -91,7 +97,10 @@ class Chats(User):
         self._key = options.key
         self._arrivals = _arrivals(options)
         self._models = _models(self.host or "", options.key)
+        self._sees = next(iter(_models(self.host or "", options.key, vision=True).values()), None)
+        self._pictures = options.pictures if self._sees else 0.0
         self._seeds = itertools.count(1)
+        self._open: Counter[str] = Counter()  # chats whose end has not come yet
 
     @task
     def send(self) -> None:
@@ -102,20 +111,34 @@ class Chats(User):
         for arrival in self._arrivals:
             due = start + arrival.at_s
             gevent.sleep(max(0.0, due - time.perf_counter()))
-            pool.spawn(self._chat, draw.choices(tiers, shares)[0], arrival, due)
-        pool.join(timeout=chats.TIMEOUT_S)
+            tier = draw.choices(tiers, shares)[0]
+            tier = PICTURES if draw.random() < self._pictures else tier
+            self._open[tier] += 1
+            pool.spawn(self._chat, tier, arrival, due)
+        pool.join(timeout=_options_of(self.environment).patience)
+        for tier, number in self._open.items():
+            run.tiers[tier].failures += ["no end in all that time"] * number
         run.busy_s, run.seconds = time.process_time() - busy, time.perf_counter() - start
         assert self.environment.runner is not None
         gevent.spawn(self.environment.runner.quit)  # it waits for the users, of which this is one
         raise StopUser
 
     def _chat(self, tier: str, arrival: arrivals.Arrival, due: float) -> None:
+        try:
+            self._ask(tier, arrival, due)
+        finally:
+            self._open[tier] -= not run.seconds  # past the end it has been counted as a failure
+
+    def _ask(self, tier: str, arrival: arrivals.Arrival, due: float) -> None:
         seed = next(self._seeds)
+        content: object = chats.prompt(arrival.prompt_tokens, seed)
+        if tier == PICTURES:
+            content = chats.with_picture(QUESTION, chats.picture(SIDE, seed))
         body: dict[str, object] = {
-            "model": self._models[tier],
+            "model": self._sees if tier == PICTURES else self._models[tier],
             "max_tokens": arrival.output_tokens,
             "seed": seed,
-            "messages": [{"role": "user", "content": chats.prompt(arrival.prompt_tokens, seed)}],
+            "messages": [{"role": "user", "content": content}],
         }
         sample = run.tiers[tier]
         try:
@@ -203,14 +226,15 @@ class Batches(FastHttpUser):
         self._id = ""
 
 
-def _models(host: str, key: str) -> dict[str, str]:
-    """A model of each tier that the server lists."""
+def _models(host: str, key: str, *, vision: bool = False) -> dict[str, str]:
+    """A model of each tier that the server lists; with `vision` one that sees."""
     import urllib.request
 
     asked = urllib.request.Request(f"{host}/v2/models?limit=100", headers={"X-API-Key": key})
     with urllib.request.urlopen(asked, timeout=chats.TIMEOUT_S) as reply:
         listed = json.load(reply)["data"]
-    return {tier: model["id"] for tier in TIERS for model in listed if model["family"] == tier}
+    able = [model for model in listed if model["vision"] or not vision]
+    return {tier: model["id"] for tier in TIERS for model in able if model["family"] == tier}
 
 
 @events.test_start.add_listener

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -12,10 +14,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from support.scripted_engine import ScriptedEngine
 from support.shim_server import ShimServer
 
-from benchmarks.locust import arrivals, measures
+from benchmarks.locust import arrivals, chats, measures
 
 ROOT = Path(__file__).resolve().parents[2]
 BOUNDS = arrivals.Bounds(500, 100)
@@ -55,6 +58,22 @@ def test_synthetic_arrivals_are_the_same_every_time_and_come_at_the_rate() -> No
 def test_fixed_arrivals() -> None:
     found = arrivals.fixed(4.0, 1.0, prompt_tokens=7, output_tokens=3)
     assert [each.at_s for each in found] == [0.0, 0.25, 0.5, 0.75]
+
+
+def test_pictures_are_pictures_and_each_is_another() -> None:
+    first, second = (chats.picture(32, seed) for seed in (1, 2))
+    with Image.open(io.BytesIO(first)) as image:
+        assert (image.format, image.size, image.mode) == ("PNG", (32, 32), "RGB")
+        assert len(image.getcolors() or ()) == 2
+    assert first != second
+    assert first == chats.picture(32, 1)
+    image_block, question = chats.with_picture("What?", first)
+    assert image_block["source"] == {
+        "type": "base64",
+        "media_type": "image/png",
+        "data": base64.b64encode(first).decode(),
+    }
+    assert question == {"type": "text", "text": "What?"}
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1), st.floats(0.1, 100))
@@ -144,3 +163,49 @@ def test_a_short_run(tmp_path: Path, shim: ShimServer, limit: str, status: int) 
     assert all(tier["failures"] == [] and tier["output_tokens"] == 3 * tier["requests"] for tier in tiers.values())
     assert document["client_lag"]["p50"] >= 0
     assert "first token" in report.read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("locust") is None, reason="locust is not installed (extra 'load')")
+def test_chats_without_an_end_are_failures(tmp_path: Path) -> None:
+    engine = ScriptedEngine(f"unix:{tmp_path / 'engine.sock'}")
+    engine.start()
+    engine.pause()
+    server = ShimServer(tmp_path / "state", (engine.address,))
+    server.start()
+    server.wait_ready()
+    targets, measured = tmp_path / "targets.toml", tmp_path / "measures.json"
+    targets.write_text("[haiku]\nfailures = 0\n", encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "locust",
+        "-f",
+        "benchmarks/locust/locustfile.py",
+        "--headless",
+        "-u",
+        "2",
+        "-r",
+        "2",
+    ]
+    command += [
+        "--host",
+        server.base_url,
+        "--key",
+        server.key.key,
+        "--pattern",
+        "fixed",
+        "--rate",
+        "20",
+        "--seconds",
+        "1",
+    ]
+    command += ["--batch", "0", "--patience", "1", "--targets", str(targets), "--measures", str(measured)]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 1, done.stdout + done.stderr
+        tiers = json.loads(measured.read_text(encoding="utf-8"))["tiers"]
+        assert sum(tier["requests"] for tier in tiers.values()) == 20
+        assert all(set(tier["failures"]) == {"no end in all that time"} for tier in tiers.values())
+    finally:
+        server.stop()
+        engine.close()
