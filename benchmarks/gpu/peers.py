@@ -40,6 +40,7 @@ def run_transformers(bench: Bench, part: str, name: str, values: dict[str, Any],
         return
     import transformers
 
+    torch.backends.cuda.enable_cudnn_sdp(True)  # as torch comes: each of our accelerators turns it off
     settings = {key: value for key, value in values.items() if key not in ("architectures", "torch_dtype")}
     settings |= {"eos_token_id": None, "pad_token_id": 0}
     with torch.device(bench.device):
