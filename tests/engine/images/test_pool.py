@@ -122,7 +122,8 @@ def test_workers_that_were_killed_while_idle_cost_no_file() -> None:
         assert workers
         for worker in workers:
             worker.kill()
-            wait_until(lambda worker=worker: worker.status() == psutil.STATUS_ZOMBIE, "the worker has ended")
+        zombies = [psutil.STATUS_ZOMBIE] * len(workers)
+        wait_until(lambda: [worker.status() for worker in workers] == zombies, "the workers have ended")
         await pool.decode(png(), "image/png", PATCHES)
         assert pool.num_workers == 1
 
