@@ -16,7 +16,7 @@ from aiexport_edge.kernels.cpu.dot import COLUMNS, MOST_ROWS
 from aiexport_edge.kernels.cpu.gather import check_rows
 from aiexport_edge.kernels.cpu.panels import OFFSET, gather_outputs, pack_words, quantize_weight
 from aiexport_edge.kernels.cpu.products import GROUP, multiply_bfloat16, multiply_int8
-from aiexport_edge.kernels.cpu.row_tiles import arrange_rows, quantize_rows, rows_of
+from aiexport_edge.kernels.cpu.row_tiles import arrange_rows, pad_rows, quantize_rows, rows_of
 from aiexport_edge.kernels.cpu.simd import LANES
 from aiexport_edge.kernels.cpu.units import DTYPES
 from aiexport_edge.kernels.large_pages import allocate
@@ -172,9 +172,12 @@ class PackedWeight:
 
     def _arrange(self, x: torch.Tensor) -> torch.Tensor:
         """bfloat16 rows as tiles of words."""
-        if self.width % 2:
-            x = torch.nn.functional.pad(x, (0, 1))
         num_rows = x.shape[0]
+        if self.width % 2:  # by a kernel: a library's operation is not taken down where launches are recorded
+            padded = empty((num_rows, self.width + 1), x.dtype)
+            scratch = 4 * (self.width + LANES)
+            launch(pad_rows, num_rows, 0.2 * x.numel(), scratch, x.data_ptr(), self.width, padded.data_ptr())
+            x = padded
         if num_rows == 1:
             return x
         tiles = empty((num_rows, self._depth), torch.int32)

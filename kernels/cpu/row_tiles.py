@@ -11,10 +11,12 @@ import numpy as np
 from aiexport_edge.kernels.cpu.dot import MOST_ROWS
 from aiexport_edge.kernels.cpu.jit import inner, kernel
 from aiexport_edge.kernels.cpu.memory import (
+    BFLOAT16,
     get_float32,
     get_int32,
     get_int64,
     load,
+    narrow,
     set_float32,
     store,
     widen,
@@ -48,6 +50,17 @@ def arrange_rows(
         source, tile = x + unit * most * row_bytes, target + unit * most * depth * 4
         for word in range(0, depth, LANES):
             arrange_words(source + 4 * word, row_bytes, rows, depth - word, tile + 4 * word * rows)
+        unit = next_unit(control)
+    end(control)
+
+
+@kernel
+def pad_rows(control: int, scratch: int, num_units: int, x: int, width: int, target: int) -> None:
+    """Rows of an odd number of bfloat16, `width`, each with a zero behind it. A unit is a row."""
+    unit = begin(control)
+    while unit < num_units:
+        widen(BFLOAT16, x + 2 * unit * width, scratch, width)  # padded with zeros
+        narrow(BFLOAT16, scratch, target + 2 * unit * (width + 1), width + 1)
         unit = next_unit(control)
     end(control)
 
