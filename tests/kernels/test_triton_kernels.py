@@ -61,6 +61,27 @@ def test_kernels_compile_within_the_limits_of_their_architectures(capfd: pytest.
         assert f"\n{kernel} " in done.stdout, kernel
 
 
+POWERS = """
+import re, torch
+from aiexport_edge.kernels.gpu import service
+from aiexport_edge.kernels.gpu.compile import compile_launch
+from aiexport_edge.kernels.gpu.launch import A100
+for case in service.deterministic_cases(A100, service.QWEN3_8B, torch.bfloat16):
+    if case.kernel == "prefill_attention":
+        lines = compile_launch(case.launch, 80).asm["ptx"].splitlines()
+        made = {m[2]: m[1] for line in lines if (m := re.match(r"\\s*(\\S+)\\s+(%\\S+), ", line))}
+        print({made[m[1]] for line in lines if (m := re.match(r"\\s*ex2\\S*\\s+%\\S+, (%\\S+);", line))})
+"""
+
+
+@pytest.mark.slow
+def test_deterministic_attention_computes_every_tile_alike() -> None:
+    """No power of two is of a product and a difference in one operation: with a mask between them they cannot be, so a
+    tile's bits would go by whether it needs one. No interpreter shows that."""
+    done = run("-c", POWERS, TRITON_INTERPRET="0")
+    assert done.stdout.strip() == "{'sub.f32'}", done.stdout + done.stderr
+
+
 def test_kernels_are_not_interpreted_in_this_process() -> None:
     """The variable would leak into every other test's kernels, and into servers that tests start."""
     assert os.environ.get("TRITON_INTERPRET", "0") in ("", "0")
