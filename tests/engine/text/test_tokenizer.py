@@ -241,7 +241,7 @@ def test_an_unknown_decoder_is_said(tmp_path: Path, directories: dict[str, Path]
 def test_decoders_of_another_blank(tmp_path: Path, decoder: dict[str, Any], expected: bytes | None) -> None:
     model = {"type": "BPE", "vocab": {"a": 0, "_": 1, "_a": 2}, "merges": [["_", "a"]]}
     empty = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor"))
-    spec = {"version": "1.0", "added_tokens": [], **empty, "decoder": decoder, "model": model}
+    spec: dict[str, Any] = {"version": "1.0", "added_tokens": [], **empty, "decoder": decoder, "model": model}
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     if expected is None:
         with pytest.raises(TokenizerError, match="replaces a regular expression"):
