@@ -43,6 +43,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._one_too_many = False
         self._upgrade_offered = False  # by the head that has just been read
         self._reading_copy = False  # of a head that has been read already
+        self._is_deaf = False  # what comes now is for nobody: the connection ends with the replies under way
         self._replying: RequestResponseCycle | None = None  # `cycle` is the last that has arrived
         self._stream: ConnectionStream | None = None  # of that reply
         self._turn = TurnWriter.of(self.loop)
@@ -70,7 +71,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._stream.lost()
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._is_deaf:
             return
         if self._one_too_many:
             self._refuse(Overloaded("This server has as many connections as it may have.", retry_after=1.0))
@@ -195,11 +196,16 @@ class HttpProtocol(HttpToolsProtocol):
     def _refuse(self, error: ApiError) -> None:
         """An error reply where no application has been asked, and the end of the connection.
 
-        In the middle of another reply there is no place for it.
+        In the middle of another reply there is no place for it. What is wrong behind whole requests takes nothing from
+        their replies: a body that is longer than it says has been cut where it says, and is told what is wrong with it.
         """
         replying = self._replying
         if replying is not None and not replying.response_complete:
-            if replying is not self.cycle or replying.response_started or not replying.more_body:
+            if not self.cycle.more_body:
+                self._is_deaf, self.cycle.keep_alive = True, False
+                self._end_of_head()
+                return
+            if replying is not self.cycle or replying.response_started:
                 self.transport.close()
                 return
             replying.disconnected = True  # it is the body that is wrong: the application need not wait for its rest

@@ -230,6 +230,22 @@ def test_http_1_0_gets_no_chunks(shim: ShimServer) -> None:
         assert body.endswith(last)
 
 
+def test_what_is_wrong_behind_a_request_takes_nothing_from_its_reply(shim: ShimServer) -> None:
+    """A client that counts characters for bytes says too small a length: it heard nothing of what was wrong."""
+    text = f'{{"model":"{HAIKU}","messages":[{{"role":"user","content":"COUNT 3 ééé"}}]}}'
+    head = f"POST /v2/messages HTTP/1.1\r\nhost: x\r\nx-api-key: {shim.key.key}\r\ncontent-length: {len(text)}\r\n\r\n"
+    with raw(shim) as connection:
+        connection.sendall(head.encode() + text.encode())
+        received = until_closed(connection)
+    assert received.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+    assert b"is not valid JSON" in received
+    with raw(shim) as connection:
+        connection.sendall(post(shim, COUNT) + post(shim, COUNT, path="/v2/messages/stream") + b"!" * 100_000)
+        received = until_closed(connection)
+    assert received.count(b"HTTP/1.1 200 OK\r\n") == received.count(b"HTTP/1.1") == 2
+    assert received.endswith(b'data: {"type":"message_stop"}\n\n\r\n0\r\n\r\n')
+
+
 def test_a_body_that_breaks_the_protocol_is_told_so(shim: ShimServer) -> None:
     with raw(shim) as connection:
         head = (
