@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.kernel_cases import DTYPES, assert_close, poisoned, randn
 
-from aiexport_edge.kernels.gather import gather_rows, gather_rows_reference
+from aiexport_edge.kernels.gather import add_to_rows, gather_rows, gather_rows_reference
 from aiexport_edge.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from aiexport_edge.kernels.swiglu import swiglu, swiglu_reference
 
@@ -105,3 +105,9 @@ def test_gather_rows() -> None:
     hidden, rows = torch.arange(12.0).view(4, 3), torch.tensor([3, 0, 3])
     assert torch.equal(gather_rows(hidden, rows), gather_rows_reference(hidden, rows))
     assert gather_rows(hidden, rows)[:, 0].tolist() == [9.0, 0.0, 9.0]
+
+
+def test_add_to_rows() -> None:
+    hidden, rows, values = torch.zeros(4, 3), torch.tensor([3, 0]), torch.arange(6.0).view(2, 3)
+    add_to_rows(hidden, rows, values)
+    assert hidden.tolist() == [[3.0, 4.0, 5.0], [0.0] * 3, [0.0] * 3, [0.0, 1.0, 2.0]]

@@ -30,6 +30,16 @@ def test_number_of_threads() -> None:
 
 
 @pytest.mark.usefixtures("three_threads")
+def test_small_work_of_the_library_stays_on_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "MIN_SHARED_NANOSECONDS", 100.0)
+    with threads.sharing(100.0):
+        assert torch.get_num_threads() == 3
+    with threads.sharing(99.0):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == threads.num_threads() == 3
+
+
+@pytest.mark.usefixtures("three_threads")
 def test_former_helpers_end() -> None:
     former = [thread for thread in threading.enumerate() if thread.name.startswith("kernel-")]
     assert len(former) >= 2

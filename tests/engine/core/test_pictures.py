@@ -43,6 +43,14 @@ def eyes_of(*, unit_tokens: float = 2.0, largest: Grid = (8, 8)) -> Eyes:
     return Eyes(CONFIG, 16, probe.cost((4, 4))[1] / unit_tokens, TOKEN_BYTES, largest[0] * largest[1])
 
 
+def test_what_a_unit_costs_besides_its_products_counts() -> None:
+    small, large = (4, 4), (8, 8)
+    for grid in (small, large):
+        plain, slow = Eyes(CONFIG, 16, 10.0, 4, 64), Eyes(CONFIG, 16, 10.0, 4, 64, unit_operations=500.0)
+        assert slow.cost(grid)[0] == plain.cost(grid)[0]
+        assert slow.cost(grid)[1] == pytest.approx(plain.cost(grid)[1] + 50)
+
+
 def add_pictured(
     handle: int, *parts: list[int] | tuple[int, Grid], max_tokens: int = 4, salt: bytes = b"", **options: object
 ) -> AddRequest:
