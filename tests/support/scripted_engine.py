@@ -72,7 +72,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
         self.hang_images = False  # never answers an upload
         self.load: tuple[int, int] | None = None  # running and waiting, as Stats says; None: what there is
         self.core_pid = 0  # as Stats says
-        self.late_listings = 0  # that many times ListModels gets no answer
+        self.late_listings = 0  # that many calls of ListModels get no answer, of those that wait for less than 10 s
         self._models = models
         self._changed = threading.Condition()
         self._free = asyncio.Event()  # set: tokens come at once
@@ -156,7 +156,7 @@ class ScriptedEngine(engine_pb2_grpc.EngineServicer):
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         self._note(self.seen.listings, "")
-        if self.late_listings:
+        if self.late_listings and context.time_remaining() < 10:
             self.late_listings -= 1
             await asyncio.Event().wait()
         await self._answers.wait()
