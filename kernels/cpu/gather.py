@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from aiexport_edge.kernels.cpu.jit import kernel
-from aiexport_edge.kernels.cpu.memory import get_int32, get_int64
-from aiexport_edge.kernels.cpu.units import begin, end, next_unit
+from aiexport_edge.kernels.cpu.memory import get_int32, get_int64, narrow, widen
+from aiexport_edge.kernels.cpu.simd import LANES
+from aiexport_edge.kernels.cpu.units import DTYPES, begin, end, next_unit
 from aiexport_edge.kernels.cpu.words import set_int32
 from aiexport_edge.kernels.threads import empty, is_recording, launch
 
@@ -29,9 +30,26 @@ def copy_rows(
     end(control)
 
 
-def fits(hidden: torch.Tensor) -> bool:
-    """Whether its rows are whole words."""
+@kernel
+def copy_odd_rows(
+    control: int, scratch: int, num_units: int, source: int, rows: int, out: int, dtype: int, width: int
+) -> None:
+    """Rows of an odd number of floats of 16 bits. A unit is a row."""
+    unit = begin(control)
+    while unit < num_units:
+        widen(dtype, source + 2 * get_int64(rows, unit) * width, scratch, width)
+        narrow(dtype, scratch, out + 2 * unit * width, width)
+        unit = next_unit(control)
+    end(control)
+
+
+def _has_whole_words(hidden: torch.Tensor) -> bool:
     return hidden.shape[1] * hidden.element_size() % WORD == 0
+
+
+def fits(hidden: torch.Tensor) -> bool:
+    """Whether its rows are whole words, or floats."""
+    return _has_whole_words(hidden) or hidden.dtype in (torch.bfloat16, torch.float16)
 
 
 def check_rows(rows: torch.Tensor, num_rows: int) -> None:
@@ -54,6 +72,19 @@ def gather_rows(hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     assert fits(hidden)
     num_rows, width = rows.shape[0], hidden.shape[1]
     out = empty((num_rows, width), hidden.dtype)
+    if not _has_whole_words(hidden):
+        launch(
+            copy_odd_rows,
+            num_rows,
+            0.3 * num_rows * width,
+            4 * (width + LANES),
+            hidden.data_ptr(),
+            rows.data_ptr(),
+            out.data_ptr(),
+            DTYPES[hidden.dtype],
+            width,
+        )
+        return out
     num_words = width * hidden.element_size() // WORD
     launch(
         copy_rows,
