@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from support.driver import Driver, load_runner
-from support.tiny_models import CONFIGS, PreTrainedModel, greedy, make, prompts, save, shared_data
-from transformers import AutoModelForCausalLM, Qwen3VLForConditionalGeneration
+from support.tiny_models import CONFIGS, SHAPE, PreTrainedModel, greedy, make, make_of, prompts, save, shared_data
+from transformers import AutoModelForCausalLM, MistralConfig, Qwen3VLForConditionalGeneration
 
 from aiexport_edge.engine.core.loading import load
 from aiexport_edge.engine.core.protocol import CoreConfig, CoreModel, Sampling
@@ -187,6 +187,26 @@ def test_bfloat16_is_as_close_to_float32_as_transformers(name: str, tmp_path: Pa
     allowed = 2 * (theirs - exact).square().mean().sqrt()
     assert (ours - exact).square().mean().sqrt() < allowed
     assert (ours - theirs).square().mean().sqrt() < 2 * allowed
+
+
+@pytest.mark.skipif(not supports_bf16(), reason="processor has no bfloat16")
+def test_rows_of_an_odd_number_of_bfloat16(tmp_path: Path) -> None:
+    """Pairs of numbers end in the middle of a row: what lies behind it has no part in the next one's step."""
+    config = MistralConfig(**SHAPE | {"hidden_size": 65, "intermediate_size": 33, "head_dim": 16}, sliding_window=None)
+    model = make_of(config)
+    model.save_pretrained(tmp_path)
+    runner, texts = load_runner(tmp_path, dtype="bfloat16", deterministic=True), prompts([1, 5, 33])
+    driver = Driver(runner)
+    apart, together = ([driver.add(text) for text in texts] for _ in range(2))
+    for request in apart:
+        driver.run([request], 8)
+    driver.run(together, 8, chunk=7)
+    for one, other, text in zip(apart, together, texts, strict=True):
+        logits = driver.outcome(one)[1]
+        assert torch.equal(logits, driver.outcome(other)[1])
+        with torch.inference_mode():
+            exact = model(torch.tensor([text])).logits[0, -1]
+        assert (logits[0] - exact).square().mean() < 0.05 * exact.square().mean()
 
 
 def test_several_models_share_one_pool(tmp_path: Path) -> None:
