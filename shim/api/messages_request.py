@@ -207,7 +207,7 @@ def _response_format(value: Value) -> ResponseFormat | None:
     named = response_format.require("json_schema").object()
     named.require("name").text()
     schema = named.require("schema")
-    text = json.dumps(schema.object().raw, separators=(",", ":"))
+    text = json.dumps(schema.object().raw, separators=(",", ":"), default=lambda long: long.text)
     named.read("strict", Value.boolean)
     if len(text) > MAX_SCHEMA_BYTES:
         raise schema.wrong(f"has {len(text)} bytes as compact JSON; at most {MAX_SCHEMA_BYTES} are taken")

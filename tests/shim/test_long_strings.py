@@ -11,6 +11,7 @@ import pytest
 
 from aiexport_edge.proto.config_images import ImagesConfig
 from aiexport_edge.shim import json_body, long_strings
+from aiexport_edge.shim.api.messages_request import MAX_SCHEMA_BYTES, parse_messages_request
 from aiexport_edge.shim.errors import InvalidRequest
 from aiexport_edge.shim.fields import Value
 from aiexport_edge.shim.images.sources import ImageData, ImageRules
@@ -99,3 +100,24 @@ def test_pictures_are_the_same_whichever_way_they_were_read() -> None:
         with pytest.raises(InvalidRequest, match=said) as wrong:
             read(source)
         assert wrong.value.param == field
+
+
+@pytest.mark.parametrize("length", [60 << 10, 100 << 10])
+def test_a_schema_says_what_was_sent_though_its_strings_are_long(length: int) -> None:
+    schema = {"type": "object", "default": {"data": "A" * length}}
+    given = {
+        "model": "m",
+        "max_tokens": 1,
+        "messages": [{"role": "user", "content": '"' * 37_000}],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
+    }
+    document = json.dumps(given).encode()
+    assert cut(document)[1]
+    value = json_body.parse(document)
+    if length > MAX_SCHEMA_BYTES:
+        with pytest.raises(InvalidRequest, match=r"response_format\.json_schema\.schema"):
+            parse_messages_request(value)
+    else:
+        read = parse_messages_request(value).response_format
+        assert read is not None
+        assert json.loads(str(read.schema)) == schema
