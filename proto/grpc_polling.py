@@ -2,8 +2,7 @@
 
 gRPC's own default has another thread wait, which wakes a third that does the work, which wakes the one that tells the
 event loop: on the way of a request through shim and engine process, and of its first token back, 51 threads are woken,
-with this 33 (`benchmarks/overhead`). Each costs little on a machine that is busy, and up to a tenth of a millisecond
-on one whose processors sleep.
+with this 33 (`benchmarks/overhead`).
 """
 
 from __future__ import annotations

@@ -135,12 +135,8 @@ def shim(tmp_path: Path) -> Iterator[ShimServer]:
     engine.close()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("locust") is None, reason="locust is not installed (extra 'load')")
-@pytest.mark.parametrize(("limit", "status"), [("1e9", 0), ("0", 1)])
-def test_a_short_run(tmp_path: Path, shim: ShimServer, limit: str, status: int) -> None:
-    targets = tmp_path / "targets.toml"
-    targets.write_text(f"[haiku]\nfirst_token = {{ p50 = {limit} }}\nfailures = 0\n", encoding="utf-8")
-    measured, report = tmp_path / "measures.json", tmp_path / "report.html"
+def run_locust(shim: ShimServer, *options: str) -> subprocess.CompletedProcess[str]:
+    """Twenty chats in a second, and what the options add."""
     command = [
         sys.executable,
         "-m",
@@ -154,8 +150,18 @@ def test_a_short_run(tmp_path: Path, shim: ShimServer, limit: str, status: int) 
         "2",
     ]
     command += ["--host", shim.base_url, "--key", shim.key.key, "--pattern", "fixed", "--rate", "20", "--seconds", "1"]
-    command += ["--batch", "3", "--targets", str(targets), "--measures", str(measured), "--html", str(report)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("locust") is None, reason="locust is not installed (extra 'load')")
+@pytest.mark.parametrize(("limit", "status"), [("1e9", 0), ("0", 1)])
+def test_a_short_run(tmp_path: Path, shim: ShimServer, limit: str, status: int) -> None:
+    targets = tmp_path / "targets.toml"
+    targets.write_text(f"[haiku]\nfirst_token = {{ p50 = {limit} }}\nfailures = 0\n", encoding="utf-8")
+    measured, report = tmp_path / "measures.json", tmp_path / "report.html"
+    done = run_locust(
+        shim, "--batch", "3", "--targets", str(targets), "--measures", str(measured), "--html", str(report)
+    )
     assert done.returncode == status, done.stdout + done.stderr
     document = json.loads(measured.read_text(encoding="utf-8"))
     tiers = {name: tier for name, tier in document["tiers"].items() if name != "batch"}
@@ -175,33 +181,10 @@ def test_chats_without_an_end_are_failures(tmp_path: Path) -> None:
     server.wait_ready()
     targets, measured = tmp_path / "targets.toml", tmp_path / "measures.json"
     targets.write_text("[haiku]\nfailures = 0\n", encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "locust",
-        "-f",
-        "benchmarks/locust/locustfile.py",
-        "--headless",
-        "-u",
-        "2",
-        "-r",
-        "2",
-    ]
-    command += [
-        "--host",
-        server.base_url,
-        "--key",
-        server.key.key,
-        "--pattern",
-        "fixed",
-        "--rate",
-        "20",
-        "--seconds",
-        "1",
-    ]
-    command += ["--batch", "0", "--patience", "1", "--targets", str(targets), "--measures", str(measured)]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        done = run_locust(
+            server, "--batch", "0", "--patience", "1", "--targets", str(targets), "--measures", str(measured)
+        )
         assert done.returncode == 1, done.stdout + done.stderr
         tiers = json.loads(measured.read_text(encoding="utf-8"))["tiers"]
         assert sum(tier["requests"] for tier in tiers.values()) == 20
